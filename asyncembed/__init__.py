@@ -1,0 +1,1 @@
+"""asyncembed: an asyncio-native embedding client."""

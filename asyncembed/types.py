@@ -1,0 +1,153 @@
+"""The values that flow through the library, and the seams between its parts.
+
+Vectors are `float32[n, d]`, C-contiguous: row i belongs to text i. Texts and metadata are kept out of every
+repr: what is logged by accident must not leak what was embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import AsyncEmbedError
+
+Vectors: TypeAlias = npt.NDArray[np.float32]
+"""float32[n, d], or float32[d] where one vector is meant."""
+
+RecordId: TypeAlias = str | int | UUID
+"""Stores keep ids as text: the number 5 and the string "5" are the same id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One thing to embed and store.
+
+    Args:
+        id: A str, an int or a UUID, unique in its table.
+        text: What is embedded, as it is.
+        metadata: Anything JSON can hold; stored beside the vector.
+    """
+
+    id: RecordId
+    text: str = field(repr=False)
+    metadata: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One text that was not embedded, or one record that was not stored.
+
+    Attributes:
+        index: Its position in the input, counted from 0.
+        error: Why.
+        id: The record's id; None in `embed`, and where the record had none.
+    """
+
+    index: int
+    error: AsyncEmbedError
+    id: RecordId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedRecord:
+    """What `stream` yields: the record, and either its vector float32[d] or the error."""
+
+    record: Record
+    vector: Vectors | None = field(repr=False)
+    error: AsyncEmbedError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one request brought: float32[n, d], row i for text i, and what the provider billed.
+
+    Attributes:
+        vectors: float32[n, d], all finite.
+        tokens: Tokens billed as the provider said; None if it did not say.
+    """
+
+    vectors: Vectors = field(repr=False)
+    tokens: int | None
+
+
+class Provider(Protocol):
+    """One request to one place. Safe to call from many tasks at once."""
+
+    async def embed(self, texts: Sequence[str]) -> Reply:
+        """Send one request and return its validated reply.
+
+        Raises:
+            ProviderError: The request failed; nothing of its reply is used.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what was opened here, and of nothing that was handed in."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row on its way to a store.
+
+    Attributes:
+        id: As the user gave it; `str(id)` is the key.
+        text: The embedded text.
+        vector: float32[d], finite.
+        content_hash: SHA-256 of the text's UTF-8 bytes, as lower-case hex.
+        metadata: JSON text, or None.
+    """
+
+    id: RecordId
+    text: str = field(repr=False)
+    vector: Vectors = field(repr=False)
+    content_hash: str
+    metadata: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result. `score` is the cosine similarity, from -1 to 1."""
+
+    id: str
+    score: float
+    text: str | None = field(default=None, repr=False)
+    metadata: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+class Sink(Protocol):
+    """Where `ingest` stores. Any object with these three methods will do."""
+
+    async def prepare(self, model: str, dimensions: int | None) -> None:
+        """Check all that can be checked before a token is paid; create what is missing. Idempotent.
+
+        Args:
+            model: The model's name, part of every row's key.
+            dimensions: The vectors' size; None if the first vector will tell.
+
+        Raises:
+            SinkConfigError: This sink cannot take vectors of that model and size.
+        """
+        ...
+
+    async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
+        """Return those of the given ids that are stored for this model with this very content hash."""
+        ...
+
+    async def write(self, model: str, rows: Sequence[Row]) -> Mapping[RecordId, AsyncEmbedError]:
+        """Upsert the rows in one transaction: when it returns they are durable, when it raises none is.
+
+        Of rows with the same key the last one wins. A cancelled call leaves no transaction open.
+
+        Returns:
+            The rows which the store refuses, each with its error; all others are stored. Mostly empty.
+
+        Raises:
+            SinkError: Nothing of this call was stored.
+        """
+        ...
