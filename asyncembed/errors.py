@@ -24,7 +24,8 @@ AsyncEmbedError
 │   ├── ServerError                     5xx and other answers that may pass by themselves
 │   ├── TransportError                  no whole answer came: refused, lost, timed out
 │   └── ProtocolError                   an answer came, but not the one that was asked for
-├── AllFailedError (RuntimeError)       not one text was embedded; `.result` tells why
+├── SomeFailedError (RuntimeError)      what `EmbeddingResult.raise_for_failures` raises
+│   └── AllFailedError                  not one text was embedded; `.result` tells why
 ├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds what was done
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
@@ -197,7 +198,11 @@ class ProtocolError(ProviderError):
     """An answer came, but not the one that was asked for: wrong count, order, size or numbers."""
 
 
-class AllFailedError(AsyncEmbedError, RuntimeError):
+class SomeFailedError(AsyncEmbedError, RuntimeError):
+    """Some texts were not embedded. `result` has the rest; `__cause__` is the first failure."""
+
+
+class AllFailedError(SomeFailedError):
     """Not one text was embedded. `result.failures` tells why; `__cause__` is the first of them."""
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .errors import AllFailedError
+from .errors import AllFailedError, SomeFailedError
 from .types import Failure, RecordId, Vectors
 
 
@@ -88,25 +88,18 @@ class EmbeddingResult:
         """Do nothing if every text was embedded.
 
         Raises:
-            ExceptionGroup: One error a failed text, each with a note that names its index.
+            SomeFailedError: Some texts failed; `AllFailedError` if all did. Its `result` is this one.
         """
-        if not self.failures:
-            return
-        for failure in self.failures:
-            note = f"text {failure.index}"
-            if note not in getattr(failure.error, "__notes__", ()):
-                failure.error.add_note(note)
-        raise ExceptionGroup(
-            f"{len(self.failures)} of {len(self)} texts were not embedded",
-            [failure.error for failure in self.failures],
-        )
+        if self.failures:
+            raise failed(self)
 
 
-def all_failed(result: EmbeddingResult) -> AllFailedError:
-    """Build the error for a call in which not one text was embedded."""
-    first = result.failures[0]
-    error = AllFailedError(
-        f"none of {len(result)} texts was embedded; text {first.index} failed with "
+def failed(result: EmbeddingResult) -> SomeFailedError:
+    """Build the error for a result with failures: `AllFailedError` if no text was embedded."""
+    first, count = result.failures[0], len(result.failures)
+    kind = AllFailedError if count == len(result) else SomeFailedError
+    error = kind(
+        f"{count} of {len(result)} texts were not embedded; the first of them, text {first.index}: "
         f"{type(first.error).__name__}: {first.error}"
     )
     error.result = result
