@@ -46,7 +46,11 @@ _KNOWN = {
         Model("text-embedding-3-small", 1_536, encoding="cl100k_base", usd_per_million_tokens=0.02),
         Model("text-embedding-3-large", 3_072, encoding="cl100k_base", usd_per_million_tokens=0.13),
         Model(
-            "text-embedding-ada-002", 1_536, shortens=False, encoding="cl100k_base", usd_per_million_tokens=0.10
+            "text-embedding-ada-002",
+            1_536,
+            shortens=False,
+            encoding="cl100k_base",
+            usd_per_million_tokens=0.10,
         ),
         # wordllama l2_supercat_256, inside the wheel; computed on this machine, so it costs nothing.
         Model("local", 256, usd_per_million_tokens=0.0),

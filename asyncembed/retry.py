@@ -1,0 +1,157 @@
+"""What to do after a failed attempt. Pure: decides, never sleeps, sends nothing.
+
+An error and the batch's history become one of four actions: `Retry` after a while, `Split` the batch, `Reject` its
+only text, `Stop` the run. Any refusal that is not known is split if it can be, so that providers nobody has heard of
+work too.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from .errors import (
+    BadRequestError,
+    FatalProviderError,
+    ProtocolError,
+    ProviderDownError,
+    ProviderError,
+    RateLimitedError,
+    RequestError,
+    ServerError,
+    TooLargeError,
+)
+
+# 0.5, 1, 2, 4, 8, 16, 30, 30 seconds, each times a random factor between 0.5 and 1: the first is what the
+# openai SDK waits, the last is half of the minute in which OpenAI's buckets fill.
+BACKOFF_BASE_S = 0.5
+BACKOFF_MAX_S = 30.0
+
+# After so many failures in a row a batch is no longer repeated as it is, if the provider answers others:
+# something inside it may be what fails (Ollama answers 500 for certain sentences, llama.cpp for long ones).
+SUSPECT_AFTER = 3
+
+# A provider that refused so many single texts and took none refuses the request, not the texts.
+REJECTIONS_BEFORE_STOP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Send the same batch again after so many seconds; `shared` if nobody else may send before that either."""
+
+    after_s: float
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Send the texts of the batch in smaller requests; with `probe` its first and last text alone, first."""
+
+    probe: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The only text of the batch fails; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing new is sent in this run."""
+
+    error: FatalProviderError
+
+
+Action: TypeAlias = Retry | Split | Reject | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is known of a batch when its attempt has failed.
+
+    Attributes:
+        inputs: Texts in the batch.
+        failures: Attempts of this batch that failed, this one included.
+        healthy: Whether the provider has answered anything well since the batch was first sent.
+        probed: Whether single texts of it were tried, and failed too.
+        rejections: Single texts the provider refused in this run before it took a first one.
+    """
+
+    inputs: int
+    failures: int
+    healthy: bool
+    probed: bool = False
+    rejections: int = 0
+
+
+def decide(error: ProviderError, history: History, max_retries: int) -> Action:
+    """Return what to do after a failed attempt.
+
+    Args:
+        error: What the attempt failed with.
+        history: The batch's past.
+        max_retries: How often a batch is sent again while nothing succeeds.
+    """
+    if isinstance(error, FatalProviderError):
+        return Stop(error)
+    if isinstance(error, RateLimitedError):
+        return _after_refusal(error, history, max_retries)
+    if isinstance(error, (BadRequestError, TooLargeError)):
+        if history.inputs > 1:
+            return Split()
+        if history.rejections >= REJECTIONS_BEFORE_STOP:
+            return Stop(_refused(error, history.rejections))
+        return Reject()
+    return _after_fault(error, history, max_retries)
+
+
+def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
+    # While others get through, a refusal is a matter of turns, not of failing.
+    if history.failures > max_retries and not history.healthy:
+        return Stop(_down(error, history.failures))
+    if error.retry_after_s is not None:
+        return Retry(error.retry_after_s, shared=True)
+    return Retry(backoff_s(history.failures), shared=True)
+
+
+def _after_fault(error: ProviderError, history: History, max_retries: int) -> Action:
+    # An answer that is malformed every time stays so; an overloaded server or a cut line may come back.
+    limit = min(max_retries, SUSPECT_AFTER - 1) if isinstance(error, ProtocolError) else max_retries
+    if history.failures >= min(SUSPECT_AFTER, limit + 1):
+        if history.healthy:
+            return Split() if history.inputs > 1 else Reject()
+        if history.inputs > 2 and not history.probed:
+            return Split(probe=True)
+    if history.failures > limit:
+        return Stop(_down(error, history.failures))
+    stated = error.retry_after_s if isinstance(error, ServerError) else None
+    return Retry(max(stated or 0.0, backoff_s(history.failures)), shared=stated is not None)
+
+
+def backoff_s(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row: exponential, with jitter from half to whole."""
+    ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0 ** min(failures - 1, 16))
+    return ceiling * random.uniform(0.5, 1.0)
+
+
+def _down(error: ProviderError, failures: int) -> ProviderDownError:
+    down = ProviderDownError(
+        f"no request succeeded in {failures} attempts; the last one: {type(error).__name__}: {error}",
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+    )
+    down.__cause__ = error
+    return down
+
+
+def _refused(error: ProviderError, rejections: int) -> RequestError:
+    refused = RequestError(
+        f"{rejections} texts in a row were refused one by one and none was taken, so it is not the texts: {error}",
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+    )
+    refused.__cause__ = error
+    return refused

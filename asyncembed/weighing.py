@@ -1,0 +1,168 @@
+"""Texts to the inputs of requests: checked, counted, and cut where they are too long.
+
+Blocking and pure: `engine` calls it in a thread, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from .errors import AsyncEmbedError, InvalidTextError, TooLongError, WrongTypeError
+from .packing import Limits, weigh
+from .tokens import MAX_BYTES_PER_TOKEN, TokenCounter
+from .types import Vectors
+
+TooLong: TypeAlias = Literal["error", "truncate", "mean"]
+
+
+@dataclass(slots=True, eq=False)
+class Text:
+    """One text of a call, and the positions in the call's input that its vector answers."""
+
+    content: str = field(repr=False)
+    indices: list[int]
+    mean: Mean | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One input of a request: a whole text, or one piece of a long one."""
+
+    text: Text
+    content: str = field(repr=False)
+    tokens: int
+    weight: int
+
+
+@dataclass(slots=True, eq=False)
+class Mean:
+    """Collects the pieces of a long text: their mean, weighted by tokens, at unit length."""
+
+    missing: int
+    total: Vectors | None = None
+    error: AsyncEmbedError | None = None
+
+    def add(self, vector: Vectors, tokens: int) -> None:
+        weighted = vector * np.float32(tokens)
+        self.total = weighted if self.total is None else self.total + weighted
+        self.missing -= 1
+
+    def fail(self, error: AsyncEmbedError) -> None:
+        self.error = self.error or error
+        self.missing -= 1
+
+    def vector(self) -> Vectors:
+        assert self.total is not None
+        norm = np.linalg.norm(self.total)
+        unit: Vectors = self.total / norm if norm else self.total  # opposite pieces may cancel out
+        return unit
+
+
+Weighed: TypeAlias = tuple[list[Item], list[tuple[Text, AsyncEmbedError]]]
+
+
+def check_text(text: object) -> None:
+    """Raise if the value cannot be embedded, whatever the model.
+
+    Raises:
+        WrongTypeError: It is not a str.
+        InvalidTextError: It is empty, or holds a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise WrongTypeError(f"is {type(text).__name__}; a text is a str")
+    if not text:
+        raise InvalidTextError("is empty; the API refuses a request that holds an empty text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # from None: the original shows the text
+            raise InvalidTextError(f"has a lone surrogate at character {error.start}, so it is not UTF-8") from None
+
+
+def unique(texts: Iterable[tuple[int, str]]) -> list[Text]:
+    """Merge equal texts: each is sent once and answers all its positions."""
+    found: dict[str, Text] = {}
+    for index, content in texts:
+        text = found.get(content)
+        if text is None:
+            found[content] = Text(content, [index])
+        else:
+            text.indices.append(index)
+    return list(found.values())
+
+
+def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, too_long: TooLong) -> Weighed:
+    """Return the inputs the texts become, in order, and the texts that are too long to become any.
+
+    Tokens are counted only where bytes do not decide alone. With an inexact counter a text that may or may
+    not be too long is sent as it is under "error": the server knows, and its refusal costs that text alone.
+    """
+    items: list[Item] = []
+    failed: list[tuple[Text, AsyncEmbedError]] = []
+    sizes = [_size(text.content) for text in texts]
+    countable = [text.content for text, size in zip(texts, sizes, strict=True) if not _surely_too_long(size, limits)]
+    counts = iter(counter.count(countable))
+    for text, size in zip(texts, sizes, strict=True):
+        tokens = -(-size // MAX_BYTES_PER_TOKEN) if _surely_too_long(size, limits) else next(counts)
+        weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
+        over = tokens > limits.tokens_per_text
+        if over and too_long != "error":
+            items.extend(_pieces(text, counter, limits.tokens_per_text, too_long))
+        elif (over and counter.exact) or _surely_too_long(size, limits):
+            failed.append((text, _too_long(tokens, limits.tokens_per_text, "the model takes")))
+        elif weight > limits.tokens:
+            failed.append((text, _too_long(weight, limits.tokens, "max_tokens_per_batch is")))
+        else:
+            items.append(Item(text, text.content, tokens, weight))
+    return items, failed
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _surely_too_long(size_bytes: int, limits: Limits) -> bool:
+    return size_bytes > limits.tokens_per_text * MAX_BYTES_PER_TOKEN
+
+
+def _too_long(tokens: int, limit: int, whose: str) -> TooLongError:
+    return TooLongError(
+        f'has {tokens:,} tokens or more; {whose} {limit:,}. Split it, or choose too_long="truncate" or "mean"',
+        tokens=tokens,
+        limit=limit,
+    )
+
+
+def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Item]:
+    pieces = list(_cut(text.content, counter, limit, only_first=too_long == "truncate"))
+    if len(pieces) > 1:
+        text.mean = Mean(missing=len(pieces))
+    for piece, tokens in zip(pieces, counter.count(pieces), strict=True):
+        yield Item(text, piece, tokens, weigh(tokens, _size(piece)))
+
+
+def _cut(text: str, counter: TokenCounter, limit: int, *, only_first: bool) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        piece = _first_piece(text, start, counter, limit)
+        yield piece
+        if only_first:
+            return
+        start += len(piece)
+
+
+def _first_piece(text: str, start: int, counter: TokenCounter, limit: int) -> str:
+    # Tokenizing all that is left for every piece would cost the square of the length, so look at a window
+    # of it (English has 4 to 5 characters a token) and widen that only if it fits whole.
+    width = limit * 8
+    while True:
+        window = text[start : start + width]
+        piece = counter.cut(window, limit)
+        if len(piece) < len(window) or start + width >= len(text):
+            return piece
+        width *= 2
