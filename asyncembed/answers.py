@@ -28,6 +28,7 @@ from .errors import (
     ServerError,
     TooLargeError,
 )
+from .types import Rates
 
 # A `retry-after` beyond an hour is a mistake or a ban; waiting a day in silence helps nobody.
 LONGEST_RETRY_AFTER_S = 3_600.0
@@ -108,6 +109,24 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: tupl
     if status == 413 or _TOO_LARGE.search(f"{code} {kind} {message}"):
         return _too_large(text, message, fields)
     return BadRequestError(text, **fields)
+
+
+def rates_of(headers: Mapping[str, str]) -> Rates | None:
+    """Return what the `x-ratelimit-…` headers tell; None if they tell no limit. What makes no sense is ignored."""
+    rates = Rates(
+        limit_requests=_count(headers.get("x-ratelimit-limit-requests")),
+        remaining_requests=_count(headers.get("x-ratelimit-remaining-requests")),
+        reset_requests_s=parse_duration_s(headers.get("x-ratelimit-reset-requests")),
+        limit_tokens=_count(headers.get("x-ratelimit-limit-tokens")),
+        remaining_tokens=_count(headers.get("x-ratelimit-remaining-tokens")),
+        reset_tokens_s=parse_duration_s(headers.get("x-ratelimit-reset-tokens")),
+    )
+    return rates if rates.limit_requests or rates.limit_tokens else None
+
+
+def _count(value: str | None) -> int | None:
+    # Azure sends -1 and 0 for "not told" (learn.microsoft.com Q 5625878): a limit of 0 counts as none
+    return int(value) if value is not None and len(value) < 16 and value.strip().isdecimal() else None
 
 
 def scrub(message: str, secrets: tuple[str, ...] = ()) -> str:

@@ -102,9 +102,11 @@ class RejectedTextError(InputError):
 class ProviderError(AsyncEmbedError, RuntimeError):
     """What a provider answered, or that it did not.
 
-    `status` is the HTTP status (None if there was no answer), `code` the provider's own word for it,
-    `request_id` what its support asks for.
+    `status` is the HTTP status (None if there was no answer), `code` the provider's own word for it, `request_id`
+    what its support asks for, `rates` what its headers told of its limits (`types.Rates`).
     """
+
+    rates: Any = None
 
     def __init__(
         self,

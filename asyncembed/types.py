@@ -63,16 +63,33 @@ class EmbeddedRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """What an answer's headers tell of the provider's limits; None for what they do not tell.
+
+    `reset_…_s` are the seconds until a limit is full again, not the wait that is needed.
+    """
+
+    limit_requests: int | None = None
+    remaining_requests: int | None = None
+    reset_requests_s: float | None = None
+    limit_tokens: int | None = None
+    remaining_tokens: int | None = None
+    reset_tokens_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What one request brought: float32[n, d], row i for text i, and what the provider billed.
 
     Attributes:
         vectors: float32[n, d], all finite.
         tokens: Tokens billed as the provider said; None if it did not say.
+        rates: What the answer told of the provider's limits; None if nothing.
     """
 
     vectors: Vectors = field(repr=False)
     tokens: int | None
+    rates: Rates | None = None
 
 
 class Provider(Protocol):

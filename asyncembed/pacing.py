@@ -1,0 +1,234 @@
+"""How much may be under way, and how fast.
+
+`Pace` is what all who use one endpoint, key and model share: a pause that one refusal imposes on everybody, the
+provider's token and request buckets as its headers tell them, the user's own limits, and a cap on what is in flight
+that falls when the provider is overloaded. `Slots` adds one embedder's concurrency to it.
+
+First come, first served: whoever is at the turnstile waits there until its request may go, so a large one is not
+starved by small ones behind it. Nobody waits in here for a backoff of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from .types import Rates
+
+# Before the first answer has told the limits, no more tokens than this are under way beside a first request: eight
+# full requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute.
+TOKENS_BEFORE_FIRST_ANSWER = 150_000
+
+# Clocks and roundings of two machines differ: wait a little longer than the arithmetic says.
+WAIT_MARGIN_S = 0.002
+WAIT_MARGIN = 1.005
+
+# Everybody waits out the same pause; this share of it spreads the restarts of many processes.
+PAUSE_JITTER = 0.05
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A bucket as a provider keeps it: `level` of `capacity` left at time `at`, refilled by `per_s` a second.
+
+    Pure: it is told the time.
+    """
+
+    per_s: float
+    capacity: float
+    level: float
+    at: float
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Return the seconds until so much can be taken; what is larger than the bucket waits for it to be full."""
+        missing = min(amount, self.capacity) - self._level(now)
+        return missing / self.per_s * WAIT_MARGIN + WAIT_MARGIN_S if missing > 0 else 0.0
+
+    def take(self, amount: float, now: float) -> None:
+        self.level, self.at = self._level(now) - amount, now
+
+    def _level(self, now: float) -> float:
+        return min(self.capacity, self.level + (now - self.at) * self.per_s)
+
+
+def learn(old: Bucket | None, limit: int, remaining: int, reset_s: float | None, unseen: float, now: float) -> Bucket:
+    """Return the bucket an answer's headers describe.
+
+    `reset` is the time until the bucket is full again, so the refill is what is missing divided by it; where that
+    cannot be told, it is the limit a minute.
+
+    Args:
+        old: What was known before.
+        limit: The size of the bucket.
+        remaining: What was left in it when the answer was made.
+        reset_s: Seconds until it is full again.
+        unseen: What has been sent since and is not in `remaining` yet.
+        now: The time.
+    """
+    missing = limit - remaining
+    if reset_s and reset_s >= 0.05 and missing >= 0.01 * limit:
+        per_s = missing / reset_s
+    else:
+        per_s = old.per_s if old is not None else limit / 60
+    return Bucket(per_s, limit, remaining - unseen, now)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request under way."""
+
+    number: int
+    tokens: int
+    sent_at: float
+
+
+@dataclass(eq=False)
+class Pace:
+    """What is shared by all who use one endpoint, key and model on one event loop."""
+
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+    own: list[tuple[Bucket, bool]] = field(default_factory=list)
+    """The user's limits: each bucket, and whether it counts tokens (else requests)."""
+    paused_until: float = 0.0
+    refusals: int = 0
+    """Rounds of refusals since the last success; a round is all that was under way together."""
+    successes: int = 0
+    answered: bool = False
+    cap: float = math.inf
+    """How many requests may be in flight; infinite until an overload was seen."""
+    round_began_at: float = -math.inf
+    in_flight: dict[int, Ticket] = field(default_factory=dict)
+    _numbers: int = 0
+    _turnstile: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
+        """Keep below these limits too; of several the lowest counts."""
+        now = asyncio.get_running_loop().time()
+        for per_minute, counts_tokens in ((requests_per_minute, False), (tokens_per_minute, True)):
+            if per_minute is not None:
+                self.own.append((Bucket(per_minute / 60, per_minute, per_minute, now), counts_tokens))
+
+    async def enter(self, tokens: int) -> Ticket:
+        """Wait until a request of so many tokens may go; first come, first served."""
+        loop = asyncio.get_running_loop()
+        async with self._turnstile:
+            while (wait_s := self._wait_s(tokens, loop.time())) > 0:
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if wait_s == math.inf else wait_s):
+                        await self._changed.wait()
+            return self._take(tokens, loop.time())
+
+    def leave(self, ticket: Ticket) -> None:
+        """The request is over, however it ended."""
+        self.in_flight.pop(ticket.number, None)
+        self._changed.set()
+
+    def observe(self, ticket: Ticket, rates: Rates | None) -> None:
+        """Learn from the headers of an answer."""
+        if rates is None:
+            return
+        now = asyncio.get_running_loop().time()
+        later = [other for other in self.in_flight.values() if other.number > ticket.number]
+        if rates.limit_tokens and rates.remaining_tokens is not None:
+            unseen = float(sum(other.tokens for other in later))
+            self.tokens = learn(
+                self.tokens, rates.limit_tokens, rates.remaining_tokens, rates.reset_tokens_s, unseen, now
+            )
+        if rates.limit_requests and rates.remaining_requests is not None:
+            self.requests = learn(
+                self.requests, rates.limit_requests, rates.remaining_requests, rates.reset_requests_s, len(later), now
+            )
+
+    def succeeded(self) -> None:
+        """A request was answered well."""
+        self.answered = True
+        self.successes += 1
+        self.refusals = 0
+        self.cap += 0.5  # two successes a further request: slow, as OpenAI asks after `slow_down`
+        self._changed.set()
+
+    def refused(self, ticket: Ticket) -> None:
+        """A request was refused for coming too fast, or the provider is overloaded."""
+        self.answered = True
+        if ticket.sent_at < self.round_began_at:
+            return  # it was sent before we slowed down: no news
+        self.round_began_at = asyncio.get_running_loop().time()
+        self.refusals += 1
+        if self.tokens is None and self.requests is None:  # no headers tell, so feel the way
+            self.cap = max(1.0, min(self.cap, len(self.in_flight)) / 2)
+        for bucket, _ in self.own:
+            bucket.take(max(0.0, bucket.level), self.round_began_at)
+
+    def pause(self, seconds: float) -> None:
+        """Let nobody send for so many seconds."""
+        now = asyncio.get_running_loop().time()
+        self.paused_until = max(self.paused_until, now + seconds * (1 + random.uniform(0, PAUSE_JITTER)))
+        self._changed.set()
+
+    def _wait_s(self, tokens: int, now: float) -> float:
+        if self.in_flight and self._crowded(tokens):
+            return math.inf  # until a request leaves
+        waits = [self.paused_until - now]
+        if self.tokens is not None:
+            waits.append(self.tokens.wait_s(tokens, now))
+        if self.requests is not None:
+            waits.append(self.requests.wait_s(1, now))
+        waits.extend(bucket.wait_s(tokens if of_tokens else 1, now) for bucket, of_tokens in self.own)
+        return max(waits)
+
+    def _crowded(self, tokens: int) -> bool:
+        if len(self.in_flight) + 1 > self.cap:
+            return True
+        under_way = sum(ticket.tokens for ticket in self.in_flight.values())
+        return not self.answered and under_way + tokens > TOKENS_BEFORE_FIRST_ANSWER
+
+    def _take(self, tokens: int, now: float) -> Ticket:
+        for bucket, amount in ((self.tokens, tokens), (self.requests, 1)):
+            if bucket is not None:
+                bucket.take(amount, now)
+        for bucket, of_tokens in self.own:
+            bucket.take(tokens if of_tokens else 1, now)
+        self._numbers += 1
+        ticket = Ticket(self._numbers, tokens, now)
+        self.in_flight[ticket.number] = ticket
+        return ticket
+
+
+# The one thing shared in a process, because the provider counts per key and not per object. It holds no client and no
+# key, and nothing that is not in use.
+_PACES: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Hashable, Pace]] = WeakKeyDictionary()
+
+
+def shared_pace(key: Hashable) -> Pace:
+    """Return the pace of the running loop for that endpoint, key and model; it lives as long as somebody uses it."""
+    paces = _PACES.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+    pace = paces.get(key)
+    if pace is None:
+        pace = paces[key] = Pace()
+    return pace
+
+
+class Slots:
+    """One embedder's concurrency over a shared pace."""
+
+    def __init__(self, pace: Pace, concurrency: int) -> None:
+        self.pace = pace
+        self._free = asyncio.Semaphore(concurrency)
+
+    @asynccontextmanager
+    async def slot(self, tokens: int) -> AsyncIterator[Ticket]:
+        """Hold one of the slots, from the moment a request of so many tokens may go."""
+        async with self._free:
+            ticket = await self.pace.enter(tokens)
+            try:
+                yield ticket
+            finally:
+                self.pace.leave(ticket)
