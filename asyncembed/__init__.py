@@ -1,1 +1,97 @@
-"""asyncembed: an asyncio-native embedding client."""
+"""asyncembed: an asyncio-native embedding client.
+
+    async with Embedder("text-embedding-3-small") as embedder:
+        result = await embedder.embed(texts)
+
+Importing this loads no driver: each is loaded when it is first needed.
+"""
+
+from .embedder import Embedder
+from .errors import (
+    AllFailedError,
+    AsyncEmbedError,
+    AuthenticationError,
+    CertificateError,
+    ConfigError,
+    DeadlineError,
+    FatalProviderError,
+    InputError,
+    InvalidRecordError,
+    InvalidTextError,
+    NotFoundError,
+    PermissionDeniedError,
+    ProtocolError,
+    ProviderDownError,
+    ProviderError,
+    QuotaError,
+    RateLimitedError,
+    RedirectRefusedError,
+    RejectedTextError,
+    RequestError,
+    RowRefusedError,
+    ServerError,
+    SinkBusyError,
+    SinkConfigError,
+    SinkError,
+    SomeFailedError,
+    TooLargeError,
+    TooLongError,
+    TransportError,
+    WrongTypeError,
+)
+from .pipeline import ingest
+from .report import EmbeddingResult, IngestReport, Plan, Progress
+from .sinks import PostgresSink, SQLiteSink, open_sink
+from .types import EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, Sink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllFailedError",
+    "AsyncEmbedError",
+    "AuthenticationError",
+    "CertificateError",
+    "ConfigError",
+    "DeadlineError",
+    "EmbeddedRecord",
+    "Embedder",
+    "EmbeddingResult",
+    "Failure",
+    "FatalProviderError",
+    "Hit",
+    "IngestReport",
+    "InputError",
+    "InvalidRecordError",
+    "InvalidTextError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "Plan",
+    "PostgresSink",
+    "Progress",
+    "ProtocolError",
+    "Provider",
+    "ProviderDownError",
+    "ProviderError",
+    "QuotaError",
+    "RateLimitedError",
+    "Record",
+    "RedirectRefusedError",
+    "RejectedTextError",
+    "Reply",
+    "RequestError",
+    "Row",
+    "RowRefusedError",
+    "SQLiteSink",
+    "ServerError",
+    "Sink",
+    "SinkBusyError",
+    "SinkConfigError",
+    "SinkError",
+    "SomeFailedError",
+    "TooLargeError",
+    "TooLongError",
+    "TransportError",
+    "WrongTypeError",
+    "ingest",
+    "open_sink",
+]

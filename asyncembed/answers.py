@@ -70,9 +70,11 @@ _MAX_INPUTS = re.compile(
     re.IGNORECASE,
 )
 _MAX_TOKENS = re.compile(
-    r"max(?:imum)? (?:request size is )?(\d[\d,]*) tokens per request|max size: (\d+) tokens|limit:? (\d+), requested",
+    r"max(?:imum)? (?:request size is )?(\d[\d,]*) tokens per request|max size: (\d+) tokens"
+    r"|limit:? (\d[\d,]*), requested",
     re.IGNORECASE,
 )
+_REQUESTED = re.compile(r"requested (\d[\d,]*)", re.IGNORECASE)
 _TRY_AGAIN = re.compile(
     r"(?:try again in|retry after) ((?:\d+(?:\.\d+)?(?:ms|h|m|s)\s?)+|\d+(?:\.\d+)? ?(?:seconds?|milliseconds?))",
     re.IGNORECASE,
@@ -150,7 +152,11 @@ def _rate_error(
 
 def _too_large(text: str, message: str, fields: dict[str, Any]) -> TooLargeError:
     return TooLargeError(
-        text, max_inputs=_number(_MAX_INPUTS, message), max_tokens=_number(_MAX_TOKENS, message), **fields
+        text,
+        max_inputs=_number(_MAX_INPUTS, message),
+        max_tokens=_number(_MAX_TOKENS, message),
+        requested_tokens=_number(_REQUESTED, message),
+        **fields,
     )
 
 

@@ -68,7 +68,12 @@ class ConfigError(AsyncEmbedError, ValueError):
 
 
 class InputError(AsyncEmbedError, ValueError):
-    """One text or record cannot be embedded. The others can."""
+    """One text or record cannot be embedded. The others can.
+
+    `record_id` is set by a source that knows the id of the record which it cannot hand over.
+    """
+
+    record_id: Any = None
 
 
 class InvalidTextError(InputError):
@@ -169,15 +174,23 @@ class RateLimitedError(ProviderError):
 class TooLargeError(ProviderError):
     """The request was refused for its size.
 
-    `max_inputs` or `max_tokens` is the limit the provider named, None where it named none.
+    `max_inputs` or `max_tokens` is the limit the provider named, `requested_tokens` its own count of the request;
+    None where it named none.
     """
 
     def __init__(
-        self, message: str, *, max_inputs: int | None = None, max_tokens: int | None = None, **fields: Any
+        self,
+        message: str,
+        *,
+        max_inputs: int | None = None,
+        max_tokens: int | None = None,
+        requested_tokens: int | None = None,
+        **fields: Any,
     ) -> None:
         super().__init__(message, **fields)
         self.max_inputs = max_inputs
         self.max_tokens = max_tokens
+        self.requested_tokens = requested_tokens
 
 
 class BadRequestError(ProviderError):

@@ -121,7 +121,7 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
     if history.failures >= min(SUSPECT_AFTER, limit + 1):
         if history.healthy:
             return Split() if history.inputs > 1 else Reject()
-        if history.inputs > 2 and not history.probed:
+        if history.inputs > 1 and not history.probed:
             return Split(probe=True)
     if history.failures > limit:
         return Stop(_down(error, history.failures))

@@ -1,0 +1,507 @@
+"""`Embedder`: one long-lived object that turns texts into vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from . import models
+from .engine import Deliver, Engine, Outcome, Run, in_slices
+from .errors import AsyncEmbedError, ConfigError, DeadlineError, InputError
+from .pacing import Slots, shared_pace
+from .packing import Limits, Packer
+from .providers.local import LocalCounter, LocalProvider
+from .providers.openai import OFFICIAL_HOST, ApiKey, OpenAIProvider
+from .records import SLICE_RECORDS, AnyIterable, as_record
+from .records import in_slices as records_in_slices
+from .report import EmbeddingResult, Plan, Progress, ProgressCallback, failed
+from .tokens import ByteBound, TokenCounter, load_counter
+from .types import EmbeddedRecord, Failure, Provider, Record, Vectors
+from .weighing import Text, TooLong, check_text, unique, weigh_texts
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder:
+    """Turns texts into vectors: packed into few requests, paced, retried, and checked.
+
+    One object serves many tasks at once, and one event loop after another. Making it is cheap and sends nothing.
+
+    Args:
+        model: The model's name, on Azure the deployment's; "local" is the embedded model (extra `local`).
+        client: A ready `AsyncOpenAI` or `AsyncAzureOpenAI`; used as it is, never closed.
+        http_client: A ready httpx or httpx2 `AsyncClient`; used as it is, never closed.
+        provider: Any `types.Provider`, in place of all the options for OpenAI.
+        api_key: The key, or an async function that returns it. Default: the environment's `OPENAI_API_KEY`.
+        base_url: Default: the environment's `OPENAI_BASE_URL`, else OpenAI itself.
+        dimensions: Ask for shorter vectors; only some models shorten.
+        max_batch_size: Texts a request, 1 to 2,048.
+        max_tokens_per_batch: Tokens a request; a text weighs max(tokens, UTF-8 bytes / 4).
+        max_tokens_per_text: Tokens the model takes in one text.
+        too_long: What becomes of a longer one: "error" fails it, "truncate" embeds its beginning, "mean" embeds
+            its pieces and takes their mean, weighted by tokens, at unit length.
+        concurrency: Requests under way at once.
+        requests_per_minute, tokens_per_minute: Stay below these. Limits that the provider's headers tell are
+            kept without being given here.
+        max_retries: How often a batch is sent again while nothing succeeds.
+        timeout: Seconds, wall-clock, for one attempt.
+        allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
+
+    Raises:
+        ConfigError: An option is out of range, or there is no usable key or address. It is a ValueError.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        client: Any = None,
+        http_client: Any = None,
+        provider: Provider | None = None,
+        api_key: ApiKey | None = None,
+        base_url: str | None = None,
+        dimensions: int | None = None,
+        max_batch_size: int = models.MAX_INPUTS,
+        max_tokens_per_batch: int = models.MAX_TOKENS_PER_REQUEST,
+        max_tokens_per_text: int = models.MAX_TOKENS_PER_TEXT,
+        too_long: TooLong = "error",
+        concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_retries: int = 8,
+        timeout: float = 60.0,
+        allow_insecure_http: bool = False,
+    ) -> None:
+        if not isinstance(model, str) or not model:
+            raise ConfigError("model must be the name of a model")
+        _check_range("max_batch_size", max_batch_size, 1, models.MAX_INPUTS)
+        for name, count in (
+            ("max_tokens_per_batch", max_tokens_per_batch),
+            ("max_tokens_per_text", max_tokens_per_text),
+            ("concurrency", concurrency),
+        ):
+            _check_range(name, count, 1)
+        if dimensions is not None:
+            _check_range("dimensions", dimensions, 1)
+        _check_range("max_retries", max_retries, 0)
+        for name, amount in (
+            ("timeout", timeout),
+            ("requests_per_minute", requests_per_minute),
+            ("tokens_per_minute", tokens_per_minute),
+        ):
+            if amount is not None and not amount > 0:
+                raise ConfigError(f"{name}={amount!r}; it must be more than 0")
+        if too_long not in ("error", "truncate", "mean"):
+            raise ConfigError(f'too_long={too_long!r}; it must be "error", "truncate" or "mean"')
+        self.model = model
+        self.concurrency = concurrency
+        self._facts = models.lookup(model)
+        self._limits = Limits(max_batch_size, max_tokens_per_batch, max_tokens_per_text)
+        self._too_long = too_long
+        self._per_minute = (requests_per_minute, tokens_per_minute)
+        self._max_retries = max_retries
+        self._engines: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
+        self._asked_dimensions = dimensions
+        self._provider: Provider = provider or (
+            LocalProvider(dimensions)
+            if model == "local" and client is None and base_url is None
+            else OpenAIProvider(
+                model,
+                dimensions=dimensions,
+                timeout=timeout,
+                client=client,
+                http_client=http_client,
+                api_key=api_key,
+                base_url=base_url,
+                connections=concurrency,
+                allow_insecure_http=allow_insecure_http,
+            )
+        )
+        if dimensions is not None and not self._facts.shortens:
+            raise ConfigError(f"dimensions={dimensions}; {model} does not shorten its vectors")
+
+    def __repr__(self) -> str:
+        return f"<Embedder {self.model!r} concurrency={self.concurrency}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections that were opened here; clients that were handed in stay open."""
+        self._engines.pop(asyncio.get_running_loop(), None)
+        await self._provider.aclose()
+
+    @property
+    def dimensions(self) -> int | None:
+        """The size of the vectors; None while nobody can know it."""
+        if self._asked_dimensions is not None:
+            return self._asked_dimensions
+        known = getattr(self._provider, "dimensions", None)
+        if known is None and getattr(self._provider, "host", None) == OFFICIAL_HOST:
+            # elsewhere a well-known name may stand for any model
+            return self._facts.dimensions
+        return known
+
+    async def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        on_progress: ProgressCallback | None = None,
+        deadline: float | None = None,
+    ) -> EmbeddingResult:
+        """Return one vector a text; texts that fail fail alone. Equal texts are sent once.
+
+        Args:
+            texts: At least one; none of them empty.
+            on_progress: Called with a `Progress` after every batch.
+            deadline: Seconds for the whole call, waiting included.
+
+        Raises:
+            TypeError: `texts` is one str, or holds something that is not a str.
+            ValueError: `texts` is empty, or holds an empty text. Nothing was sent.
+            AllFailedError: Not one text was embedded; `.result` tells why.
+            FatalProviderError: Going on is pointless (wrong key, no quota, unknown model, an outage);
+                `.result` holds what was done.
+            DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
+        """
+        contents = _listed(texts)
+        await _maybe_in_thread(len(contents), _check_texts, contents)
+        waiting = unique(enumerate(contents))
+        run = Run(deadline)
+        results = _Results(len(contents), run, on_progress)
+
+        async def source() -> AsyncIterator[Sequence[Text]]:
+            yield waiting
+
+        counter = await self._counter_for(waiting)
+        try:
+            async with asyncio.timeout_at(run.deadline_at):
+                await self._engine().run(source(), counter, run, results.deliver)
+        except TimeoutError:
+            run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
+        result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
+        if run.stopped_by is not None:
+            run.stopped_by.result = result
+            raise run.stopped_by
+        if len(result.failures) == len(result):
+            raise failed(result)
+        return result
+
+    async def embed_one(self, text: str, *, deadline: float | None = None) -> Vectors:
+        """Return the vector float32[d] of one text.
+
+        Raises:
+            AsyncEmbedError: Why it failed; see `embed`.
+        """
+        result = await self.embed([text], deadline=deadline)
+        vector: Vectors = result.embeddings[0]
+        return vector
+
+    async def stream(self, records: AnyIterable) -> AsyncGenerator[EmbeddedRecord, None]:
+        """Yield each record with its vector or its error, in order, while the source is still being read.
+
+        Memory is bounded by what is under way: the source is read only so far ahead. Leaving the loop early ends
+        the requests under way; `async with contextlib.aclosing(...)` does so at once.
+
+        Args:
+            records: Any sync or async iterable of records, in all their forms, or of plain texts, whose id is
+                then their position.
+
+        Raises:
+            FatalProviderError: Going on is pointless. What was done has been yielded.
+        """
+        run = Run()
+        order = _Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
+        counter = await self._counter()
+        running = asyncio.create_task(
+            self._engine().run(order.slices(records), counter, run, order.deliver, open_batches=1)
+        )
+        running.add_done_callback(lambda _: order.end())
+        try:
+            async for item in order.items():
+                yield item
+            await running
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+        if run.stopped_by is not None:
+            raise run.stopped_by
+
+    async def plan(self, texts: AnyIterable) -> Plan:
+        """Return what embedding the texts would take. Sends nothing.
+
+        Args:
+            texts: Any sync or async iterable of texts, or of records in all their forms.
+        """
+        counter = await self._counter()
+        packer: Packer[None] = Packer(self._limits.inputs, self._limits.tokens)
+        inputs = requests = tokens = count = 0
+        failures: list[Failure] = []
+        async with aclosing(records_in_slices(texts)) as slices:
+            async for some in slices:
+                good = _readable(count, some, failures)
+                count += len(some)
+                waiting = unique((index, record.text) for index, record in good)
+                for part in in_slices(waiting):
+                    items, bad = await asyncio.to_thread(weigh_texts, part, counter, self._limits, self._too_long)
+                    failures.extend(Failure(index, error) for text, error in bad for index in text.indices)
+                    requests += sum(packer.add(None, item.weight) is not None for item in items)
+                    tokens += sum(item.tokens for item in items)
+                    inputs += len(part) - len(bad)
+        requests += len(packer.flush())
+        return Plan(
+            texts=inputs,
+            failures=tuple(sorted(failures, key=lambda failure: failure.index)),
+            requests=requests,
+            tokens=tokens,
+            exact=counter.exact,
+            seconds=self._seconds(requests, tokens),
+            cost_usd=self._price(tokens),
+        )
+
+    # ---- what `pipeline` builds on ----
+
+    async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
+        """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
+        await self._engine().run(slices, await self._counter(), run, deliver)
+
+    def cost_usd(self, run: Run) -> float | None:
+        """The list price of what a run was billed; None if price or count is unknown."""
+        return self._price(run.tokens) if run.tokens_known else None
+
+    def _price(self, tokens: int) -> float | None:
+        price = self._facts.usd_per_million_tokens
+        return None if price is None else tokens * price / 1_000_000
+
+    def _seconds(self, requests: int, tokens: int) -> float | None:
+        amounts = zip((requests, tokens), self._per_minute, strict=True)
+        return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
+
+    def _engine(self) -> Engine:
+        loop = asyncio.get_running_loop()
+        engine = self._engines.get(loop)
+        if engine is None:
+            # The provider counts limits per address, key and model; a provider of the user's own is its own place.
+            place = getattr(self._provider, "identity", None) or self._provider
+            pace = shared_pace((place, self.model))
+            pace.limit(*self._per_minute)
+            engine = self._engines[loop] = Engine(
+                self._provider,
+                Slots(pace, self.concurrency),
+                self._limits,
+                concurrency=self.concurrency,
+                too_long=self._too_long,
+                max_retries=self._max_retries,
+            )
+        return engine
+
+    async def _counter(self) -> TokenCounter:
+        if isinstance(self._provider, LocalProvider):
+            return LocalCounter()
+        return await load_counter(self._facts.encoding)
+
+    async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
+        # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough
+        # for one text and, all together, for one request, needs no tokenizer.
+        longest = max(len(text.content) for text in texts)
+        total = sum(len(text.content) for text in texts)
+        if 4 * longest <= self._limits.tokens_per_text and 4 * total <= self._limits.tokens:
+            return ByteBound()
+        return await self._counter()
+
+
+class _Results:
+    """The rows of one `embed` call, as they come in."""
+
+    def __init__(self, count: int, run: Run, on_progress: ProgressCallback | None) -> None:
+        self._count = count
+        self._run = run
+        self._report = reporter(on_progress)
+        self._embeddings: Vectors | None = None
+        self._errors: dict[int, AsyncEmbedError] = {}
+        self._done = np.zeros(count, np.bool_)
+
+    async def deliver(self, outcome: Outcome) -> None:
+        if outcome.texts:
+            await _maybe_in_thread(outcome.vectors.size, self._place, outcome)
+        for text, error in outcome.failed:
+            self._errors.update(dict.fromkeys(text.indices, error))
+        done = int(self._done.sum()) + len(self._errors)
+        run = self._run
+        self._report(
+            Progress(done, self._count, len(self._errors), 0, run.tokens, run.requests, run.retries, run.elapsed_s)
+        )
+
+    def _place(self, outcome: Outcome) -> None:
+        if self._embeddings is None:
+            self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
+        for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
+            for index in text.indices:
+                self._embeddings[index] = vector
+                self._done[index] = True
+
+    def finish(
+        self, dimensions: int | None, cost_usd: float | None, stopped_by: AsyncEmbedError | None
+    ) -> EmbeddingResult:
+        embeddings = self._embeddings
+        if embeddings is None:
+            embeddings = np.empty((self._count, dimensions or 0), np.float32)
+        missing = np.flatnonzero(~self._done)
+        embeddings[missing] = np.nan
+        unfinished = stopped_by or AsyncEmbedError("it was not finished")
+        run = self._run
+        return EmbeddingResult(
+            embeddings,
+            tuple(Failure(index, self._errors.get(index, unfinished)) for index in missing.tolist()),
+            run.tokens,
+            run.requests,
+            run.retries,
+            run.elapsed_s,
+            cost_usd,
+        )
+
+
+class _Order:
+    """Puts the outcomes of a stream back into the order of its source, which it keeps from running ahead."""
+
+    def __init__(self, most_ahead: int) -> None:
+        self._most_ahead = most_ahead
+        self._records: dict[int, Record] = {}
+        self._done: dict[int, EmbeddedRecord] = {}
+        self._read = 0
+        self._yielded = 0
+        self._ended = False
+        self._changed = asyncio.Event()
+
+    async def slices(self, source: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
+        async with aclosing(records_in_slices(source, min(SLICE_RECORDS, self._most_ahead))) as slices:
+            async for some in slices:
+                yield self._texts(some)
+                if self._read - self._yielded >= self._most_ahead:
+                    yield ()  # what waits for company is what everybody waits for
+                    while self._read - self._yielded >= self._most_ahead:
+                        await self._change()
+
+    def _texts(self, some: list[Any]) -> list[Text]:
+        texts: list[tuple[int, str]] = []
+        for value in some:
+            index = self._read
+            self._read += 1
+            record = Record(index, value) if isinstance(value, str) else None
+            try:
+                record = record or as_record(value)
+                check_text(record.text)
+            except InputError as error:
+                self._finish(index, EmbeddedRecord(record or Record(index, ""), None, error))
+            else:
+                self._records[index] = record
+                texts.append((index, record.text))
+        return unique(texts)
+
+    async def deliver(self, outcome: Outcome) -> None:
+        for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
+            for index in text.indices:
+                self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
+        for text, error in outcome.failed:
+            for index in text.indices:
+                self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))
+
+    async def items(self) -> AsyncGenerator[EmbeddedRecord, None]:
+        while True:
+            item = self._done.pop(self._yielded, None)
+            if item is not None:
+                yield item
+                self._yielded += 1
+                self._changed.set()
+            elif self._ended:
+                return
+            else:
+                await self._change()
+
+    def end(self) -> None:
+        self._ended = True
+        self._changed.set()
+
+    def _finish(self, index: int, item: EmbeddedRecord) -> None:
+        self._done[index] = item
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
+    """Return a callback that can do no harm: one that raises is logged and not called again."""
+    broken = on_progress is None
+
+    def report(progress: Progress) -> None:
+        nonlocal broken
+        if broken or on_progress is None:
+            return
+        try:
+            on_progress(progress)
+        except Exception:
+            broken = True
+            logger.exception("on_progress raised; it is not called again in this run")
+
+    return report
+
+
+def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r}; it must be a whole number")
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"{least:,} to {most:,}"
+        raise ConfigError(f"{name}={value:,}; it must be {allowed}")
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, (str, bytes, bytearray)):
+        raise TypeError(f"texts is one {type(texts).__name__}; embed takes a list of str, embed_one a single one")
+    if isinstance(texts, (set, frozenset, dict)):
+        raise TypeError(f"texts is a {type(texts).__name__}, which has no order for the rows; pass a list")
+    contents = list(texts)
+    if not contents:
+        raise ConfigError("texts is empty; embed takes at least one text")
+    return contents
+
+
+def _check_texts(contents: list[str]) -> None:
+    for index, content in enumerate(contents):
+        try:
+            check_text(content)
+        except InputError as error:
+            raise type(error)(f"text {index} {error}") from None
+
+
+def _readable(first: int, some: list[Any], failures: list[Failure]) -> list[tuple[int, Record]]:
+    good: list[tuple[int, Record]] = []
+    for index, value in enumerate(some, start=first):
+        try:
+            record = Record(index, value) if isinstance(value, str) else as_record(value)
+            check_text(record.text)
+        except InputError as error:
+            failures.append(Failure(index, error))
+        else:
+            good.append((index, record))
+    return good
+
+
+async def _maybe_in_thread(size: int, work: Any, *args: Any) -> None:
+    if size < 10_000:  # 1 ms of work
+        work(*args)
+    else:
+        await asyncio.to_thread(work, *args)

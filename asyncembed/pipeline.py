@@ -1,0 +1,287 @@
+"""`ingest`: records in, rows in a store out; embedding and storing go on side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .embedder import Embedder, reporter
+from .engine import Outcome, Run
+from .errors import AsyncEmbedError, DeadlineError, InputError, InvalidRecordError, SinkError
+from .records import AnyIterable, as_record, in_slices
+from .report import IngestReport, Progress, ProgressCallback
+from .types import Failure, Record, RecordId, Row, Sink, Vectors
+from .weighing import Text, check_text, unique
+
+
+async def ingest(
+    records: AnyIterable,
+    embedder: Embedder,
+    sink: Sink,
+    *,
+    skip_existing: bool = True,
+    on_progress: ProgressCallback | None = None,
+    deadline: float | None = None,
+    stop: asyncio.Event | None = None,
+) -> IngestReport:
+    """Embed records and store them; those that are stored already, with the same text and model, cost nothing.
+
+    Records are taken lazily and in bounded memory. A bad record fails alone. A request's slot is held until its
+    rows are stored, so what a crash can make you pay twice is what was under way. Of several records with one id
+    the last one wins, as if they had been written one after the other; the replaced ones count as skipped.
+
+    Args:
+        records: Any sync or async iterable of records, in all their forms; see `Record`. An `InputError` among
+            them counts as a record that failed.
+        embedder: Stays open.
+        sink: Stays open.
+        skip_existing: Ask the store, and leave out what it has. With False everything is embedded anew.
+        on_progress: Called with a `Progress` after every batch and every skipped slice.
+        deadline: Seconds for the whole call.
+        stop: Setting it ends the run early and well: nothing new is sent, what is under way is stored, and the
+            report tells of what was finished. A rerun does the rest.
+
+    Raises:
+        FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
+        SinkError: The store cannot take more. What it took is stored, `.report` tells.
+        DeadlineError: The deadline passed; likewise.
+    """
+    run = Run(deadline)
+    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), getattr(records, "__len__", None))
+    watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
+    try:
+        async with asyncio.timeout_at(run.deadline_at):
+            await sink.prepare(embedder.model, embedder.dimensions)
+            await embedder.run(job.slices(records), run, job.deliver)
+    except TimeoutError as error:
+        if isinstance(error, AsyncEmbedError) or run.deadline_at is None or run.elapsed_s < (deadline or 0):
+            raise  # somebody else's
+        run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
+    except SinkError as error:
+        error.report = job.finish(error)
+        raise
+    finally:
+        if watcher is not None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
+    report = job.finish(run.stopped_by)
+    if run.stopped_by is not None and not isinstance(run.stopped_by, _EndedEarlyError):
+        run.stopped_by.report = report
+        raise run.stopped_by
+    return report
+
+
+class _EndedEarlyError(AsyncEmbedError):
+    """Not an error: the user asked the run to end."""
+
+
+async def _stop_when(stop: asyncio.Event, run: Run) -> None:
+    await stop.wait()
+    run.stop(_EndedEarlyError("the run was asked to end"))
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A good record between source and store."""
+
+    index: int
+    record: Record
+    key: str
+    content_hash: str = field(repr=False)
+    metadata: str | None = field(repr=False)
+
+
+class _Job:
+    """One ingest: what is between source and store, and the report."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        sink: Sink,
+        run: Run,
+        skip_existing: bool,
+        report_progress: ProgressCallback,
+        length: Any,
+    ) -> None:
+        self._embedder = embedder
+        self._sink = sink
+        self._run = run
+        self._skip_existing = skip_existing
+        self._report_progress = report_progress
+        self._total: int | None = None if length is None else length()
+        self._report = IngestReport()
+        self._count = 0
+        self._pending: dict[int, _Pending] = {}
+        self._in_flight: set[str] = set()
+        self._held: dict[str, _Pending] = {}
+        """Records whose id is in flight with an earlier text: they go after it, the last of them."""
+        self._released: list[_Pending] = []
+        self._changed = asyncio.Event()
+
+    async def slices(self, records: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
+        """Yield what has to be embedded; skips, failures and repeated ids stay behind."""
+        async with aclosing(in_slices(records)) as slices:
+            async for some in slices:
+                good, bad = await asyncio.to_thread(_checked, self._count, some)
+                self._count += len(some)
+                self._report.failures.extend(bad)
+                yield await self._admit(good)
+        while self._held or self._released:
+            yield ()  # send what they wait for
+            while not self._released:
+                self._changed.clear()
+                await self._changed.wait()
+            yield await self._admit([])
+
+    async def _admit(self, good: list[_Pending]) -> list[Text]:
+        last: dict[str, _Pending] = {}
+        for pending in (*self._take_released(), *good):
+            replaced = last.pop(pending.key, None) or self._held.pop(pending.key, None)
+            self._report.skipped_count += replaced is not None
+            (self._held if pending.key in self._in_flight else last)[pending.key] = pending
+        stored = await self._existing(list(last.values()))
+        texts = [(pending.index, pending.record.text) for pending in last.values() if pending.record.id not in stored]
+        for pending in last.values():
+            if pending.record.id in stored:
+                self._report.skipped_count += 1
+            else:
+                self._pending[pending.index] = pending
+                self._in_flight.add(pending.key)
+        self._progress()
+        return unique(texts)
+
+    async def _existing(self, wanted: list[_Pending]) -> set[RecordId]:
+        if not self._skip_existing or not wanted:
+            return set()
+        hashes = {pending.record.id: pending.content_hash for pending in wanted}
+        return await self._sink.existing(self._embedder.model, hashes)
+
+    def _take_released(self) -> list[_Pending]:
+        released, self._released = self._released, []
+        return released
+
+    async def deliver(self, outcome: Outcome) -> None:
+        """Store what was embedded, in one transaction; count it only then."""
+        if outcome.texts:
+            await self._store(outcome.texts, outcome.vectors)
+        for text, error in outcome.failed:
+            for index in text.indices:
+                pending = self._done(index)
+                if not isinstance(error, _EndedEarlyError):  # else it was never tried, so it was not seen
+                    self._report.failures.append(Failure(index, error, pending.record.id))
+        self._progress()
+
+    async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
+        indices = [index for text in texts for index in text.indices]
+        rows = [
+            _row(self._pending[index], vector)
+            for text, vector in zip(texts, vectors, strict=True)
+            for index in text.indices
+        ]
+        refused: Mapping[RecordId, AsyncEmbedError] = await self._sink.write(self._embedder.model, rows)
+        for index in indices:
+            record = self._done(index).record
+            if record.id in refused:
+                self._report.failures.append(Failure(index, refused[record.id], record.id))
+            else:
+                self._report.success_count += 1
+
+    def _done(self, index: int) -> _Pending:
+        pending = self._pending.pop(index)
+        self._in_flight.discard(pending.key)
+        held = self._held.pop(pending.key, None)
+        if held is not None:
+            self._released.append(held)
+            self._changed.set()
+        return pending
+
+    def _progress(self) -> None:
+        run, report = self._run, self._report
+        self._report_progress(
+            Progress(
+                report.seen,
+                self._total,
+                report.failed_count,
+                report.skipped_count,
+                run.tokens,
+                run.requests,
+                run.retries,
+                run.elapsed_s,
+            )
+        )
+
+    def finish(self, error: AsyncEmbedError | None) -> IngestReport:
+        """Return the report; records that were taken and not finished failed with that error."""
+        if error is not None and not isinstance(error, _EndedEarlyError):
+            for pending in (*self._pending.values(), *self._held.values(), *self._released):
+                self._report.failures.append(Failure(pending.index, error, pending.record.id))
+        self._pending, self._held, self._released = {}, {}, []
+        self._report.failures.sort(key=lambda failure: failure.index)
+        self._progress()
+        run = self._run
+        return replace(
+            self._report,
+            total_tokens=run.tokens,
+            requests=run.requests,
+            retries=run.retries,
+            elapsed_s=run.elapsed_s,
+            cost_usd=self._embedder.cost_usd(run),
+        )
+
+
+def _row(pending: _Pending, vector: Vectors) -> Row:
+    record = pending.record
+    return Row(record.id, record.text, vector, pending.content_hash, pending.metadata)
+
+
+def _checked(first: int, some: list[Any]) -> tuple[list[_Pending], list[Failure]]:
+    """Tell the good records of a slice from the bad ones, before anything is paid for either."""
+    good: list[_Pending] = []
+    bad: list[Failure] = []
+    for index, value in enumerate(some, start=first):
+        record_id = getattr(value, "record_id", None)
+        try:
+            record = as_record(value)
+            record_id = record.id
+            check_text(record.text)
+            key = str(record.id)
+            metadata = _as_json(record.metadata)
+            _check_storable(key, record.text, metadata)
+        except InputError as error:
+            bad.append(Failure(index, error, record_id))
+        else:
+            content_hash = hashlib.sha256(record.text.encode()).hexdigest()
+            good.append(_Pending(index, record, key, content_hash, metadata))
+    return good, bad
+
+
+def _as_json(metadata: object) -> str | None:
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping):
+        raise InvalidRecordError(f"has metadata that is {type(metadata).__name__}; it must be a mapping or None")
+    try:
+        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        # from None: the original may show the metadata
+        raise InvalidRecordError(f"has metadata that JSON cannot hold ({type(error).__name__})") from None
+    return text
+
+
+def _check_storable(key: str, text: str, metadata: str | None) -> None:
+    # PostgreSQL's text cannot hold NUL; the rule is the same for every store, and checked before anything is paid.
+    for name, value in (("id", key), ("text", text)):
+        if "\0" in value:
+            raise InvalidRecordError(f"has a NUL character in its {name}, which PostgreSQL cannot store; remove it")
+    if metadata is not None and "\\u0000" in metadata:
+        raise InvalidRecordError("has a NUL character in its metadata, which PostgreSQL cannot store; remove it")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise InvalidRecordError("has a lone surrogate in its id, so it is not UTF-8") from None
