@@ -1,0 +1,182 @@
+"""What all sinks agree on, so that the same input gives the same rows in each of them. Pure.
+
+Keys are `str(id)`, sorted and without doubles. A row that one store could not take is refused by every store:
+PostgreSQL holds no NUL in text or JSON, pgvector no NaN, and a B-tree no key of more than 2,704 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import AsyncEmbedError, RowRefusedError, SinkConfigError
+from ..types import RecordId, Row, Vectors
+
+TABLE = "embeddings"
+
+# Which models a table holds, and the size of their vectors: one such table beside ours.
+MODELS_TABLE = "asyncembed_models"
+
+# PostgreSQL documentation, 4.1.1: "By default, NAMEDATALEN is 64 so the maximum identifier length is 63 bytes."
+MAX_NAME_BYTES = 63
+
+# PostgreSQL's nbtree.h, BTMaxItemSize: a third of an 8 KiB page, 2,704 bytes; the key is id and model together.
+MAX_ID_BYTES = 2_000
+MAX_MODEL_BYTES = 500
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+Refusals = dict[RecordId, AsyncEmbedError]
+"""The rows which a store refuses, by their id as it was given."""
+
+
+def check_name(name: str, what: str = "table") -> str:
+    """Return the SQL identifier unchanged.
+
+    Raises:
+        SinkConfigError: It is not made of ASCII letters, digits and underscores, or is too long.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
+        raise SinkConfigError(
+            f"{what} name {str(name)[:80]!r} is not made of ASCII letters, digits and underscores, "
+            f"not beginning with a digit, {MAX_NAME_BYTES} at most"
+        )
+    return name
+
+
+def check_table(name: str) -> str:
+    """Return the name of a table of ours unchanged, or raise SinkConfigError."""
+    if name == MODELS_TABLE:
+        raise SinkConfigError(f"table name {name!r} is taken: the sizes of the vectors are kept there")
+    return check_name(name)
+
+
+def check_model(model: str) -> str:
+    """Return the model's name unchanged, or raise SinkConfigError if it cannot be part of a key."""
+    if not model or _unstorable(model) or len(model.encode()) > MAX_MODEL_BYTES:
+        raise SinkConfigError(
+            f"model {str(model)[:80]!r} cannot be part of a key: 1 to {MAX_MODEL_BYTES} bytes of UTF-8 without NUL"
+        )
+    return model
+
+
+def shown(key: str) -> str:
+    """Return the id for a message: quoted, and not longer than a line."""
+    return repr(key if len(key) <= 80 else f"{key[:77]}...")
+
+
+def admit(model: str, rows: Sequence[Row], dimensions: int, where: str) -> tuple[dict[str, Row], Refusals]:
+    """Sort the rows into those to store, by key and in the order of the keys, and those no store takes.
+
+    Of rows with the same key the last one counts, also when it is refused. The order of the keys is what
+    keeps concurrent writers from waiting for each other in a circle.
+
+    Raises:
+        SinkConfigError: Not one row has the given number of dimensions.
+    """
+    last = {str(row.id): row for row in rows}
+    if all(row.vector.shape != (dimensions,) for row in last.values()):
+        check_dimensions(model, dimensions, rows[0].vector.size, where)
+    admitted: dict[str, Row] = {}
+    refused: Refusals = {}
+    for key in sorted(last):
+        row = last[key]
+        reason = _refusal(key, row, dimensions)
+        if reason is None:
+            admitted[key] = row
+        else:
+            refused[row.id] = RowRefusedError(f"row {shown(key)} {reason}")
+    return admitted, refused
+
+
+def _refusal(key: str, row: Row, dimensions: int) -> str | None:
+    if row.vector.shape != (dimensions,):
+        return f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
+    if not _finite(row.vector):
+        return "has a vector with NaN or infinity in it"
+    if not key or _unstorable(key) or len(key.encode()) > MAX_ID_BYTES:
+        return f"has no usable id: 1 to {MAX_ID_BYTES} bytes of UTF-8 without NUL"
+    if _unstorable(row.text):
+        return "has a text with NUL or half a surrogate pair in it, which stores cannot hold"
+    if row.metadata is not None and not _storable_json(row.metadata):
+        return "has metadata that is not plain JSON: NaN, NUL and half a surrogate pair cannot be stored"
+    return None
+
+
+def _finite(vector: Vectors) -> bool:
+    # One pass of BLAS: a finite sum of squares has only finite parts. Squares may overflow, hence the second look.
+    with np.errstate(over="ignore"):
+        return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
+
+
+def _unstorable(text: str) -> bool:
+    if "\x00" in text:
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _storable_json(metadata: str) -> bool:
+    try:
+        value = json.loads(metadata, parse_constant=_refuse_constant)
+        if "\\u" in metadata:  # escapes may hide what text must not hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return not _unstorable(metadata) and not _ESCAPED_NUL.search(metadata)
+
+
+def little_endian(vector: Vectors) -> memoryview:
+    """Return float32[d] as the 4 * d bytes that are stored: little-endian IEEE 754, no header. No copy if it is so."""
+    return np.ascontiguousarray(vector, "<f4").data
+
+
+def keys_of(ids: Iterable[RecordId]) -> list[str]:
+    """Return the keys of the ids, sorted and without doubles."""
+    return sorted({str(id) for id in ids})
+
+
+def parsed(metadata: str | None) -> Mapping[str, Any] | None:
+    """Return stored metadata as the mapping it was."""
+    value: Mapping[str, Any] | None = None if metadata is None else json.loads(metadata)
+    return value
+
+
+def choose_model(models: Mapping[str, int], model: str | None, dimensions: int, where: str) -> str | None:
+    """Decide which model a search with a query of that size is about; None if nothing at all is stored.
+
+    Raises:
+        SinkConfigError: The model is not among those stored, none is named and there are several, or its vectors
+            have another size.
+    """
+    names = ", ".join(f"{name!r} ({size} dimensions)" for name, size in sorted(models.items())) or "none"
+    if model is None and len(models) > 1:
+        raise SinkConfigError(f"{where} holds vectors of several models; say which with model=: {names}")
+    if model is not None and model not in models:
+        raise SinkConfigError(f"{where} holds no vectors of model {model!r}; it holds: {names}")
+    chosen = model if model is not None else next(iter(models), None)
+    if chosen is not None and models[chosen] != dimensions:
+        raise SinkConfigError(f"the query has {dimensions} dimensions; {where} holds: {names}")
+    return chosen
+
+
+def check_dimensions(model: str, stored: int, given: int, where: str) -> None:
+    """Raise SinkConfigError unless the sizes are the same: vectors of two sizes cannot be compared."""
+    if stored != given:
+        raise SinkConfigError(
+            f"{where} holds vectors of {stored} dimensions for model {model!r}, and these have {given}: "
+            f"ask for dimensions={stored}, or use another table"
+        )

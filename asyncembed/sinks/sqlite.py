@@ -1,0 +1,344 @@
+"""Vectors in an SQLite file, as the little-endian float32 blobs that sqlite-vec reads, too.
+
+A transaction is one function on its connection's thread, from BEGIN IMMEDIATE to COMMIT or ROLLBACK. So no other
+task can come between its statements, and a cancelled caller cannot leave it open: it waits for that function,
+which stops at its next row or commits. There are two connections, since in WAL mode a reader does not wait for a
+writer: one writes, one reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeAlias, TypeVar
+
+import aiosqlite
+
+from ..errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
+from ..types import Hit, RecordId, Row, Vectors
+from . import schema
+from .search import Ranking, check_query
+from .sqlite_table import Table, transaction
+
+T = TypeVar("T")
+Job: TypeAlias = Callable[[sqlite3.Connection, Callable[[], None]], T]
+"""What runs on a connection's thread. It calls its second argument now and then, which raises to give up."""
+
+# Measured with 10,000 rows of 1,536 dimensions: 25,000 rows/s with pages of 4 KiB, 48,000 with 16 KiB, 55,000 with
+# 64 KiB, of which a changed row then rewrites more. Without rowids, at 16 KiB: 12,000, and a file twice as large.
+PAGE_BYTES = 16_384
+
+# How long one attempt waits for a lock before it looks whether its caller is still there.
+LOCK_SLICE_S = 0.05
+
+# Ids a page when all are listed.
+IDS_PER_PAGE = 10_000
+
+# What SQLite's primary result codes mean to our caller (sqlite.org/rescode.html), and what to do about it.
+_MEANINGS: dict[int, tuple[type[SinkError], str]] = {
+    sqlite3.SQLITE_BUSY: (SinkBusyError, "is locked by another process: try again when that is done"),
+    sqlite3.SQLITE_LOCKED: (SinkBusyError, "is locked by another connection: try again when that is done"),
+    sqlite3.SQLITE_READONLY: (SinkConfigError, "is read-only: let this user write to the file and its folder"),
+    sqlite3.SQLITE_IOERR: (SinkError, "could not be read or written: the disk reports an error"),
+    sqlite3.SQLITE_CORRUPT: (SinkError, "is damaged: restore it, or save what is left with `sqlite3 FILE .recover`"),
+    sqlite3.SQLITE_FULL: (SinkError, "cannot grow: its disk is full"),
+    sqlite3.SQLITE_NOTADB: (SinkConfigError, "is not an SQLite database: choose another file"),
+}
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+class _StoppedError(Exception):
+    """The caller is gone; what it began is rolled back."""
+
+
+class _Connection:
+    """One sqlite3 connection on a thread of its own, opened at first use; it runs whole functions, one at a time."""
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection], wait_s: float) -> None:
+        self._connect = connect
+        self._wait_s = wait_s
+        self._turn = asyncio.Lock()
+        self._db: aiosqlite.Connection | None = None
+
+    async def run(self, job: Job[T]) -> T:
+        """Run the job on the thread. When this returns or raises, even CancelledError, the job runs no more."""
+        async with self._turn:
+            stop = threading.Event()
+            if self._db is None:
+                # assigns in its own task: cancelled meanwhile, the connection is kept for the next one or `aclose`
+                await _settled(asyncio.ensure_future(self._open()), stop)
+            assert self._db is not None
+            connection = self._db._conn
+            # A bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the thread would
+            # report to a closed loop. aiosqlite's own methods forget what they started when they are cancelled.
+            future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            self._db._tx.put_nowait((future, lambda: _patiently(job, connection, self._wait_s, stop)))
+            return await _settled(future, stop)
+
+    async def _open(self) -> None:
+        db = aiosqlite.Connection(self._connect, iter_chunk_size=64)
+        db._thread.daemon = True  # aiosqlite's is not, and a sink that nobody closed would keep the process alive
+        self._db = await db
+
+    async def aclose(self) -> None:
+        """Close the connection and end its thread."""
+        async with self._turn:
+            db, self._db = self._db, None
+            if db is not None:
+                await _settled(asyncio.ensure_future(db.close()), threading.Event())
+
+    def abandon(self) -> bool:
+        """Let the thread close the connection without being waited for; return whether there was one."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.stop()
+        return db is not None
+
+
+async def _settled(future: asyncio.Future[T], stop: threading.Event) -> T:
+    """Wait for the end of what the thread does, come what may; tell it to stop if the caller is cancelled."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            stop.set()  # the end is one row, one commit or one look at a lock away
+            cancelled = error
+    if cancelled is not None:
+        future.cancelled() or future.exception()  # seen, so that nobody logs it as lost
+        raise cancelled
+    return future.result()
+
+
+def _patiently(job: Job[T], connection: sqlite3.Connection, wait_s: float, stop: threading.Event) -> T:
+    """Run the job, again and again while another process holds the lock."""
+
+    def check() -> None:
+        if stop.is_set():
+            raise _StoppedError
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        check()
+        try:
+            return job(connection, check)
+        except sqlite3.OperationalError as error:
+            if _code(error) not in _BUSY or time.monotonic() >= deadline:
+                raise
+
+
+def _code(error: sqlite3.Error | sqlite3.Warning) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+
+
+class SQLiteSink:
+    """Stores vectors in an SQLite file, and finds them again.
+
+    Args:
+        path: The file; it and its tables are created by `prepare` or the first `write`. `":memory:"` is kept in
+            memory, until the sink is closed.
+        table: Holds the rows; created if missing.
+        busy_timeout: Seconds to wait for other processes' locks, then SinkBusyError.
+
+    It connects at first use and may be used by many tasks at once. Used again after `aclose()`, or in another
+    event loop after the first one ended, it connects anew.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, table: str = schema.TABLE, busy_timeout: float = 5.0) -> None:
+        self._connections: tuple[_Connection, ...] = ()  # the writer first, then the reader; one for both in memory
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if not busy_timeout >= 0:
+            raise SinkConfigError(f"busy_timeout is {busy_timeout}; it is a number of seconds, at least 0")
+        self._memory = os.fspath(path) == ":memory:"
+        self._path = Path(path) if self._memory else Path(path).absolute()
+        self._shown = os.fspath(path)
+        self._table = Table(schema.check_table(table), f"table {table!r} in {self._shown}")
+        self._busy_timeout = busy_timeout
+
+    def __repr__(self) -> str:
+        return f"SQLiteSink({self._shown!r}, table={self._table.name!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if [connection for connection in self._connections if connection.abandon()]:
+            warnings.warn(f"{self!r} was not closed: use `async with`, or aclose()", ResourceWarning, stacklevel=2)
+
+    async def prepare(self, model: str, dimensions: int | None) -> None:
+        """Create file and tables if they are missing, and record the size of the model's vectors.
+
+        Raises:
+            SinkConfigError: The file cannot be written, the table has other columns, or vectors of another size.
+            SinkBusyError: Another process held the lock for longer than `busy_timeout`.
+        """
+        schema.check_model(model)
+
+        def job(connection: sqlite3.Connection, check: Callable[[], None]) -> None:
+            with transaction(connection):
+                self._table.create(connection)
+                if dimensions is not None:
+                    stored = self._table.record(connection, model, dimensions)
+                    schema.check_dimensions(model, stored, dimensions, self._table.where)
+
+        await self._write(job)
+
+    async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
+        """Return those of the given ids that are stored for this model with this very content hash."""
+        keys = schema.keys_of(hashes)
+        stored = await self._read(lambda connection: self._table.hashes(connection, model, keys))
+        return {id for id, content_hash in hashes.items() if stored.get(str(id)) == content_hash}
+
+    async def write(self, model: str, rows: Sequence[Row]) -> Mapping[RecordId, AsyncEmbedError]:
+        """Upsert the rows in one transaction, synced to the disk before this returns.
+
+        Of rows with the same key the last one wins; a stored row keeps its `created_at`. Cancelled, it has stored
+        all or nothing before it raises.
+
+        Returns:
+            The rows that no store takes, each with its error; all others are stored.
+
+        Raises:
+            SinkError: Nothing of this call was stored. As for `prepare`, which need not have been called.
+        """
+        if not rows:
+            return {}
+        schema.check_model(model)
+        table = self._table
+
+        def job(connection: sqlite3.Connection, check: Callable[[], None]) -> schema.Refusals:
+            with transaction(connection):
+                table.create(connection)
+                dimensions = table.record(connection, model, rows[0].vector.size)
+                admitted, refused = schema.admit(model, rows, dimensions, table.where)
+                return refused | table.upsert(connection, model, admitted, check)
+
+        return await self._write(job)
+
+    async def search(self, vector: Vectors | Sequence[float], k: int = 5, *, model: str | None = None) -> list[Hit]:
+        """Return the k rows nearest to float32[d] by cosine similarity: best first, equal ones by id.
+
+        Every stored vector of the model is looked at, a few megabytes at a time. Rows that are all zeros have no
+        direction and are never found.
+
+        Raises:
+            ConfigError: The vector or k is not usable.
+            SinkConfigError: Nothing was stored here yet, the vector has another size than those stored, or there
+                are several models and none was named.
+        """
+        query = check_query(vector, k)
+        chosen = schema.choose_model(await self.models(), model, query.size, self._table.where)
+        if chosen is None:
+            return []
+        ranking = Ranking(query, k)
+        after: int | None = 0
+        while after is not None:
+            # one slice a turn, so that others who read come in between
+            after = await self._read(partial(self._table.rank_slice, model=chosen, ranking=ranking, after=after))
+        return await self._read(lambda connection: self._table.hits(connection, chosen, ranking.best()))
+
+    async def models(self) -> dict[str, int]:
+        """Return the models that have rows here, each with the dimensions of its vectors."""
+        return await self._read(self._table.models)
+
+    async def count(self, model: str | None = None) -> int:
+        """Return the number of rows, of one model or of all."""
+        return await self._read(lambda connection: self._table.count(connection, model))
+
+    async def ids(self, model: str) -> AsyncIterator[str]:
+        """Yield the ids stored for the model, in order; one page of them is held in memory."""
+        after = ""
+        while page := await self._read(partial(self._table.ids, model=model, after=after, limit=IDS_PER_PAGE)):
+            for id in page:
+                yield id
+            after = page[-1]
+
+    async def delete(self, ids: Iterable[RecordId], model: str) -> int:
+        """Delete the model's rows with these ids, in one transaction; return how many there were."""
+        keys = schema.keys_of(ids)
+
+        def job(connection: sqlite3.Connection, check: Callable[[], None]) -> int:
+            with transaction(connection):
+                return self._table.delete(connection, model, keys)
+
+        return await self._write(job)
+
+    async def aclose(self) -> None:
+        """Close the connections; what is under way ends first. A later call opens them again."""
+        at_home = self._loop is asyncio.get_running_loop()
+        for connection in self._connections:
+            if at_home:
+                await connection.aclose()
+            else:
+                connection.abandon()
+
+    async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        return await self._run(-1, lambda connection, check: read(connection))
+
+    async def _write(self, job: Job[T]) -> T:
+        return await self._run(0, job)
+
+    async def _run(self, which: int, job: Job[T]) -> T:
+        self._move_to(asyncio.get_running_loop())
+        try:
+            return await self._connections[which].run(job)
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise self._explained(error) from error
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See that the connections are this loop's."""
+        if self._connections and self._loop is loop:
+            return
+        if self._connections and self._loop is not None and self._loop.is_running():
+            raise SinkError(f"{self!r} is in use by another running event loop: make a sink for each")
+        for connection in self._connections:
+            connection.abandon()
+        modes = ["memory"] if self._memory else ["rwc", "rw"]
+        self._connections = tuple(_Connection(partial(self._connect, mode), self._busy_timeout) for mode in modes)
+        self._loop = loop
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        """Connect; on the connection's thread. Modes are SQLite's: "rwc" creates the file, "rw" does not."""
+        uri = "file::memory:" if mode == "memory" else f"{self._path.as_uri()}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None)
+        try:
+            if mode != "rw":
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
+                # FULL syncs at every commit, so that what was paid for outlives a power cut, too: 10 % slower
+                connection.execute("PRAGMA synchronous = FULL")
+                # Refused while a process without WAL is in it, and on disks that cannot share memory: a rollback
+                # journal is as safe, only slower. What else may be wrong the first statement will say.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    connection.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _explained(self, error: sqlite3.Error | sqlite3.Warning) -> SinkError:
+        kind, meaning = _MEANINGS.get(_code(error), (SinkError, f"failed: {error}"))
+        if _code(error) == sqlite3.SQLITE_CANTOPEN:
+            kind, meaning = SinkConfigError, self._why_closed()
+        elif kind is SinkBusyError:
+            meaning = f"{meaning}, or wait longer than busy_timeout={self._busy_timeout:g} s"
+        return kind(f"{self._shown} {meaning}")
+
+    def _why_closed(self) -> str:
+        if self._path.is_dir():
+            return "is a folder: name a file in it"
+        if not self._path.parent.is_dir():
+            return f"cannot be made: there is no folder {self._path.parent}"
+        if not self._path.exists() and os.access(self._path.parent, os.W_OK):
+            return "does not exist yet: ingest into it first"
+        return "cannot be opened: let this user read and write it, and its folder"
