@@ -6,6 +6,8 @@
 Importing this loads no driver: each is loaded when it is first needed.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .embedder import Embedder
 from .errors import (
     AllFailedError,
@@ -41,8 +43,11 @@ from .errors import (
 )
 from .pipeline import ingest
 from .report import EmbeddingResult, IngestReport, Plan, Progress
-from .sinks import PostgresSink, SQLiteSink, open_sink
+from .sinks import open_sink
 from .types import EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, Sink
+
+if TYPE_CHECKING:
+    from .sinks import PostgresSink, SQLiteSink
 
 __version__ = "0.1.0"
 
@@ -95,3 +100,11 @@ __all__ = [
     "ingest",
     "open_sink",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PostgresSink", "SQLiteSink"):  # their drivers load when they are asked for
+        from . import sinks
+
+        return getattr(sinks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

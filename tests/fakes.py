@@ -1,0 +1,58 @@
+"""Stand-ins for tests that run on the virtual clock; each plays a script, and records what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from asyncembed.errors import AsyncEmbedError
+from asyncembed.types import Reply, Vectors
+
+Answer: TypeAlias = AsyncEmbedError | None
+Script: TypeAlias = Callable[[int, Sequence[str]], Answer]
+
+
+def vector_of(text: str, dimensions: int = 4) -> Vectors:
+    """A vector float32[dimensions] that is a function of its text alone, so that a misplaced row is seen."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.frombuffer(digest[: 4 * dimensions], "<u4").astype(np.float32) / np.float32(2**32)
+
+
+class FakeProvider:
+    """Answers with `vector_of` each text after `latency_s`, except where its script says otherwise.
+
+    Args:
+        script: Called with the request's number, from 0, and its texts; an error it returns is raised.
+        latency_s: Seconds of the loop's clock that a request takes.
+    """
+
+    def __init__(self, script: Script | None = None, latency_s: float = 1.0) -> None:
+        self._script = script or (lambda number, texts: None)
+        self.latency_s = latency_s
+        self.requests: list[list[str]] = []
+        self.sent_at: list[float] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.closed = False
+
+    async def embed(self, texts: Sequence[str]) -> Reply:
+        number = len(self.requests)
+        self.requests.append(list(texts))
+        self.sent_at.append(asyncio.get_running_loop().time())
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.latency_s)
+            error = self._script(number, texts)
+            if error is not None:
+                raise error
+            return Reply(np.stack([vector_of(text) for text in texts]), sum(map(len, texts)))
+        finally:
+            self.in_flight -= 1
+
+    async def aclose(self) -> None:
+        self.closed = True
