@@ -1,0 +1,67 @@
+"""`python -m asyncembed.testing`: the stand-in as a process of its own, for programs in any language."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from collections.abc import Sequence
+
+from .dialects import DIALECTS
+from .schedules import mixed
+from .server import EmbeddingServer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m asyncembed.testing",
+        description="Answer like OpenAI's embeddings API on the loopback. Prints the base URL when it is ready; "
+        "Ctrl-C or SIGTERM ends it.",
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="any free one by default")
+    parser.add_argument("--dialect", choices=sorted(DIALECTS), default="openai", help="which kind of server to be")
+    parser.add_argument("--dimensions", type=int, help="of the vectors of every model")
+    parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds until an answer begins")
+    parser.add_argument("--latency-per-token", type=float, default=0.0, metavar="S", help="and for each token")
+    parser.add_argument("--max-inputs", type=int, metavar="N", help="inputs a request may hold")
+    parser.add_argument("--requests-per-minute", type=float, metavar="N")
+    parser.add_argument("--tokens-per-minute", type=float, metavar="N")
+    parser.add_argument("--burst", type=float, default=60.0, metavar="S", help="seconds of these rates at once")
+    parser.add_argument("--fault-rate", type=float, default=0.0, metavar="P", help="share of requests that go wrong")
+    parser.add_argument("--seed", type=int, default=0, help="which of them, and how")
+    return parser
+
+
+async def _run(options: argparse.Namespace) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # not the loop's own add_signal_handler: Windows has none
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(ended.set))
+    server = EmbeddingServer(
+        host=options.host,
+        port=options.port,
+        dialect=DIALECTS[options.dialect],
+        dimensions=options.dimensions,
+        latency_s=options.latency,
+        latency_per_token_s=options.latency_per_token,
+        max_inputs=options.max_inputs,
+        requests_per_minute=options.requests_per_minute,
+        tokens_per_minute=options.tokens_per_minute,
+        burst_s=options.burst,
+        faults=mixed(rate=options.fault_rate, seed=options.seed),
+        keep_texts=False,
+    )
+    async with server:
+        print(server.base_url, flush=True)
+        await ended.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run until a signal ends it."""
+    asyncio.run(_run(_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

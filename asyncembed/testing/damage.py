@@ -1,0 +1,339 @@
+"""Faults of the other two kinds: replies with something wrong in them, and answers that do not arrive whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from random import Random
+from typing import Literal
+
+import numpy as np
+import pybase64
+
+from .faults import Fault
+from .http import Wire
+from .replies import JSON, Answer, Reply, write_vectors
+from .vectors import as_base64, embeddings_of
+
+# A drip every twentieth of a second is slow to no read timeout.
+_DRIPS_PER_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class WrongCount(Fault):
+    """So many items more (the last one again) or, if negative, fewer than texts."""
+
+    by: int = -1
+
+    def alter(self, reply: Reply) -> Reply:
+        count = max(0, len(reply.embeddings) + self.by)
+        extra = count - len(reply.embeddings)
+        return replace(
+            reply,
+            embeddings=reply.embeddings[:count] + reply.embeddings[-1:] * extra,
+            indices=reply.indices[:count] + tuple(range(len(reply.indices), count)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffled(Fault):
+    """Another order, the indices right: no fault at all, for who reads them."""
+
+    seed: int = 0
+
+    def alter(self, reply: Reply) -> Reply:
+        order = list(range(len(reply.embeddings)))
+        Random(self.seed).shuffle(order)
+        return replace(
+            reply,
+            embeddings=tuple(reply.embeddings[position] for position in order),
+            indices=tuple(reply.indices[position] for position in order),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateIndex(Fault):
+    """Two items say they are the first. A reply of one item says it is the second."""
+
+    def alter(self, reply: Reply) -> Reply:
+        first = reply.indices[0] if len(reply.indices) > 1 else 1
+        return replace(reply, indices=(*reply.indices[:-1], first))
+
+
+@dataclass(frozen=True, slots=True)
+class MissingIndex(Fault):
+    """The first item does not say its index; or none does, which leaves only the order to go by."""
+
+    everywhere: bool = False
+
+    def alter(self, reply: Reply) -> Reply:
+        missing = len(reply.indices) if self.everywhere else 1
+        return replace(reply, indices=(None,) * missing + reply.indices[missing:])
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignVector(Fault):
+    """The embedding of one row is these bytes of JSON.
+
+    The default is null; `b"[]"`, `b'""'`, `b'"%%%%"'` (no base64), `b'"AAA="'` (two bytes), `b'["a"]'`,
+    `b"[NaN]"` and `b"[1e999]"` have all been seen or are close to what was.
+    """
+
+    raw: bytes = b"null"
+    row: int = 0
+
+    def alter(self, reply: Reply) -> Reply:
+        return _with_row(reply, self.row, self.raw)
+
+
+def _with_row(reply: Reply, row: int, raw: bytes) -> Reply:
+    rows = list(reply.embeddings)
+    rows[row % len(rows)] = raw
+    return replace(reply, embeddings=tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class NaNVector(Fault):
+    """One number of one row is NaN, or `value`; in base64 or spelled out, as the reply is."""
+
+    value: float = math.nan
+    row: int = 0
+
+    def alter(self, reply: Reply) -> Reply:
+        if reply.base64:
+            vector = np.full((1, reply.dimensions), 0.02, np.float32)
+            vector[0, 0] = self.value
+            return _with_row(reply, self.row, as_base64(vector)[0])
+        # json writes what JSON does not know, NaN and Infinity, as most servers' languages do
+        numbers = json.dumps([self.value] + [0.02] * (reply.dimensions - 1))
+        return _with_row(reply, self.row, numbers.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class WrongDimensions(Fault):
+    """All vectors, or only that of `row`, have another size than the model's."""
+
+    dimensions: int
+    row: int | None = None
+
+    def alter(self, reply: Reply) -> Reply:
+        vectors = embeddings_of(reply.question.texts, self.dimensions, reply.question.model)
+        written = write_vectors(vectors, base64=reply.base64)
+        if self.row is not None:
+            return _with_row(reply, self.row, written[self.row])
+        return replace(reply, embeddings=tuple(written), indices=tuple(range(len(written))))
+
+
+@dataclass(frozen=True, slots=True)
+class Float64(Fault):
+    """Base64 of float64, twice the numbers to who reads float32: vLLM 0.5.3 (vllm issue 5734)."""
+
+    def alter(self, reply: Reply) -> Reply:
+        vectors = embeddings_of(reply.question.texts, reply.dimensions, reply.question.model).astype("<f8")
+        written = tuple(b'"%b"' % pybase64.b64encode(row.tobytes()) for row in vectors)
+        return replace(reply, embeddings=written, indices=tuple(range(len(written))))
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEncoding(Fault):
+    """Numbers to who asked for base64, and base64 to who asked for numbers."""
+
+    def alter(self, reply: Reply) -> Reply:
+        vectors = embeddings_of(reply.question.texts, reply.dimensions, reply.question.model)
+        written = tuple(write_vectors(vectors, base64=not reply.base64))
+        return replace(reply, embeddings=written, indices=tuple(range(len(written))))
+
+
+@dataclass(frozen=True, slots=True)
+class Beside(Fault):
+    """Other values beside the data: `Beside({"usage": None})`, `Beside({"model": "another"})`.
+
+    A name in `without` is left out.
+    """
+
+    values: Mapping[str, object] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+    def alter(self, reply: Reply) -> Reply:
+        others = {**reply.others, **self.values}
+        return replace(reply, others={name: others[name] for name in others if name not in self.without})
+
+
+@dataclass(frozen=True, slots=True)
+class Late(Fault):
+    """The right answer, `seconds` late: a model that is loaded first."""
+
+    seconds: float
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        await wire.sleep(self.seconds)
+        await wire.send(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Hang(Fault):
+    """Silence until the client leaves; before the answer, or in the middle of its body."""
+
+    when: Literal["before", "mid-body"] = "before"
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        if self.when == "mid-body":
+            await wire.write(wire.head(answer) + _half(answer))
+        await wire.until_client_leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Drip(Fault):
+    """The right answer, a few bytes at a time: every single wait is short, the whole is long."""
+
+    bytes_per_s: float = 200.0
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        raw = wire.head(answer) + answer.body
+        step = max(1, int(self.bytes_per_s / _DRIPS_PER_S))
+        for start in range(0, len(raw), step):
+            await wire.write(raw[start : start + step])
+            await wire.sleep(step / self.bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect(Fault):
+    """The connection is closed: before a byte is sent, in the middle of the body, or after a whole answer that
+    promised to keep it open, so that the client's next request meets a dead connection.
+    """
+
+    when: Literal["before", "mid-body", "after"] = "before"
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        if self.when == "after":
+            await wire.send(answer)
+        elif self.when == "mid-body":
+            await wire.write(wire.head(answer) + _half(answer))
+        wire.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Reset(Fault):
+    """The connection is reset (RST): before a byte is sent, or in the middle of the body."""
+
+    when: Literal["before", "mid-body"] = "before"
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        if self.when == "mid-body":
+            await wire.write(wire.head(answer) + _half(answer))
+        wire.reset()
+
+
+@dataclass(frozen=True, slots=True)
+class CutBody(Fault):
+    """Only the first bytes of the body, under a head that promises all of them.
+
+    Args:
+        size_bytes: How many; None for half of them.
+        chunked: Sent in chunks, of which the last one is missing.
+    """
+
+    size_bytes: int | None = None
+    chunked: bool = False
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        part = _half(answer) if self.size_bytes is None else answer.body[: self.size_bytes]
+        if self.chunked:
+            part = b"%x\r\n%b\r\n" % (len(part), part)
+        await wire.write(wire.head(answer, chunked=self.chunked) + part)
+        wire.close()
+
+
+def _half(answer: Answer) -> bytes:
+    return answer.body[: len(answer.body) // 2]
+
+
+@dataclass(frozen=True, slots=True)
+class TruncatedJSON(Fault):
+    """Correct HTTP around a JSON that ends too early."""
+
+    size_bytes: int | None = None
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        await wire.send(replace(answer, body=answer.body[: self.size_bytes or len(answer.body) // 2]))
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenGzip(Fault):
+    """`content-encoding: gzip`, and a body that is cut in its middle, or (if `corrupt`) damaged there."""
+
+    corrupt: bool = False
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        packed = bytearray(gzip.compress(answer.body, compresslevel=1, mtime=0))
+        middle = len(packed) // 2
+        if self.corrupt:
+            packed[middle : middle + 64] = b"\xff" * 64
+        body = bytes(packed) if self.corrupt else bytes(packed[:middle])
+        await wire.send(replace(answer, body=body, headers={**answer.headers, "content-encoding": "gzip"}))
+
+
+@dataclass(frozen=True, slots=True)
+class GzipBomb(Fault):
+    """A few hundred kilobytes that unpack to `size_bytes` of blanks."""
+
+    size_bytes: int = 300_000_000
+
+    def answer(self) -> Answer:
+        return Answer(200, _packed_blanks(self.size_bytes), {**JSON, "content-encoding": "gzip"})
+
+
+@lru_cache(maxsize=4)
+def _packed_blanks(size_bytes: int) -> bytes:
+    packer = zlib.compressobj(wbits=31)  # 31: with gzip's header and trailer
+    blanks = b" " * 1_000_000
+    parts = [packer.compress(blanks) for _ in range(size_bytes // len(blanks))]
+    return b"".join([*parts, packer.compress(blanks[: size_bytes % len(blanks)]), packer.flush()])
+
+
+@dataclass(frozen=True, slots=True)
+class Flood(Fault):
+    """200 OK and blanks without an end, in chunks, for as long as the client takes them."""
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        chunk = b"10000\r\n%b\r\n" % (b" " * 0x10000)
+        await wire.write(wire.head(answer, chunked=True))
+        while True:
+            await wire.write(chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Interim(Fault):
+    """An informational answer (100, 103 Early Hints) before the right one."""
+
+    status: int = 103
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        await wire.write(f"HTTP/1.1 {self.status} Interim\r\nlink: </style.css>\r\n\r\n".encode())
+        await wire.send(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class HugeHeader(Fault):
+    """The right answer under a header of `size_bytes`."""
+
+    size_bytes: int = 1_000_000
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        await wire.send(replace(answer, headers={**answer.headers, "x-padding": "x" * self.size_bytes}))
+
+
+@dataclass(frozen=True, slots=True)
+class NotHTTP(Fault):
+    """Bytes that are no HTTP, and the end."""
+
+    raw: bytes = b"SSH-2.0-OpenSSH_9.6\r\n"
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        await wire.write(self.raw)
+        wire.close()

@@ -1,0 +1,230 @@
+"""How servers that speak OpenAI's protocol differ: limits, wordings, shapes of replies. Values only.
+
+Sources are the error messages quoted in public issue threads, each named beside its value, read 2026-08 to 2026-11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from ..models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
+
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """A refusal: its status, its message with `{got}`, `{limit}`, `{index}` and `{model}` to fill in, its codes."""
+
+    status: int
+    message: str
+    type: str | None = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+
+    def fill(self, **values: object) -> Wording:
+        """Return the wording with the values put into its message."""
+        return replace(self, message=self.message.format(**values))
+
+
+def openai_body(error: Wording) -> Json:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def vllm_body(error: Wording) -> Json:
+    """No `error` around it, and the status as its code: what vLLM sent before 0.10 (vllm issue 6174)."""
+    return {
+        "object": "error",
+        "message": error.message,
+        "type": "BadRequestError" if error.status == 400 else error.type,
+        "param": error.param,
+        "code": error.status,
+    }
+
+
+def tei_body(error: Wording) -> Json:
+    """Text Embeddings Inference on `/v1/embeddings` (coze-studio issue 455)."""
+    return {"message": error.message, "code": error.status, "type": error.type}
+
+
+def fastapi_body(error: Wording) -> Json:
+    """FastAPI's own validation error: a list, and no word of an `error` (litellm issue 32528)."""
+    return {"detail": [{"type": error.type, "loc": ["body", "input"], "msg": error.message}]}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one kind of server answers. `dataclasses.replace` makes your own from one of these.
+
+    Attributes:
+        max_inputs: Inputs a request may hold.
+        max_tokens_per_input: Tokens an input may have; None for no limit.
+        max_tokens_per_request: Tokens the inputs may have together, counted and as bytes / 4; None for no limit.
+        too_many: What more inputs get.
+        too_long: What a longer input gets.
+        too_large: What a heavier request gets.
+        error_body: Puts a refusal into JSON.
+        encoding: What vectors are sent as, whatever was asked for; None sends what was asked for.
+        base64: Whether base64 is known here; if not, asking for it is refused.
+        shortens: Whether `dimensions` is obeyed; if not, it is ignored.
+        index: Whether the items of a reply say where they belong.
+        usage: Whether a reply tells the tokens.
+        shuffles: Whether the items of a reply come in another order than the inputs.
+        rate_headers: Whether `x-ratelimit-…` are sent.
+        retry_after: Whether a 429 says how long to wait in `retry-after-ms` and `retry-after`.
+    """
+
+    max_inputs: int
+    max_tokens_per_input: int | None
+    max_tokens_per_request: int | None
+    too_many: Wording
+    too_long: Wording
+    too_large: Wording
+    error_body: Callable[[Wording], Json] = openai_body
+    encoding: Literal["float", "base64"] | None = None
+    base64: bool = True
+    shortens: bool = True
+    index: bool = True
+    usage: bool = True
+    shuffles: bool = False
+    rate_headers: bool = True
+    retry_after: bool = True
+
+
+# An empty text, an empty list and too many inputs are refused in the same words (mteb issue 1200).
+INVALID_INPUT = Wording(
+    400, "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."
+)
+
+# Lengths: JMTEB issue 15, tiktoken issue 366. Sum: gpt-researcher issue 1524, spiceai issue 6142.
+OPENAI = Dialect(
+    max_inputs=MAX_INPUTS,
+    max_tokens_per_input=MAX_TOKENS_PER_TEXT,
+    max_tokens_per_request=MAX_TOKENS_PER_REQUEST,
+    too_many=INVALID_INPUT,
+    too_long=Wording(
+        400,
+        "This model's maximum context length is {limit} tokens, however you requested {got} tokens "
+        "({got} in your prompt; 0 for the completion). Please reduce your prompt; or completion length.",
+    ),
+    too_large=Wording(
+        400,
+        "Requested {got} tokens, max {limit} tokens per request",
+        type="max_tokens_per_request",
+        code="max_tokens_per_request",
+    ),
+)
+
+# dim0 issue 143, stash issue 268; grepai issue 214.
+OPENAI_2026 = replace(
+    OPENAI,
+    too_long=Wording(400, "Invalid 'input[{index}]': maximum input length is {limit} tokens."),
+    too_large=Wording(400, "Invalid 'input': maximum request size is {limit} tokens per request."),
+)
+
+# The cap was once 1 and 16, and is 2,048 (azure-openai-proxy issue 7).
+AZURE = replace(
+    OPENAI,
+    too_many=Wording(400, "Too many inputs. The max number of inputs is {limit}.", type=None),
+)
+
+# An endpoint for models hosted on Azure: NLWeb issue 164.
+AZURE_INFERENCE = replace(
+    OPENAI,
+    max_tokens_per_request=64_000,
+    too_large=Wording(
+        413,
+        "Request body too large for {model} - Max size: {limit} tokens.",
+        type=None,
+        code="tokens_limits_reached",
+    ),
+)
+
+# 32 inputs by default, refused with 413 (TEI issue 378, coze-studio issue 455).
+TEI = Dialect(
+    max_inputs=32,
+    max_tokens_per_input=512,
+    max_tokens_per_request=None,
+    too_many=Wording(413, "batch size {got} > maximum allowed batch size {limit}", type="Validation"),
+    too_long=Wording(
+        413,
+        "Input validation error: `inputs` must have less than {limit} tokens. Given: {got}",
+        type="Validation",
+    ),
+    too_large=INVALID_INPUT,
+    error_body=tei_body,
+    shortens=False,
+    rate_headers=False,
+    retry_after=False,
+)
+
+# vllm issues 6174 and 26248: refuses base64, wraps no error.
+OLD_VLLM = Dialect(
+    max_inputs=MAX_INPUTS,
+    max_tokens_per_input=8_192,
+    max_tokens_per_request=None,
+    too_many=INVALID_INPUT,
+    too_long=Wording(
+        400,
+        "This model's maximum context length is {limit} tokens. However, you requested {got} tokens in the "
+        "input for embedding generation. Please reduce the length of the input.",
+    ),
+    too_large=INVALID_INPUT,
+    error_body=vllm_body,
+    base64=False,
+    rate_headers=False,
+    retry_after=False,
+)
+
+# A provider behind LiteLLM: litellm issue 32528; DeepInfra did the same: langchain issue 21188.
+FASTAPI = Dialect(
+    max_inputs=1_024,
+    max_tokens_per_input=8_192,
+    max_tokens_per_request=None,
+    too_many=Wording(422, "Value should have at most {limit} items, not {got}", type="too_long"),
+    too_long=Wording(422, "Value should have at most {limit} tokens, not {got}", type="too_long"),
+    too_large=INVALID_INPUT,
+    error_body=fastapi_body,
+    rate_headers=False,
+    retry_after=False,
+)
+
+# memobase issue 142.
+DASHSCOPE = replace(
+    OPENAI,
+    max_inputs=10,
+    too_many=Wording(
+        400,
+        "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, "
+        "it should not be larger than {limit}.: input.contents",
+        type="InvalidParameter",
+        code="InvalidParameter",
+    ),
+)
+
+# Ignores `encoding_format` and sends numbers (lmstudio-bug-tracker issue 756); so did Ollama and SGLang.
+LM_STUDIO = replace(
+    OPENAI,
+    max_tokens_per_request=None,
+    encoding="float",
+    shortens=False,
+    usage=False,
+    rate_headers=False,
+    retry_after=False,
+)
+
+DIALECTS: Mapping[str, Dialect] = {
+    "openai": OPENAI,
+    "openai-2026": OPENAI_2026,
+    "azure": AZURE,
+    "azure-inference": AZURE_INFERENCE,
+    "tei": TEI,
+    "old-vllm": OLD_VLLM,
+    "fastapi": FASTAPI,
+    "dashscope": DASHSCOPE,
+    "lm-studio": LM_STUDIO,
+}
+"""By name, for the command line."""

@@ -1,0 +1,225 @@
+"""What can go wrong, as values: here the answers that are sent in place of vectors; in `damage` the others.
+
+A fault is of one of three kinds, by the one method it has of its own:
+
+- `answer`: something else is answered: an error, a redirect, nonsense. Nothing is embedded or billed.
+- `alter`: the vectors are made and billed, and something is wrong with them.
+- `send`: the answer is right, and is not delivered as it should be.
+
+Your own fault is a subclass of `Fault` with one of these methods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .dialects import INVALID_INPUT, OPENAI, Wording
+from .http import Wire
+from .limits import go_duration
+from .replies import JSON, Answer, Reply, error_answer, wrong_key
+
+
+class Fault:
+    """The base of all faults: does nothing, so that a subclass says only what it does."""
+
+    def answer(self) -> Answer | None:
+        """Return what is answered in place of vectors; None to embed."""
+        return None
+
+    def alter(self, reply: Reply) -> Reply:
+        """Return the reply that is sent in place of the right one."""
+        return reply
+
+    async def send(self, wire: Wire, answer: Answer) -> None:
+        """Deliver the answer."""
+        await wire.send(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Fault):
+    """An error answer of your own making.
+
+    Args:
+        status: The HTTP status.
+        headers: Sent as they are.
+        body: Text, bytes, or a mapping that becomes JSON; None for an error body of OpenAI's shape.
+        message: For that error body, as are `type` and `code`.
+    """
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str | bytes | Mapping[str, object] | None = None
+    message: str = "something went wrong"
+    type: str | None = None
+    code: str | None = None
+
+    def answer(self) -> Answer:
+        if self.body is None:
+            return _error(Wording(self.status, self.message, self.type, self.code), self.headers)
+        if isinstance(self.body, Mapping):
+            return Answer(self.status, json.dumps(self.body).encode(), {**JSON, **self.headers})
+        raw = self.body.encode() if isinstance(self.body, str) else self.body
+        return Answer(self.status, raw, {"content-type": "text/plain", **self.headers})
+
+
+def _error(wording: Wording, headers: Mapping[str, str] | None = None) -> Answer:
+    return error_answer(wording, OPENAI, headers)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimited(Fault):
+    """429, too fast. The message says for how long, and so may headers.
+
+    Args:
+        wait_s: Seconds in the message.
+        headers: For instance `{"retry-after": "2"}`, `{"retry-after-ms": "250"}`, an HTTP date, or nonsense.
+    """
+
+    wait_s: float = 1.0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def answer(self) -> Answer:
+        message = (
+            "Rate limit reached for text-embedding-3-small in organization org-asyncembed on tokens per min (TPM): "
+            f"Limit 1000000, Used 990000, Requested 70000. Please try again in {go_duration(self.wait_s)}. "
+            "Visit https://platform.openai.com/account/rate-limits to learn more."
+        )
+        return _error(Wording(429, message, "tokens", "rate_limit_exceeded"), self.headers)
+
+
+@dataclass(frozen=True, slots=True)
+class SlowDown(Fault):
+    """429: traffic grew too fast, though it is within the limits."""
+
+    def answer(self) -> Answer:
+        message = "Your traffic has increased too quickly. Please slow down your request rate and ramp up gradually."
+        return _error(Wording(429, message, "rate_limit_error", "slow_down"))
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaExceeded(Fault):
+    """429 about money. `code` is one of `insufficient_quota`, `credit_balance_exhausted`,
+    `organization_spend_limit_exceeded`, `project_spend_limit_exceeded`, `organization_usage_limit_exceeded`.
+    """
+
+    code: str = "insufficient_quota"
+
+    def answer(self) -> Answer:
+        message = (
+            "You exceeded your current quota, please check your plan and billing details. For more information on "
+            "this error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors."
+        )
+        return _error(Wording(429, message, "insufficient_quota", self.code))
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidKey(Fault):
+    """401, as if the key had been revoked. The message shows a part of a key, as the API's does."""
+
+    def answer(self) -> Answer:
+        return _error(wrong_key("sk-revoked-0123456789"))
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden(Fault):
+    """403: not from this country."""
+
+    def answer(self) -> Answer:
+        message = "Country, region, or territory not supported"
+        return _error(Wording(403, message, "request_forbidden", "unsupported_country_region_territory"))
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidInput(Fault):
+    """400 for the whole request without a word about which input it is."""
+
+    def answer(self) -> Answer:
+        return _error(INVALID_INPUT)
+
+
+@dataclass(frozen=True, slots=True)
+class TooManyTokens(Fault):
+    """400 `max_tokens_per_request`: the server counts otherwise than you."""
+
+    requested: int = 416_735
+
+    def answer(self) -> Answer:
+        return _error(OPENAI.too_large.fill(got=self.requested, limit=OPENAI.max_tokens_per_request))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerError(Fault):
+    """500 and its like, in OpenAI's JSON."""
+
+    status: int = 500
+
+    def answer(self) -> Answer:
+        message = "The server had an error while processing your request. Sorry about that!"
+        return _error(Wording(self.status, message, "server_error"))
+
+
+@dataclass(frozen=True, slots=True)
+class Overloaded(Fault):
+    """503 `server_is_overloaded`. `retry_after` is the header's text; None leaves it out."""
+
+    retry_after: str | None = None
+
+    def answer(self) -> Answer:
+        wording = Wording(
+            503,
+            "The server is currently overloaded. Please try again later.",
+            "service_unavailable_error",
+            "server_is_overloaded",
+        )
+        return _error(wording, {} if self.retry_after is None else {"retry-after": self.retry_after})
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedValue(Fault):
+    """500 `unsupported value: NaN`: what Ollama says to particular texts, every time (ollama issue 15582)."""
+
+    def answer(self) -> Answer:
+        return _error(Wording(500, "failed to encode response: json: unsupported value: NaN", "api_error"))
+
+
+@dataclass(frozen=True, slots=True)
+class HTMLError(Fault):
+    """A page from a proxy in front of the API: 502, 413, 520 to 529, or even 200."""
+
+    status: int = 502
+
+    def answer(self) -> Answer:
+        page = f"<html><head><title>{self.status}</title></head><body><center>nginx</center></body></html>\r\n"
+        return Answer(self.status, page.encode(), {"content-type": "text/html"})
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect(Fault):
+    """A redirect, which a careful client does not follow: it would send texts and key elsewhere."""
+
+    url: str
+    status: int = 307
+
+    def answer(self) -> Answer:
+        return Answer(self.status, b"", {"location": self.url})
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody200(Fault):
+    """200 OK, and an error in the body."""
+
+    def answer(self) -> Answer:
+        return replace(_error(Wording(500, "upstream failed", "server_error")), status=200)
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage(Fault):
+    """200 OK and any bytes: `b""`, `b"null"`, `b"[]"`, `b"[" * 100_000`, half a JSON, text that is no UTF-8."""
+
+    body: bytes = b"\xff\xfe not JSON"
+    content_type: str = "application/json"
+
+    def answer(self) -> Answer:
+        return Answer(200, self.body, {"content-type": self.content_type})

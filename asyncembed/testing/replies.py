@@ -1,0 +1,285 @@
+"""From the bytes of a request to the bytes of an answer. Pure: no socket, no clock.
+
+`read_question` understands a request, `check` refuses what the API refuses, in its order and words, and
+`reply_to` makes the vectors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jiter
+
+from ..models import BYTES_PER_ESTIMATED_TOKEN, lookup
+from ..types import Vectors
+from .dialects import INVALID_INPUT, Dialect, Json, Wording
+from .limits import Exceeded, go_duration
+from .vectors import as_base64, as_numbers, embeddings_of
+
+CountTokens: TypeAlias = Callable[[Sequence[str]], list[int]]
+"""Returns the number of tokens of each text."""
+
+
+JSON: Mapping[str, str] = {"content-type": "application/json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One HTTP answer. `content-length` and the connection's own headers are added when it is sent."""
+
+    status: int
+    body: bytes = field(default=b"", repr=False)
+    headers: Mapping[str, str] = field(default_factory=lambda: JSON)
+
+
+class RefusedError(Exception):
+    """The request gets this error instead of vectors. After `wait_s` seconds it would not, if that is a number."""
+
+    def __init__(self, error: Wording, wait_s: float | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request that could be read.
+
+    Attributes:
+        model: As the body (or Azure's path) names it.
+        texts: The inputs; one that came as token ids is the ids' JSON.
+        counts: Tokens of each input.
+        estimates: ⌈UTF-8 bytes / 4⌉ of each input.
+        dimensions: As asked for, or None.
+        base64: Whether base64 was asked for.
+    """
+
+    model: str
+    texts: tuple[str, ...] = field(repr=False)
+    counts: tuple[int, ...] = field(repr=False)
+    estimates: tuple[int, ...] = field(repr=False)
+    dimensions: int | None
+    base64: bool
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all inputs, which are what is billed."""
+        return sum(self.counts)
+
+    @property
+    def estimated_tokens(self) -> int:
+        """The estimate for all inputs."""
+        return sum(self.estimates)
+
+    @property
+    def weight(self) -> int:
+        """What limits and rates count: tokens or estimate, whichever is more."""
+        return max(self.tokens, self.estimated_tokens)
+
+
+_NO_JSON = Wording(
+    400,
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    "correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON.)",
+)
+_NO_MODEL = Wording(400, "you must provide a model parameter")
+_UNKNOWN_MODEL = Wording(
+    404,
+    "The model `{model}` does not exist or you do not have access to it.",
+    code="model_not_found",
+)
+_NO_DIMENSIONS = Wording(400, "This model does not support specifying dimensions.")
+_TOO_MANY_DIMENSIONS = Wording(
+    400, "Invalid value for 'dimensions' = {got}. Must be less than or equal to {limit}.", param="dimensions"
+)
+_NO_BASE64 = Wording(400, "base64 encoding is not currently supported")
+
+
+def read_question(body: bytes, count_tokens: CountTokens, model: str | None = None) -> Question:
+    """Understand a body.
+
+    Args:
+        body: As it was sent.
+        count_tokens: Counts the texts.
+        model: What the path says; the body's own word is preferred.
+
+    Raises:
+        RefusedError: It is no JSON, or its values are of the wrong kind.
+    """
+    try:
+        asked = jiter.from_json(body)
+    except (ValueError, RecursionError):
+        raise RefusedError(_NO_JSON) from None
+    if not isinstance(asked, dict):
+        raise RefusedError(_NO_JSON)
+    model = asked.get("model", model)
+    if not isinstance(model, str) or not model:
+        raise RefusedError(_NO_MODEL)
+    dimensions = asked.get("dimensions")
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise RefusedError(_invalid("dimensions"))
+    encoding = asked.get("encoding_format") or "float"
+    if encoding not in ("float", "base64"):
+        raise RefusedError(_invalid("encoding_format"))
+    texts, counts, estimates = _inputs(asked.get("input"), count_tokens)
+    return Question(model, texts, counts, estimates, dimensions, encoding == "base64")
+
+
+def _invalid(name: str) -> Wording:
+    return Wording(400, INVALID_INPUT.message.replace("input", name))
+
+
+def _inputs(given: Any, count_tokens: CountTokens) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+    if isinstance(given, str) or _are_ids(given):
+        given = [given]
+    if not isinstance(given, list):
+        raise RefusedError(INVALID_INPUT)
+    if all(isinstance(text, str) for text in given):
+        texts = tuple(given)
+        sizes = [len(text) if text.isascii() else len(text.encode(errors="surrogatepass")) for text in texts]
+        estimates = tuple(-(-size // BYTES_PER_ESTIMATED_TOKEN) for size in sizes)
+        return texts, tuple(count_tokens(texts)), estimates
+    if all(_are_ids(ids) for ids in given):
+        counts = tuple(len(ids) for ids in given)
+        return tuple(json.dumps(ids) for ids in given), counts, counts
+    raise RefusedError(INVALID_INPUT)
+
+
+def _are_ids(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(number) is int for number in given)
+
+
+def check(question: Question, dialect: Dialect, size: int, models: Sequence[str] | None) -> None:
+    """Refuse what the API refuses: model, number of inputs, empty ones, long ones, their sum, then the options.
+
+    Args:
+        question: What was asked.
+        dialect: Limits and wordings.
+        size: The dimensions of the model's own vectors.
+        models: The models there are; None for any.
+
+    Raises:
+        RefusedError: With the first of these reasons that holds.
+    """
+    if models is not None and question.model not in models:
+        raise RefusedError(_UNKNOWN_MODEL.fill(model=question.model))
+    if len(question.texts) > dialect.max_inputs:
+        raise RefusedError(_sized(dialect.too_many, question, len(question.texts), dialect.max_inputs))
+    if not question.texts or not all(question.texts):
+        raise RefusedError(INVALID_INPUT)
+    _check_tokens(question, dialect)
+    if question.base64 and not dialect.base64:
+        raise RefusedError(_NO_BASE64)
+    if question.dimensions is not None and dialect.shortens:
+        if not lookup(question.model).shortens:
+            raise RefusedError(_NO_DIMENSIONS)
+        if question.dimensions > size:
+            raise RefusedError(_TOO_MANY_DIMENSIONS.fill(got=question.dimensions, limit=size))
+
+
+def _check_tokens(question: Question, dialect: Dialect) -> None:
+    each = dialect.max_tokens_per_input
+    if each is not None:
+        for index, tokens in enumerate(question.counts):
+            if tokens > each:
+                raise RefusedError(_sized(dialect.too_long, question, tokens, each, index))
+    most = dialect.max_tokens_per_request
+    if most is not None and question.weight > most:
+        raise RefusedError(_sized(dialect.too_large, question, question.weight, most))
+
+
+def _sized(wording: Wording, question: Question, got: int, limit: int, index: int = 0) -> Wording:
+    return wording.fill(got=got, limit=limit, index=index, model=question.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply before it becomes bytes; faults alter it with `dataclasses.replace`.
+
+    Attributes:
+        question: What it answers.
+        dimensions: Of its vectors.
+        base64: Whether they are written as base64.
+        embeddings: Each vector as it stands in the JSON: a string of base64, an array of numbers, or anything else.
+        indices: What each item says its index is; None for an item that says nothing.
+        others: What stands beside `data`: `object`, `model`, `usage`.
+    """
+
+    question: Question
+    dimensions: int
+    base64: bool
+    embeddings: tuple[bytes, ...] = field(repr=False)
+    indices: tuple[int | None, ...] = field(repr=False)
+    others: Json
+
+    def encode(self) -> bytes:
+        """Return the reply's JSON."""
+        items = [
+            b'{"object":"embedding",%b"embedding":%b}' % (b"" if index is None else b'"index":%d,' % index, vector)
+            for index, vector in zip(self.indices, self.embeddings, strict=True)
+        ]
+        return b'{"data":[%b],%b' % (b",".join(items), json.dumps(self.others).encode()[1:])
+
+
+def reply_to(question: Question, dialect: Dialect, size: int) -> Reply:
+    """Make the vectors: of the model's own `size`, or of the dimensions that were asked for."""
+    dimensions = question.dimensions if question.dimensions and dialect.shortens else size
+    base64 = question.base64 if dialect.encoding is None else dialect.encoding == "base64"
+    written = write_vectors(embeddings_of(question.texts, dimensions, question.model), base64=base64)
+    others: Json = {"object": "list", "model": question.model}
+    if dialect.usage:
+        others["usage"] = {"prompt_tokens": question.tokens, "total_tokens": question.tokens}
+    order = range(len(written))[:: -1 if dialect.shuffles else 1]
+    return Reply(
+        question,
+        dimensions,
+        base64,
+        embeddings=tuple(written[index] for index in order),
+        indices=tuple(index if dialect.index else None for index in order),
+        others=others,
+    )
+
+
+def write_vectors(vectors: Vectors, *, base64: bool) -> list[bytes]:
+    """Return each row of float32[n, d] as JSON."""
+    return as_base64(vectors) if base64 else as_numbers(vectors)
+
+
+def error_answer(error: Wording, dialect: Dialect, headers: Mapping[str, str] | None = None) -> Answer:
+    """Put a refusal into the dialect's JSON."""
+    body = json.dumps(dialect.error_body(error)).encode()
+    return Answer(error.status, body, {**JSON, **(headers or {})})
+
+
+def wrong_key(key: str) -> Wording:
+    """Word a 401 as OpenAI does: it echoes the first and the last characters of the key."""
+    shown = key if len(key) <= 12 else f"{key[:8]}{'*' * (len(key) - 12)}{key[-4:]}"
+    return Wording(
+        401,
+        f"Incorrect API key provided: {shown}. You can find your API key at "
+        "https://platform.openai.com/account/api-keys.",
+        code="invalid_api_key",
+    )
+
+
+_METERS = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
+
+
+def rate_error(exceeded: Exceeded, model: str) -> Wording:
+    """Word a 429 as OpenAI does (health-rec issue 103, agent-zero issue 711)."""
+    where = f"for {model} in organization org-asyncembed on {_METERS[exceeded.unit]}: Limit {exceeded.limit}"
+    if exceeded.wait_s is None:
+        message = (
+            f"Request too large {where}, Requested {exceeded.requested}. "
+            "The input or output tokens must be reduced in order to run successfully."
+        )
+    else:
+        message = (
+            f"Rate limit reached {where}, Used {exceeded.used}, Requested {exceeded.requested}. "
+            f"Please try again in {go_duration(exceeded.wait_s)}."
+        )
+    message += " Visit https://platform.openai.com/account/rate-limits to learn more."
+    return Wording(429, message, type=exceeded.unit, code="rate_limit_exceeded")

@@ -1,0 +1,317 @@
+"""`EmbeddingServer`: a real HTTP server on the loopback that answers like OpenAI's embeddings API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from ..models import BYTES_PER_ESTIMATED_TOKEN
+from ..tokens import load_counter
+from .desk import Desk, Read
+from .dialects import OPENAI, Dialect, Wording
+from .faults import Fault
+from .http import BadHTTPError, ClientLeftError, HTTPRequest, Wire
+from .limits import Rates
+from .log import Log, LoggedRequest
+from .replies import Answer, CountTokens, RefusedError, error_answer
+from .schedules import Schedule, script
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Requests of this size cost the loop less than a millisecond; larger ones are worked on in a thread.
+_SMALL_BODY_BYTES = 16 * 1024
+_FEW_TEXTS = 16
+# Clients that open thousands of connections at once must not wait a second for a repeated SYN.
+_BACKLOG = 4_096
+_NO_FAULT = Fault()
+
+
+class EmbeddingServer:
+    """Answers `POST /v1/embeddings` as OpenAI does, limits, errors and rates included; and on request badly.
+
+    `async with EmbeddingServer() as server:` runs it in the running loop, `with EmbeddingServer().in_thread()` in a
+    loop and a thread of its own. Point a client at `server.base_url`. Every vector is `embedding_of(text)`.
+
+    Args:
+        host: Where to listen.
+        port: 0 for any free one.
+        dimensions: The size of the vectors of every model; None for what is known of each, else 1,536.
+        models: The models there are; None answers for any name.
+        api_key: The key that is asked for; None takes any, or none.
+        dialect: Which kind of server this is; see `dialects`. The next three replace limits of it.
+        max_inputs: Inputs a request may hold.
+        max_tokens_per_input: Tokens an input may have.
+        max_tokens_per_request: Tokens the inputs may have together, counted and as bytes / 4.
+        max_body_bytes: A longer body gets 413 unread.
+        requests_per_minute: How many requests are granted; None for all. Refused ones count, too.
+        tokens_per_minute: How many tokens are granted, counted or as bytes / 4, whichever is more.
+        burst_s: How many seconds of these rates may be used at once. They are granted continuously.
+        latency_s: Seconds until a good answer begins.
+        latency_per_token_s: And for every token of it.
+        faults: What goes wrong: a schedule, or the faults of the next requests in order.
+        count_tokens: Counts the tokens of texts; None for OpenAI's tokenizer, or bytes / 4 if there is none.
+        keep_texts: Whether the log keeps the texts.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        dimensions: int | None = None,
+        models: Sequence[str] | None = None,
+        api_key: str | None = None,
+        dialect: Dialect = OPENAI,
+        max_inputs: int | None = None,
+        max_tokens_per_input: int | None = None,
+        max_tokens_per_request: int | None = None,
+        max_body_bytes: int | None = None,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        burst_s: float = 60.0,
+        latency_s: float = 0.0,
+        latency_per_token_s: float = 0.0,
+        faults: Schedule | Sequence[Fault | None] = (),
+        count_tokens: CountTokens | None = None,
+        keep_texts: bool = True,
+    ) -> None:
+        dialect = replace(
+            dialect,
+            max_inputs=max_inputs or dialect.max_inputs,
+            max_tokens_per_input=max_tokens_per_input or dialect.max_tokens_per_input,
+            max_tokens_per_request=max_tokens_per_request or dialect.max_tokens_per_request,
+        )
+        rates = Rates(requests_per_minute, tokens_per_minute, burst_s)
+        self._desk = Desk(dialect, dimensions, models, api_key, rates)
+        self.host = host
+        self.port = port
+        self.faults: Schedule = faults if callable(faults) else script(faults)
+        self._max_body_bytes = max_body_bytes
+        self._latency_s = latency_s
+        self._latency_per_token_s = latency_per_token_s
+        self._count_tokens = count_tokens
+        self._keep_texts = keep_texts
+        self._log = Log()
+        self._connections = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: list[BaseException] = []
+        self._server: asyncio.Server | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    # ---- what tests ask ----
+
+    @property
+    def base_url(self) -> str:
+        """What a client takes as its base URL, ending in `/v1`."""
+        return f"{self.url}/v1"
+
+    @property
+    def url(self) -> str:
+        """Scheme, host and port alone: Azure's `azure_endpoint`."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def requests(self) -> list[LoggedRequest]:
+        """The log: all requests in the order in which they arrived."""
+        return self._log.requests
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being answered now."""
+        return self._log.in_flight
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most requests that were being answered at once."""
+        return self._log.max_in_flight
+
+    @property
+    def connections(self) -> int:
+        """How many connections were opened."""
+        return self._connections
+
+    @property
+    def total_tokens(self) -> int:
+        """The tokens billed: what all replies together say was used."""
+        return sum(request.billed_tokens for request in self.requests)
+
+    def clear(self) -> None:
+        """Empty the log. Requests are still numbered on from the last one."""
+        self._log.clear()
+
+    def __repr__(self) -> str:
+        state = self.base_url if self._server else "closed"
+        return f"<EmbeddingServer {state}: {len(self.requests)} requests, {self.in_flight} in flight>"
+
+    # ---- opening and closing ----
+
+    async def start(self) -> Self:
+        """Listen. A closed server may be started again, on the same port.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        if self._count_tokens is None:
+            self._count_tokens = await _default_counter()
+        self._server = await asyncio.start_server(self._connected, self.host, self.port, backlog=_BACKLOG)
+        self._threads = ThreadPoolExecutor(2, "asyncembed-testing")
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def aclose(self) -> None:
+        """Drop all connections, whatever is under way, and stop listening. Leaves no task, thread or socket.
+
+        Raises:
+            Exception: What a schedule, a fault or a counter of the user's has raised. All is closed.
+        """
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+        await server.wait_closed()
+        assert self._threads is not None
+        self._threads.shutdown()
+        if self._errors:
+            raise self._errors.pop()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @contextmanager
+    def in_thread(self) -> Iterator[Self]:
+        """Run in a thread of its own: for code that is not async, and for clients that are measured."""
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+        async def serve() -> None:
+            done = asyncio.Event()
+            async with self:
+                started.set_result((asyncio.get_running_loop(), done))
+                await done.wait()
+
+        with ThreadPoolExecutor(1, "asyncembed-testing-server") as pool:
+            running = pool.submit(asyncio.run, serve())
+            both: list[Future[Any]] = [started, running]
+            wait(both, return_when=FIRST_COMPLETED)
+            if running.done():
+                running.result()  # raises: it could not start
+            loop, done = started.result()
+            try:
+                yield self
+            finally:
+                loop.call_soon_threadsafe(done.set)
+            running.result()
+
+    # ---- serving ----
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # closed between the connection and this call
+            writer.transport.abort()
+            return
+        self._connections += 1
+        task = asyncio.get_running_loop().create_task(self._serve(Wire(reader, writer, self._max_body_bytes)))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._errors.append(error)
+
+    async def _serve(self, wire: Wire) -> None:
+        try:
+            while not wire.closing and (http := await wire.read()) is not None:
+                await self._respond(wire, http)
+            await wire.aclose()
+        except BadHTTPError as error:
+            wire.closing = True
+            await wire.send(error_answer(Wording(error.status, str(error)), OPENAI))
+            await wire.aclose()
+        except (ClientLeftError, ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            wire.abort()
+
+    async def _respond(self, wire: Wire, http: HTTPRequest) -> None:
+        begun_s = time.monotonic()
+        assert self._count_tokens is not None
+        large = len(http.body) > _SMALL_BODY_BYTES
+        read = await self._run(large, self._desk.read, http, self._count_tokens)
+        request = self._logged(http, read, begun_s)
+        fault = request.fault or _NO_FAULT
+        wire.on_answer = partial(self._log.answered, request.number)
+        try:
+            answer = await self._answer(wire, http, read, fault, request.number)
+            headers = {
+                "x-request-id": f"req_{request.number:032x}",
+                "openai-processing-ms": str(round((time.monotonic() - begun_s) * 1000)),
+                **answer.headers,
+            }
+            await fault.send(wire, replace(answer, headers=headers))
+        finally:
+            self._log.end(request.number)
+
+    def _logged(self, http: HTTPRequest, read: Read, now_s: float) -> LoggedRequest:
+        request = LoggedRequest(self._log.next_number(), now_s, http.path, http.headers)
+        if read.question is not None:
+            asked = read.question
+            request = replace(
+                request,
+                model=asked.model,
+                texts=asked.texts,
+                inputs=len(asked.texts),
+                tokens=asked.tokens,
+                estimated_tokens=asked.estimated_tokens,
+                dimensions=asked.dimensions,
+                base64=asked.base64,
+            )
+        request = replace(request, fault=self.faults(request))
+        self._log.begin(request if self._keep_texts else replace(request, texts=()))
+        return request
+
+    async def _answer(self, wire: Wire, http: HTTPRequest, read: Read, fault: Fault, number: int) -> Answer:
+        other = await self._run(fault is not _NO_FAULT, fault.answer)
+        if other is not None:
+            return other
+        try:
+            question = self._desk.admit(http, read, time.monotonic())
+        except RefusedError as refused:
+            answer = self._desk.refuse(refused)
+        else:
+            latency_s = self._latency_s + self._latency_per_token_s * question.tokens
+            if latency_s > 0:
+                await wire.sleep(latency_s)
+            answer = await self._run(len(question.texts) > _FEW_TEXTS, self._desk.answer, question, fault)
+            self._log.change(number, billed_tokens=question.tokens)
+        return replace(answer, headers={**self._desk.headers(time.monotonic()), **answer.headers})
+
+    async def _run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if not large:
+            return work(*args, **kwargs)
+        call = partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+async def _default_counter() -> CountTokens:
+    counter = await load_counter("cl100k_base")
+    return counter.count if counter.exact else _estimate
+
+
+def _estimate(texts: Sequence[str]) -> list[int]:
+    return [-(-len(text.encode()) // BYTES_PER_ESTIMATED_TOKEN) for text in texts]
