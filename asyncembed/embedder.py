@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from . import models
-from .engine import Deliver, Engine, Outcome, Run, in_slices
-from .errors import AsyncEmbedError, ConfigError, DeadlineError, InputError
+from .engine import Deliver, Engine, portions
+from .errors import ConfigError, DeadlineError, InputError
+from .gathering import Order, Results, readable
 from .pacing import Slots, shared_pace
 from .packing import Limits, Packer
 from .providers.local import LocalCounter, LocalProvider
 from .providers.openai import OFFICIAL_HOST, ApiKey, OpenAIProvider
-from .records import SLICE_RECORDS, AnyIterable, as_record
-from .records import in_slices as records_in_slices
-from .report import EmbeddingResult, Plan, Progress, ProgressCallback, failed
+from .records import AnyIterable, in_slices
+from .report import EmbeddingResult, Plan, ProgressCallback, failed
+from .run import Run
+from .threads import in_thread_if
 from .tokens import ByteBound, TokenCounter, load_counter
-from .types import EmbeddedRecord, Failure, Provider, Record, Vectors
+from .types import EmbeddedRecord, Failure, Provider, Vectors
 from .weighing import Text, TooLong, check_text, unique, weigh_texts
 
-logger = logging.getLogger(__name__)
+# Checking a text takes 0.1 µs, so this many take 1 ms.
+WORTH_A_THREAD = 10_000
 
 
 class Embedder:
@@ -177,10 +177,10 @@ class Embedder:
             DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
         """
         contents = _listed(texts)
-        await _maybe_in_thread(len(contents), _check_texts, contents)
+        await in_thread_if(len(contents) > WORTH_A_THREAD, _check_texts, contents)
         waiting = unique(enumerate(contents))
         run = Run(deadline)
-        results = _Results(len(contents), run, on_progress)
+        results = Results(len(contents), run, on_progress)
 
         async def source() -> AsyncIterator[Sequence[Text]]:
             yield waiting
@@ -223,7 +223,7 @@ class Embedder:
             FatalProviderError: Going on is pointless. What was done has been yielded.
         """
         run = Run()
-        order = _Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
+        order = Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
         counter = await self._counter()
         running = asyncio.create_task(
             self._engine().run(order.slices(records), counter, run, order.deliver, open_batches=1)
@@ -249,12 +249,13 @@ class Embedder:
         packer: Packer[None] = Packer(self._limits.inputs, self._limits.tokens)
         inputs = requests = tokens = count = 0
         failures: list[Failure] = []
-        async with aclosing(records_in_slices(texts)) as slices:
+        async with aclosing(in_slices(texts)) as slices:
             async for some in slices:
-                good = _readable(count, some, failures)
+                read = list(readable(count, some))
                 count += len(some)
-                waiting = unique((index, record.text) for index, record in good)
-                for part in in_slices(waiting):
+                failures.extend(Failure(index, error) for index, _, error in read if error is not None)
+                waiting = unique((index, record.text) for index, record, error in read if error is None)
+                for part in portions(waiting):
                     items, bad = await asyncio.to_thread(weigh_texts, part, counter, self._limits, self._too_long)
                     failures.extend(Failure(index, error) for text, error in bad for index in text.indices)
                     requests += sum(packer.add(None, item.weight) is not None for item in items)
@@ -322,144 +323,6 @@ class Embedder:
         return await self._counter()
 
 
-class _Results:
-    """The rows of one `embed` call, as they come in."""
-
-    def __init__(self, count: int, run: Run, on_progress: ProgressCallback | None) -> None:
-        self._count = count
-        self._run = run
-        self._report = reporter(on_progress)
-        self._embeddings: Vectors | None = None
-        self._errors: dict[int, AsyncEmbedError] = {}
-        self._done = np.zeros(count, np.bool_)
-
-    async def deliver(self, outcome: Outcome) -> None:
-        if outcome.texts:
-            await _maybe_in_thread(outcome.vectors.size, self._place, outcome)
-        for text, error in outcome.failed:
-            self._errors.update(dict.fromkeys(text.indices, error))
-        done = int(self._done.sum()) + len(self._errors)
-        run = self._run
-        self._report(
-            Progress(done, self._count, len(self._errors), 0, run.tokens, run.requests, run.retries, run.elapsed_s)
-        )
-
-    def _place(self, outcome: Outcome) -> None:
-        if self._embeddings is None:
-            self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
-        for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
-            for index in text.indices:
-                self._embeddings[index] = vector
-                self._done[index] = True
-
-    def finish(
-        self, dimensions: int | None, cost_usd: float | None, stopped_by: AsyncEmbedError | None
-    ) -> EmbeddingResult:
-        embeddings = self._embeddings
-        if embeddings is None:
-            embeddings = np.empty((self._count, dimensions or 0), np.float32)
-        missing = np.flatnonzero(~self._done)
-        embeddings[missing] = np.nan
-        unfinished = stopped_by or AsyncEmbedError("it was not finished")
-        run = self._run
-        return EmbeddingResult(
-            embeddings,
-            tuple(Failure(index, self._errors.get(index, unfinished)) for index in missing.tolist()),
-            run.tokens,
-            run.requests,
-            run.retries,
-            run.elapsed_s,
-            cost_usd,
-        )
-
-
-class _Order:
-    """Puts the outcomes of a stream back into the order of its source, which it keeps from running ahead."""
-
-    def __init__(self, most_ahead: int) -> None:
-        self._most_ahead = most_ahead
-        self._records: dict[int, Record] = {}
-        self._done: dict[int, EmbeddedRecord] = {}
-        self._read = 0
-        self._yielded = 0
-        self._ended = False
-        self._changed = asyncio.Event()
-
-    async def slices(self, source: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
-        async with aclosing(records_in_slices(source, min(SLICE_RECORDS, self._most_ahead))) as slices:
-            async for some in slices:
-                yield self._texts(some)
-                if self._read - self._yielded >= self._most_ahead:
-                    yield ()  # what waits for company is what everybody waits for
-                    while self._read - self._yielded >= self._most_ahead:
-                        await self._change()
-
-    def _texts(self, some: list[Any]) -> list[Text]:
-        texts: list[tuple[int, str]] = []
-        for value in some:
-            index = self._read
-            self._read += 1
-            record = Record(index, value) if isinstance(value, str) else None
-            try:
-                record = record or as_record(value)
-                check_text(record.text)
-            except InputError as error:
-                self._finish(index, EmbeddedRecord(record or Record(index, ""), None, error))
-            else:
-                self._records[index] = record
-                texts.append((index, record.text))
-        return unique(texts)
-
-    async def deliver(self, outcome: Outcome) -> None:
-        for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
-            for index in text.indices:
-                self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
-        for text, error in outcome.failed:
-            for index in text.indices:
-                self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))
-
-    async def items(self) -> AsyncGenerator[EmbeddedRecord, None]:
-        while True:
-            item = self._done.pop(self._yielded, None)
-            if item is not None:
-                yield item
-                self._yielded += 1
-                self._changed.set()
-            elif self._ended:
-                return
-            else:
-                await self._change()
-
-    def end(self) -> None:
-        self._ended = True
-        self._changed.set()
-
-    def _finish(self, index: int, item: EmbeddedRecord) -> None:
-        self._done[index] = item
-        self._changed.set()
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
-
-
-def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
-    """Return a callback that can do no harm: one that raises is logged and not called again."""
-    broken = on_progress is None
-
-    def report(progress: Progress) -> None:
-        nonlocal broken
-        if broken or on_progress is None:
-            return
-        try:
-            on_progress(progress)
-        except Exception:
-            broken = True
-            logger.exception("on_progress raised; it is not called again in this run")
-
-    return report
-
-
 def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name}={value!r}; it must be a whole number")
@@ -485,23 +348,3 @@ def _check_texts(contents: list[str]) -> None:
             check_text(content)
         except InputError as error:
             raise type(error)(f"text {index} {error}") from None
-
-
-def _readable(first: int, some: list[Any], failures: list[Failure]) -> list[tuple[int, Record]]:
-    good: list[tuple[int, Record]] = []
-    for index, value in enumerate(some, start=first):
-        try:
-            record = Record(index, value) if isinstance(value, str) else as_record(value)
-            check_text(record.text)
-        except InputError as error:
-            failures.append(Failure(index, error))
-        else:
-            good.append((index, record))
-    return good
-
-
-async def _maybe_in_thread(size: int, work: Any, *args: Any) -> None:
-    if size < 10_000:  # 1 ms of work
-        work(*args)
-    else:
-        await asyncio.to_thread(work, *args)

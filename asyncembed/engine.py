@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -28,6 +28,7 @@ from .errors import (
 from .pacing import Pace, Slots
 from .packing import OPEN_BATCHES, Limits, Packer
 from .retry import History, Reject, Retry, Split, decide
+from .run import Run
 from .tokens import TokenCounter
 from .types import Provider, Reply, Vectors
 from .weighing import Item, Text, TooLong, weigh_texts
@@ -86,50 +87,6 @@ class Batch:
         return [self.part(self.items[:middle]), self.part(self.items[middle:])]
 
 
-class Run:
-    """One call: what it has cost so far, and whether it goes on."""
-
-    def __init__(self, deadline_s: float | None = None) -> None:
-        self.began_at = asyncio.get_running_loop().time()
-        self.deadline_at = None if deadline_s is None else self.began_at + deadline_s
-        self.requests = 0
-        self.retries = 0
-        self.tokens = 0
-        self.tokens_known = True
-        self.successes = 0
-        self.rejections = 0
-        self.stopped_by: AsyncEmbedError | None = None
-        self._scopes: dict[asyncio.Timeout, float] = {}
-
-    @property
-    def elapsed_s(self) -> float:
-        return asyncio.get_running_loop().time() - self.began_at
-
-    def stop(self, error: AsyncEmbedError) -> None:
-        """Let nothing new start; the first reason counts."""
-        if self.stopped_by is None:
-            self.stopped_by = error
-            now = asyncio.get_running_loop().time()
-            for scope, grace_s in self._scopes.items():
-                scope.reschedule(now + grace_s)
-
-    @asynccontextmanager
-    async def unless_stopped(self, grace_s: float = 0.0) -> AsyncIterator[None]:
-        """Wait for something only as long as the run goes on, and `grace_s` seconds beyond.
-
-        Raises:
-            TimeoutError: The run was stopped.
-        """
-        if self.stopped_by is not None:
-            raise TimeoutError
-        async with asyncio.timeout(None) as scope:
-            self._scopes[scope] = grace_s
-            try:
-                yield
-            finally:
-                del self._scopes[scope]
-
-
 class Engine:
     """Brings texts to one provider. Holds no state of a call; what it learns of the provider's limits, it keeps."""
 
@@ -177,7 +134,7 @@ class Engine:
                 work = Workers(group, self._workers, lambda batch: self._step(batch, run, deliver))
                 packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
                 async for texts in _until_stopped(slices, run):
-                    for some in in_slices(texts):
+                    for some in portions(texts):
                         for batch in await self._pack(some, counter, packer, deliver):
                             await work.put(batch)
                     if not texts:
@@ -329,7 +286,7 @@ class _StoppedError(ProviderError):
     """Not an answer: the run ended while this was waited for."""
 
 
-def in_slices(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
+def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
     """Cut a sequence into pieces that are counted at once."""
     start = characters = 0
     for end, text in enumerate(texts, start=1):

@@ -10,11 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .embedder import Embedder, reporter
-from .engine import Outcome, Run
+from .embedder import Embedder
+from .engine import Outcome
 from .errors import AsyncEmbedError, DeadlineError, InputError, InvalidRecordError, SinkError
+from .gathering import reporter
 from .records import AnyIterable, as_record, in_slices
-from .report import IngestReport, Progress, ProgressCallback
+from .report import IngestReport, ProgressCallback
+from .run import Run
 from .types import Failure, Record, RecordId, Row, Sink, Vectors
 from .weighing import Text, check_text, unique
 
@@ -201,19 +203,8 @@ class _Job:
         return pending
 
     def _progress(self) -> None:
-        run, report = self._run, self._report
-        self._report_progress(
-            Progress(
-                report.seen,
-                self._total,
-                report.failed_count,
-                report.skipped_count,
-                run.tokens,
-                run.requests,
-                run.retries,
-                run.elapsed_s,
-            )
-        )
+        report = self._report
+        self._report_progress(self._run.progress(report.seen, self._total, report.failed_count, report.skipped_count))
 
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
         """Return the report; records that were taken and not finished failed with that error."""
