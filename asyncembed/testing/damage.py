@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import pybase64
 
+from ..types import Vectors
 from .faults import Fault
 from .http import Wire
 from .replies import JSON, Answer, Reply, write_vectors
@@ -122,11 +123,18 @@ class WrongDimensions(Fault):
     row: int | None = None
 
     def alter(self, reply: Reply) -> Reply:
-        vectors = embeddings_of(reply.question.texts, self.dimensions, reply.question.model)
-        written = write_vectors(vectors, base64=reply.base64)
-        if self.row is not None:
-            return _with_row(reply, self.row, written[self.row])
-        return replace(reply, embeddings=tuple(written), indices=tuple(range(len(written))))
+        return _rewritten(reply, write_vectors(_vectors(reply, self.dimensions), base64=reply.base64), self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEncoding(Fault):
+    """Numbers to who asked for base64, and base64 to who asked for numbers; for all vectors, or that of `row`."""
+
+    row: int | None = None
+
+    def alter(self, reply: Reply) -> Reply:
+        written = write_vectors(_vectors(reply, reply.dimensions), base64=not reply.base64)
+        return _rewritten(reply, written, self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +142,19 @@ class Float64(Fault):
     """Base64 of float64, twice the numbers to who reads float32: vLLM 0.5.3 (vllm issue 5734)."""
 
     def alter(self, reply: Reply) -> Reply:
-        vectors = embeddings_of(reply.question.texts, reply.dimensions, reply.question.model).astype("<f8")
-        written = tuple(b'"%b"' % pybase64.b64encode(row.tobytes()) for row in vectors)
-        return replace(reply, embeddings=written, indices=tuple(range(len(written))))
+        rows = _vectors(reply, reply.dimensions).astype("<f8")
+        return _rewritten(reply, [b'"%b"' % pybase64.b64encode(row.tobytes()) for row in rows], None)
 
 
-@dataclass(frozen=True, slots=True)
-class OtherEncoding(Fault):
-    """Numbers to who asked for base64, and base64 to who asked for numbers."""
+def _vectors(reply: Reply, dimensions: int) -> Vectors:
+    return embeddings_of(reply.question.texts, dimensions, reply.question.model)
 
-    def alter(self, reply: Reply) -> Reply:
-        vectors = embeddings_of(reply.question.texts, reply.dimensions, reply.question.model)
-        written = tuple(write_vectors(vectors, base64=not reply.base64))
-        return replace(reply, embeddings=written, indices=tuple(range(len(written))))
+
+def _rewritten(reply: Reply, written: list[bytes], row: int | None) -> Reply:
+    """Return the reply with all rows, or one, written anew; `written` is in the order of the texts."""
+    if row is not None:
+        return _with_row(reply, row, written[row])
+    return replace(reply, embeddings=tuple(written), indices=tuple(range(len(written))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +212,7 @@ class Drip(Fault):
 @dataclass(frozen=True, slots=True)
 class Disconnect(Fault):
     """The connection is closed: before a byte is sent, in the middle of the body, or after a whole answer that
-    promised to keep it open, so that the client's next request meets a dead connection.
+    promised to keep it open: then the next request on it meets a dead connection, and is not in the log.
     """
 
     when: Literal["before", "mid-body", "after"] = "before"
@@ -212,6 +220,8 @@ class Disconnect(Fault):
     async def send(self, wire: Wire, answer: Answer) -> None:
         if self.when == "after":
             await wire.send(answer)
+            await wire.until_next_request()
+            wire.reset()
         elif self.when == "mid-body":
             await wire.write(wire.head(answer) + _half(answer))
         wire.close()

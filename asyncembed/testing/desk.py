@@ -35,14 +35,6 @@ _NO_KEY = Wording(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """What was understood of a request: a question, or else the error it will get."""
-
-    question: Question | None
-    error: Wording | None = None
-
-
 @dataclass(slots=True)
 class Desk:
     """The rules of one server.
@@ -61,20 +53,15 @@ class Desk:
     api_key: str | None
     rates: Rates
 
-    def read(self, http: HTTPRequest, count_tokens: CountTokens) -> Read:
-        """Understand a request. Blocks for some milliseconds if it is large."""
+    def read(self, http: HTTPRequest, count_tokens: CountTokens) -> Question | Wording:
+        """Understand a request, or say why not. Blocks for some milliseconds if it is large."""
         path = _PATH.fullmatch(http.path)
-        if path is None:
-            return Read(None, Wording(404, f"Invalid URL ({http.method} {http.path})"))
-        if http.method != "POST":
-            message = f"Not allowed to {http.method} on {http.path}."
-            return Read(None, Wording(405, message, code="method_not_supported"))
         try:
-            return Read(read_question(http.body, count_tokens, path["model"]))
+            return read_question(http.body, count_tokens, path and path["model"])
         except RefusedError as refused:
-            return Read(None, refused.error)
+            return refused.error
 
-    def admit(self, http: HTTPRequest, read: Read, now_s: float) -> Question:
+    def admit(self, http: HTTPRequest, read: Question | Wording, now_s: float) -> Question:
         """Return the question if it may be answered, having taken what it costs.
 
         In the API's order: address, key, requests per minute, the request itself, tokens per minute. So a refused
@@ -83,16 +70,14 @@ class Desk:
         Raises:
             RefusedError: It may not.
         """
-        if read.error is not None and read.error.status in (404, 405):
-            raise RefusedError(read.error)
+        _check_address(http)
         self._check_key(http)
-        self._take("requests", 1, read.question, now_s)
-        if read.question is None:
-            assert read.error is not None
-            raise RefusedError(read.error)
-        check(read.question, self.dialect, self._size(read.question), self.models)
-        self._take("tokens", read.question.weight, read.question, now_s)
-        return read.question
+        self._take("requests", 1, "all models" if isinstance(read, Wording) else read.model, now_s)
+        if isinstance(read, Wording):
+            raise RefusedError(read)
+        check(read, self.dialect, self._size(read), self.models)
+        self._take("tokens", read.weight, read.model, now_s)
+        return read
 
     def answer(self, question: Question, fault: Fault) -> Answer:
         """Make the vectors, altered by the fault. Blocks for some milliseconds if there are many."""
@@ -121,8 +106,15 @@ class Desk:
         if key != self.api_key:
             raise RefusedError(wrong_key(key) if key else _NO_KEY)
 
-    def _take(self, unit: Unit, amount: int, question: Question | None, now_s: float) -> None:
+    def _take(self, unit: Unit, amount: int, model: str, now_s: float) -> None:
         exceeded = self.rates.take(unit, amount, now_s)
         if exceeded is not None:
-            model = question.model if question is not None else "unknown"
             raise RefusedError(rate_error(exceeded, model), exceeded.wait_s)
+
+
+def _check_address(http: HTTPRequest) -> None:
+    if not _PATH.fullmatch(http.path):
+        raise RefusedError(Wording(404, f"Invalid URL ({http.method} {http.path})"))
+    if http.method != "POST":
+        message = f"Not allowed to {http.method} on {http.path}."
+        raise RefusedError(Wording(405, message, code="method_not_supported"))

@@ -164,12 +164,20 @@ class Wire:
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                if not await self._reader.read(1):
-                    raise ClientLeftError
-                # It sends its next request already, whose first byte is gone now. So this one is the last to be
-                # answered here; a client that pipelines sends the others again (RFC 9112, 9.3.2).
-                self.closing = True
+                # If it comes this early, this answer is the last one here; a client that pipelines sends the
+                # others again (RFC 9112, 9.3.2).
+                await self.until_next_request()
                 await asyncio.sleep(seconds)
+
+    async def until_next_request(self) -> None:
+        """Wait until the client begins its next request, whose first byte is lost. The connection is of no use then.
+
+        Raises:
+            ClientLeftError: It left.
+        """
+        if not await self._reader.read(1):
+            raise ClientLeftError
+        self.closing = True
 
     async def until_client_leaves(self) -> None:
         """Wait for as long as it takes, then raise ClientLeftError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 Unit: TypeAlias = Literal["requests", "tokens"]
@@ -19,8 +19,8 @@ class Bucket:
 
     per_minute: float
     capacity: float
-    _level: float = 0.0
-    _seen_s: float | None = None
+    _level: float = field(default=0.0, init=False)
+    _seen_s: float | None = field(default=None, init=False)
 
     def level(self, now_s: float) -> float:
         """Return how much is in it; `now_s` never goes back."""

@@ -14,13 +14,13 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from ..models import BYTES_PER_ESTIMATED_TOKEN
 from ..tokens import load_counter
-from .desk import Desk, Read
+from .desk import Desk
 from .dialects import OPENAI, Dialect, Wording
 from .faults import Fault
 from .http import BadHTTPError, ClientLeftError, HTTPRequest, Wire
 from .limits import Rates
 from .log import Log, LoggedRequest
-from .replies import Answer, CountTokens, RefusedError, error_answer
+from .replies import Answer, CountTokens, Question, RefusedError, error_answer
 from .schedules import Schedule, script
 
 P = ParamSpec("P")
@@ -103,6 +103,7 @@ class EmbeddingServer:
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
+        self._open = False
         self._server: asyncio.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -148,7 +149,7 @@ class EmbeddingServer:
         self._log.clear()
 
     def __repr__(self) -> str:
-        state = self.base_url if self._server else "closed"
+        state = self.base_url if self._open else "closed"
         return f"<EmbeddingServer {state}: {len(self.requests)} requests, {self.in_flight} in flight>"
 
     # ---- opening and closing ----
@@ -161,8 +162,9 @@ class EmbeddingServer:
         """
         if self._count_tokens is None:
             self._count_tokens = await _default_counter()
-        self._server = await asyncio.start_server(self._connected, self.host, self.port, backlog=_BACKLOG)
+        self._open = True
         self._threads = ThreadPoolExecutor(2, "asyncembed-testing")
+        self._server = await asyncio.start_server(self._connected, self.host, self.port, backlog=_BACKLOG)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -172,7 +174,7 @@ class EmbeddingServer:
         Raises:
             Exception: What a schedule, a fault or a counter of the user's has raised. All is closed.
         """
-        server, self._server = self._server, None
+        server, self._server, self._open = self._server, None, False
         if server is None:
             return
         server.close()
@@ -221,7 +223,7 @@ class EmbeddingServer:
     # ---- serving ----
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:  # closed between the connection and this call
+        if not self._open:  # closed between the connection and this call
             writer.transport.abort()
             return
         self._connections += 1
@@ -236,12 +238,12 @@ class EmbeddingServer:
 
     async def _serve(self, wire: Wire) -> None:
         try:
-            while not wire.closing and (http := await wire.read()) is not None:
-                await self._respond(wire, http)
-            await wire.aclose()
-        except BadHTTPError as error:
-            wire.closing = True
-            await wire.send(error_answer(Wording(error.status, str(error)), OPENAI))
+            try:
+                while not wire.closing and (http := await wire.read()) is not None:
+                    await self._respond(wire, http)
+            except BadHTTPError as error:
+                wire.close()
+                await wire.send(error_answer(Wording(error.status, str(error)), OPENAI))
             await wire.aclose()
         except (ClientLeftError, ConnectionError, asyncio.IncompleteReadError):
             pass
@@ -267,25 +269,26 @@ class EmbeddingServer:
         finally:
             self._log.end(request.number)
 
-    def _logged(self, http: HTTPRequest, read: Read, now_s: float) -> LoggedRequest:
+    def _logged(self, http: HTTPRequest, read: Question | Wording, now_s: float) -> LoggedRequest:
         request = LoggedRequest(self._log.next_number(), now_s, http.path, http.headers)
-        if read.question is not None:
-            asked = read.question
+        if isinstance(read, Question):
             request = replace(
                 request,
-                model=asked.model,
-                texts=asked.texts,
-                inputs=len(asked.texts),
-                tokens=asked.tokens,
-                estimated_tokens=asked.estimated_tokens,
-                dimensions=asked.dimensions,
-                base64=asked.base64,
+                model=read.model,
+                texts=read.texts,
+                inputs=len(read.texts),
+                tokens=read.tokens,
+                estimated_tokens=read.estimated_tokens,
+                dimensions=read.dimensions,
+                base64=read.base64,
             )
         request = replace(request, fault=self.faults(request))
         self._log.begin(request if self._keep_texts else replace(request, texts=()))
         return request
 
-    async def _answer(self, wire: Wire, http: HTTPRequest, read: Read, fault: Fault, number: int) -> Answer:
+    async def _answer(
+        self, wire: Wire, http: HTTPRequest, read: Question | Wording, fault: Fault, number: int
+    ) -> Answer:
         other = await self._run(fault is not _NO_FAULT, fault.answer)
         if other is not None:
             return other
