@@ -200,7 +200,10 @@ class Wire:
     def abort(self) -> None:
         """Close the socket now; what was not sent yet is dropped."""
         self.closing = True
-        self._writer.transport.abort()
+        transport = self._writer.transport
+        # one that has closed by itself is left alone: CPython 3.11 fails when it is aborted then
+        if not transport.is_closing() or transport.get_write_buffer_size():
+            transport.abort()
 
     async def aclose(self) -> None:
         """Send what is left, close, and wait for that."""

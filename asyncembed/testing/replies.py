@@ -217,11 +217,15 @@ class Reply:
 
     def encode(self) -> bytes:
         """Return the reply's JSON."""
-        items = [
-            b'{"object":"embedding",%b"embedding":%b}' % (b"" if index is None else b'"index":%d,' % index, vector)
-            for index, vector in zip(self.indices, self.embeddings, strict=True)
-        ]
-        return b'{"data":[%b],%b' % (b",".join(items), json.dumps(self.others).encode()[1:])
+        # one join: each further copy of a large reply would hold the interpreter for many milliseconds
+        parts = [b'{"data":[']
+        for index, vector in zip(self.indices, self.embeddings, strict=True):
+            parts.append(b'{"object":"embedding",' if index is None else b'{"object":"embedding","index":%d,' % index)
+            parts += (b'"embedding":', vector, b"},")
+        if len(parts) > 1:
+            parts[-1] = b"}"
+        parts += (b"],", json.dumps(self.others).encode()[1:])
+        return b"".join(parts)
 
 
 def reply_to(question: Question, dialect: Dialect, size: int) -> Reply:
