@@ -57,13 +57,14 @@ def check_table(name: str) -> str:
     return check_name(name)
 
 
-def check_model(model: str) -> str:
-    """Return the model's name unchanged, or raise SinkConfigError if it cannot be part of a key."""
+def check_model(model: str, dimensions: int | None = None) -> None:
+    """Raise SinkConfigError unless the model can be part of a key, and the size be that of a vector."""
     if not model or _unstorable(model) or len(model.encode()) > MAX_MODEL_BYTES:
         raise SinkConfigError(
             f"model {str(model)[:80]!r} cannot be part of a key: 1 to {MAX_MODEL_BYTES} bytes of UTF-8 without NUL"
         )
-    return model
+    if dimensions is not None and dimensions < 1:
+        raise SinkConfigError(f"model {model!r} has vectors of {dimensions} dimensions; there is at least 1")
 
 
 def shown(key: str) -> str:
@@ -85,13 +86,14 @@ def admit(model: str, rows: Sequence[Row], dimensions: int, where: str) -> tuple
         check_dimensions(model, dimensions, rows[0].vector.size, where)
     admitted: dict[str, Row] = {}
     refused: Refusals = {}
-    for key in sorted(last):
-        row = last[key]
-        reason = _refusal(key, row, dimensions)
-        if reason is None:
-            admitted[key] = row
-        else:
-            refused[row.id] = RowRefusedError(f"row {shown(key)} {reason}")
+    with np.errstate(over="ignore"):  # in `_finite`; entering it costs as much as looking at a row
+        for key in sorted(last):
+            row = last[key]
+            reason = _refusal(key, row, dimensions)
+            if reason is None:
+                admitted[key] = row
+            else:
+                refused[row.id] = RowRefusedError(f"row {shown(key)} {reason}")
     return admitted, refused
 
 
@@ -110,9 +112,8 @@ def _refusal(key: str, row: Row, dimensions: int) -> str | None:
 
 
 def _finite(vector: Vectors) -> bool:
-    # One pass of BLAS: a finite sum of squares has only finite parts. Squares may overflow, hence the second look.
-    with np.errstate(over="ignore"):
-        return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
+    # one pass of BLAS: a finite sum of squares has only finite parts; but squares may overflow, hence the second look
+    return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
 
 
 def _unstorable(text: str) -> bool:
@@ -129,9 +130,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
 def _storable_json(metadata: str) -> bool:
     try:
-        value = json.loads(metadata, parse_constant=_refuse_constant)
+        value = _decode(metadata)
         if "\\u" in metadata:  # escapes may hide what text must not hold
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):

@@ -86,21 +86,30 @@ class _Connection:
     async def _open(self) -> None:
         db = aiosqlite.Connection(self._connect, iter_chunk_size=64)
         db._thread.daemon = True  # aiosqlite's is not, and a sink that nobody closed would keep the process alive
-        self._db = await db
+        try:
+            self._db = await db
+        except BaseException:
+            await _ended(db._thread)  # it reports its end to this loop, which must not be gone by then
+            raise
 
     async def aclose(self) -> None:
-        """Close the connection and end its thread."""
+        """Close the connection and end its thread, after what is under way."""
         async with self._turn:
-            db, self._db = self._db, None
-            if db is not None:
-                await _settled(asyncio.ensure_future(db.close()), threading.Event())
+            await _ended(self.abandon())
 
-    def abandon(self) -> bool:
-        """Let the thread close the connection without being waited for; return whether there was one."""
+    def abandon(self) -> threading.Thread | None:
+        """Have the thread close the connection, and end; return it if there was one. Needs no loop."""
         db, self._db = self._db, None
-        if db is not None:
-            db.stop()
-        return db is not None
+        if db is None:
+            return None
+        # asked for from the thread itself, where there is no loop, so that it will report to none
+        db._tx.put_nowait((None, db.stop))
+        return db._thread
+
+
+async def _ended(thread: threading.Thread | None) -> None:
+    if thread is not None:
+        await asyncio.to_thread(thread.join)
 
 
 async def _settled(future: asyncio.Future[T], stop: threading.Event) -> T:
@@ -173,7 +182,7 @@ class SQLiteSink:
         await self.aclose()
 
     def __del__(self) -> None:
-        if [connection for connection in self._connections if connection.abandon()]:
+        if [connection for connection in self._connections if connection.abandon() is not None]:
             warnings.warn(f"{self!r} was not closed: use `async with`, or aclose()", ResourceWarning, stacklevel=2)
 
     async def prepare(self, model: str, dimensions: int | None) -> None:
@@ -183,7 +192,7 @@ class SQLiteSink:
             SinkConfigError: The file cannot be written, the table has other columns, or vectors of another size.
             SinkBusyError: Another process held the lock for longer than `busy_timeout`.
         """
-        schema.check_model(model)
+        schema.check_model(model, dimensions)
 
         def job(connection: sqlite3.Connection, check: Callable[[], None]) -> None:
             with transaction(connection):
@@ -214,7 +223,7 @@ class SQLiteSink:
         """
         if not rows:
             return {}
-        schema.check_model(model)
+        schema.check_model(model, rows[0].vector.size)
         table = self._table
 
         def job(connection: sqlite3.Connection, check: Callable[[], None]) -> schema.Refusals:
@@ -278,10 +287,7 @@ class SQLiteSink:
         """Close the connections; what is under way ends first. A later call opens them again."""
         at_home = self._loop is asyncio.get_running_loop()
         for connection in self._connections:
-            if at_home:
-                await connection.aclose()
-            else:
-                connection.abandon()
+            await (connection.aclose() if at_home else _ended(connection.abandon()))
 
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         return await self._run(-1, lambda connection, check: read(connection))
