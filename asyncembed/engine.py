@@ -22,12 +22,11 @@ from .errors import (
     ProviderError,
     RateLimitedError,
     RejectedTextError,
-    ServerError,
     TooLargeError,
 )
 from .pacing import Pace, Slots
 from .packing import OPEN_BATCHES, Limits, Packer
-from .retry import History, Reject, Retry, Split, decide
+from .retry import History, Reject, Retry, Split, decide, is_overload
 from .run import Run
 from .tokens import TokenCounter
 from .types import Provider, Reply, Vectors
@@ -66,21 +65,31 @@ class Batch:
     """What one request carries, and its past."""
 
     items: list[Item]
-    failures: int = 0
     sent: bool = False
+    failures: int = 0
+    alone: int = 0
     probed: bool = False
-    successes_before: int | None = None
-    """The provider's count of successes when these texts were first sent."""
+    successes_at_first: int | None = None
+    """The provider's count of successes when these texts first failed,"""
+    successes_at_last: int | None = None
+    """and when they last did."""
 
     @property
     def weight(self) -> int:
         return sum(item.weight for item in self.items)
 
+    def failed(self, successes: int) -> None:
+        """Note that an attempt failed, when the provider had had so many successes with anybody."""
+        if self.successes_at_first is None:
+            self.successes_at_first = successes
+        self.alone = self.alone + 1 if successes == self.successes_at_last else 1
+        self.failures += 1
+        self.successes_at_last = successes
+
     def part(self, items: list[Item]) -> Batch:
-        # A part of a batch that failed keeps its past, but a single text is given all its attempts before it
-        # is called the culprit.
-        failures = self.failures if len(items) > 1 else 0
-        return Batch(items, failures, self.sent, self.probed, self.successes_before)
+        # A part of a batch that failed keeps its past, but a single text is given all its attempts before it is
+        # called the culprit.
+        return replace(self, items=items, failures=self.failures if len(items) > 1 else 0)
 
     def halves(self) -> list[Batch]:
         middle = (len(self.items) + 1) // 2
@@ -185,8 +194,6 @@ class Engine:
             run.requests += 1
             run.retries += batch.sent
             batch.sent = True
-            if batch.successes_before is None:
-                batch.successes_before = self._pace.successes
             try:
                 async with run.unless_stopped(GRACE_S):
                     reply = await self._provider.embed([item.content for item in batch.items])
@@ -194,7 +201,8 @@ class Engine:
                 return _StoppedError("no answer came before the run was stopped")
             except ProviderError as error:
                 self._pace.observe(ticket, error.rates)
-                if isinstance(error, RateLimitedError) or _is_overload(error):
+                self._pace.failed()
+                if is_overload(error):
                     self._pace.refused(ticket)
                 return error
             self._pace.observe(ticket, reply.rates)
@@ -209,7 +217,7 @@ class Engine:
         """Do what has to be done after a failed attempt; return what is left to be sent."""
         if isinstance(error, _StoppedError):
             return [batch]  # the next step fails it with the reason
-        batch.failures += 1
+        batch.failed(self._pace.successes)
         action = decide(error, self._history(error, batch, run), self._max_retries)
         if isinstance(action, Split) and action.probe:
             if left := await self._probe(batch, run, deliver):
@@ -232,10 +240,12 @@ class Engine:
 
     def _history(self, error: ProviderError, batch: Batch, run: Run) -> History:
         rounds = self._pace.refusals if isinstance(error, RateLimitedError) else 0
+        pace = self._pace
         return History(
             inputs=len(batch.items),
             failures=max(batch.failures, rounds),
-            healthy=self._pace.successes > (batch.successes_before or 0),
+            alone=batch.alone,
+            healthy=pace.successes > (batch.successes_at_first or 0) and not pace.looks_down,
             probed=batch.probed,
             rejections=0 if run.successes else run.rejections,
         )
@@ -352,10 +362,6 @@ def _rejected(error: ProviderError) -> AsyncEmbedError:
     rejected = RejectedTextError(f"the provider refused it: {error}")
     rejected.__cause__ = error
     return rejected
-
-
-def _is_overload(error: ProviderError) -> bool:
-    return isinstance(error, ServerError) and error.status == 503
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,9 +1,10 @@
-"""`engine` through `Embedder`, on the virtual clock and a scripted provider: what is sent, when, and what comes of it."""
+"""`engine` through `Embedder`, on the virtual clock and a scripted provider: what is sent, and what comes of it."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -221,7 +222,7 @@ async def test_one_poison_among_2048_costs_one_text_and_few_requests(position: i
 
     assert result.failed_indices == [position]
     assert_right(result.embeddings, expected, failed=[position])
-    # a 400 is split at once: 2·log2(2048) = 22. The others: 3 attempts, 2 probes, 22 parts, 2 more for the culprit.
+    # a 400 is split at once: 2·log2(2048) = 22. The others: 2 more attempts, 2 probes, 22 parts, 4 for the culprit.
     assert len(provider.requests) - 1 <= (22 if isinstance(error, BadRequestError) else 30)
 
 
@@ -236,6 +237,37 @@ async def test_many_poisons_fail_alone() -> None:
     assert result.failed_indices == failed
     assert all(isinstance(failure.error, RejectedTextError) for failure in result.failures)
     assert_right(result.embeddings, expected, failed=failed)
+
+
+async def test_an_outage_in_the_middle_of_a_run_is_not_taken_for_poisons() -> None:
+    embedder, provider = make(
+        lambda number, _: ServerError("HTTP 500", status=500) if number >= 20 else None, max_batch_size=64
+    )
+
+    with pytest.raises(ProviderDownError) as caught:
+        await embedder.embed(texts(64 * 100))
+
+    result = caught.value.result
+    assert all(isinstance(failure.error, ProviderDownError) for failure in result.failures)
+    assert len(result.failures) == 64 * 80
+    assert len(provider.requests) - 20 <= 16 * (9 + 2)
+
+
+async def test_random_faults_fail_no_good_text() -> None:
+    dice = random.Random(7)
+    faults = [
+        ServerError("HTTP 500", status=500),
+        ServerError("HTTP 503", status=503),
+        TransportError("lost"),
+        ProtocolError("expected 3 embeddings, got 2"),
+        RateLimitedError("HTTP 429", status=429, retry_after_s=0.5),
+    ]
+    embedder, _ = make(lambda *_: dice.choice(faults) if dice.random() < 0.3 else None, max_batch_size=50)
+
+    result = await embedder.embed(texts(5_000))
+
+    assert result.failures == ()
+    assert_right(result.embeddings, texts(5_000))
 
 
 async def test_two_texts_of_which_one_is_poison() -> None:
