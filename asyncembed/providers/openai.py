@@ -3,31 +3,41 @@
 The SDK carries keys, addresses, proxies and Azure. Its retries, its redirects, its encoding of the body and its
 parsing of the reply are not used: they lose data, repeat what is refused for good, and block the loop (measured:
 140 ms for a reply of 2,048 vectors). Bytes go in, bytes come out, up to as many as the reply can need.
+
+An error of the SDK or of httpx holds its request, and with it key and texts. None leaves this module, not even as
+the context of one of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
-import ipaddress
 import json
 import logging
 import os
 import ssl
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
-from weakref import WeakKeyDictionary
 
-from ..answers import error_of, rates_of, scrub
+from ..answers import error_of, rates_of
 from ..decoding import decode, most_bytes
-from ..errors import BadRequestError, CertificateError, ConfigError, ProtocolError, ProviderError, TransportError
+from ..errors import (
+    AuthenticationError,
+    BadRequestError,
+    CertificateError,
+    ConfigError,
+    ProtocolError,
+    ProviderError,
+    RequestError,
+    TransportError,
+)
 from ..types import Reply
+from .safety import ApiKey, check_base_url, check_key, veil
 
 logger = logging.getLogger(__name__)
-
-ApiKey: TypeAlias = str | Callable[[], Awaitable[str]]
 
 OFFICIAL_HOST = "api.openai.com"
 
@@ -38,18 +48,23 @@ INLINE_BYTES = 64 * 1024
 # knows floats only (vllm issue 6174), and some proxies refuse the word itself (litellm issue 42421).
 _ENCODINGS = ("base64", "float", None)
 
+# Of an answer that is an error only the beginning is read: the longest message in faults.md has 300 bytes.
+_ERROR_BYTES = 64 * 1024
+
+# openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS is silent for as long as it is let.
+_CONNECT_S = 5.0
+
 
 class OpenAIProvider:
-    """Sends one batch a call; safe to use from many tasks, and on one event loop after another.
+    """Sends one batch a call; safe to use from many tasks, on one event loop after another, and after a fork.
 
     Args:
         model: The model's (on Azure: the deployment's) name.
-        dimensions: The size to ask for; None for the model's own.
-        expected: The size a vector must have; None if the first reply may tell.
+        dimensions: The size to ask for; None for the model's own, which the first reply then tells.
         timeout: Seconds, wall-clock, for one attempt: connecting, sending, waiting and reading.
         client: A ready AsyncOpenAI or AsyncAzureOpenAI; used as it is, never closed.
         http_client: A ready httpx or httpx2 AsyncClient for the SDK to use; never closed.
-        api_key: The key, or an async function that returns it. None: `OPENAI_API_KEY`.
+        api_key: The key, or an async function that returns it, called for every request. None: `OPENAI_API_KEY`.
         base_url: None: `OPENAI_BASE_URL`, else OpenAI itself.
         connections: How many connections may be open at once.
         allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
@@ -76,10 +91,11 @@ class OpenAIProvider:
         self._expected = dimensions
         self._timeout = timeout
         self._given_client = client
-        self._http_client = http_client
+        self._given_http_client = http_client
         self._connections = connections
         self._encoding = 0
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, _Client] = WeakKeyDictionary()
+        # By process and loop: what was opened on one of them is no use to any other, and not theirs to close.
+        self._clients: dict[tuple[int, asyncio.AbstractEventLoop], _Client] = {}
         if client is None:
             base_url = base_url or os.environ.get("OPENAI_BASE_URL") or f"https://{OFFICIAL_HOST}/v1"
             self._base_url = check_base_url(base_url, allow_insecure_http=allow_insecure_http)
@@ -91,16 +107,19 @@ class OpenAIProvider:
     def __repr__(self) -> str:
         return f"<OpenAIProvider {self._model!r} at {self.host}>"
 
-    @property
-    def host(self) -> str:
-        """Where texts are sent to."""
-        return urlsplit(self._base_url).netloc
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an OpenAIProvider holds a key and connections: make one in each process, do not pickle it")
 
     @property
-    def identity(self) -> tuple[str, str]:
-        """What the provider counts limits by, as far as we can tell: address and key."""
+    def host(self) -> str:
+        """Where texts are sent to: host and port."""
+        return urlsplit(self._base_url).netloc.rpartition("@")[2]
+
+    @property
+    def identity(self) -> Hashable:
+        """What the provider counts limits by, as far as we can tell: address and key, which is not in it."""
         key = self._api_key
-        return self._base_url.rstrip("/"), key if isinstance(key, str) else str(id(key))
+        return self._base_url.rstrip("/"), hashlib.sha256(key.encode()).digest() if isinstance(key, str) else key
 
     @property
     def dimensions(self) -> int | None:
@@ -113,35 +132,39 @@ class OpenAIProvider:
         Raises:
             ProviderError: It failed; nothing of its reply is used. The connection is closed or clean.
         """
+        client = await self._client()
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._embed(texts)
+                return await self._embed(client, texts)
         except TimeoutError:
             raise TransportError(f"no whole answer within {self._timeout:g} s") from None
 
-    async def _embed(self, texts: Sequence[str]) -> Reply:
-        client = await self._client()
-        while True:
-            encoding = self._encoding
+    async def _embed(self, client: _Client, texts: Sequence[str]) -> Reply:
+        for encoding in range(self._encoding, len(_ENCODINGS)):
             try:
-                return await self._attempt(client, texts, _ENCODINGS[encoding])
+                reply = await self._attempt(client, texts, _ENCODINGS[encoding])
             except BadRequestError as error:
                 if not _blames_encoding(str(error)) or encoding + 1 == len(_ENCODINGS):
                     raise
-                if self._encoding == encoding:  # else another request has found out already
-                    self._encoding += 1
-                    logger.warning("%s refuses encoding_format=%r", self.host, _ENCODINGS[encoding])
+            else:
+                break
+        if encoding > self._encoding:  # else another request has found it out already
+            self._encoding = encoding
+            logger.warning("%s refuses encoding_format=%r", self.host, _ENCODINGS[encoding - 1])
+        return reply
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None) -> Reply:
         size = sum(map(len, texts))
         body = await _maybe_in_thread(size, self._encode, texts, encoding)
         limit = most_bytes(len(texts), self._expected)
-        headers, answer = await self._post(client, body, limit)
+        response, answer = await self._post(client, body, limit)
+        if not response.is_success:
+            raise await _maybe_in_thread(size, _refusal, response, answer, texts)
         reply = await _maybe_in_thread(len(answer), decode, answer, len(texts), self._expected)
         self._expected = self._expected or reply.vectors.shape[1]
         if reply.vectors.shape[1] != self._expected:  # two first replies at once, of different sizes
             raise ProtocolError(f"expected {self._expected} dimensions, got {reply.vectors.shape[1]}")
-        return Reply(reply.vectors, reply.tokens, rates_of(headers))
+        return Reply(reply.vectors, reply.tokens, rates_of(response.headers))
 
     def _encode(self, texts: Sequence[str], encoding: str | None) -> bytes:
         fields: dict[str, Any] = {"model": self._model, "input": list(texts)}
@@ -152,6 +175,7 @@ class OpenAIProvider:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def _post(self, client: _Client, body: bytes, limit: int) -> tuple[Any, bytes]:
+        """Return the response, of whatever status, and its body."""
         sdk = client.openai
         try:
             response = await client.sdk.post(
@@ -168,79 +192,116 @@ class OpenAIProvider:
                     },
                     "max_retries": 0,
                     "follow_redirects": False,
-                    "timeout": self._timeout,
+                    "timeout": client.timeout,
                     "security": {"bearer_auth": True},
                 },
             )
             try:
-                return response.headers, await _read(response, limit)
+                return response, await _read(response, limit)
             finally:
                 await response.aclose()
-        # `from None` below: the SDK's errors hold the request, and with it the key and the texts
+        except _RefusedError as refused:
+            return refused.response, refused.body
         except sdk.APIStatusError as error:
-            answer = error.response
-            raise self._error(answer.status_code, answer.headers, answer.content) from None
+            return error.response, error.response.content
+        except ProviderError:
+            raise
         except (sdk.APIError, *client.transport_errors) as error:
-            raise _transport_error(error, self._secrets) from None
+            failure: Exception = _transport_error(error)
+        except RuntimeError as error:
+            failure = self._lost_client(client, error)
+        raise failure  # out here it has no context
 
-    @property
-    def _secrets(self) -> tuple[str, ...]:
-        return (self._api_key,) if isinstance(self._api_key, str) else ()
-
-    def _error(self, status: int, headers: Any, body: bytes) -> ProviderError:
-        error = error_of(status, headers, body, self._secrets)
-        error.rates = rates_of(headers)
+    def _lost_client(self, client: _Client, error: RuntimeError) -> Exception:
+        """Say what a RuntimeError of httpx or asyncio is about: clients that are closed, or of another loop."""
+        given = self._given_client or self._given_http_client
+        if client.sdk.is_closed():
+            return (RequestError if given else TransportError)("the HTTP client is closed")
+        if "event loop" in str(error).lower():
+            return TransportError("a connection was lost: it belongs to another event loop")
         return error
 
     async def _client(self) -> _Client:
         # A connection belongs to the loop it was opened on, so every loop gets its own client.
-        loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
+        here = os.getpid(), asyncio.get_running_loop()
+        client = self._clients.get(here)
         if client is None:
-            # in a thread: importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
-            client = await asyncio.to_thread(self._build)
-            client = self._clients.setdefault(loop, client)
-            if self._given_client is None and self._http_client is None and client.closing is None:
-                client.closing = _closes_with_its_loop(client)
-                await anext(client.closing)
+            self._check_process(here[0])
+            client = self._clients.setdefault(here, _Client())
+        if client.sdk is None:
+            async with client.building:
+                if client.sdk is None:
+                    await self._build(client)
         return client
 
-    def _build(self) -> _Client:
+    def _check_process(self, pid: int) -> None:
+        given = self._given_client or self._given_http_client
+        if given and any(other != pid for other, _ in self._clients):
+            raise RequestError("the client that was handed in has been used before os.fork(): make one in each process")
+        for other, loop in list(self._clients):
+            if other == pid and loop.is_closed():
+                self._clients.pop((other, loop), None)
+
+    async def _build(self, client: _Client) -> None:
+        # in a thread: importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
+        client.adopt(*await asyncio.to_thread(self._load), self._timeout)
+        if self._given_client is None and self._given_http_client is None:
+            client.closing = _closes_with_its_loop(client)
+            await anext(client.closing)
+
+    def _load(self) -> tuple[Any, Any, Any]:
         openai = importlib.import_module("openai")
         httpx2 = importlib.import_module("httpx2")
         if self._given_client is not None:
-            return _Client(openai, httpx2, self._given_client)
-        http_client = self._http_client or httpx2.AsyncClient(
-            timeout=self._timeout,
+            return openai, httpx2, self._given_client
+        http_client = self._given_http_client or httpx2.AsyncClient(
             follow_redirects=False,
             limits=httpx2.Limits(max_connections=self._connections, max_keepalive_connections=self._connections),
+            event_hooks={"response": [_stop_at_refusal]},
         )
-        sdk = openai.AsyncOpenAI(api_key=self._api_key, base_url=self._base_url, http_client=http_client, max_retries=0)
-        return _Client(openai, httpx2, sdk)
+        key = self._fresh_key if callable(self._api_key) else self._api_key
+        sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, http_client=http_client, max_retries=0)
+        return openai, httpx2, sdk
+
+    async def _fresh_key(self) -> str:
+        assert callable(self._api_key)
+        try:
+            key = check_key(await self._api_key(), self._base_url)
+        except Exception as error:
+            told = str(error) if isinstance(error, ConfigError) else type(error).__name__
+            raise AuthenticationError(f"api_key() gave no key that can be used: {told}") from error
+        if not isinstance(key, str):
+            raise AuthenticationError(f"api_key() returned {type(key).__name__}; it must return a str")
+        return key
 
     async def aclose(self) -> None:
         """Close the connections of this loop; clients that were handed in stay open."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
+        client = self._clients.pop((os.getpid(), asyncio.get_running_loop()), None)
         if client is not None and client.closing is not None:
             await client.closing.aclose()
 
 
 class _Client:
-    """The SDK's client of one loop, and what has to be known of it."""
+    """The SDK's client of one event loop, and what has to be known of it. Empty until it adopts one."""
 
-    def __init__(self, openai: Any, httpx2: Any, sdk: Any) -> None:
-        self.openai = openai
-        self.sdk = sdk
-        self.response_type = httpx2.Response
+    def __init__(self) -> None:
+        self.building = asyncio.Lock()
+        self.sdk: Any = None
         self.closing: AsyncGenerator[None, None] | None = None
-        self._azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
+
+    def adopt(self, openai: Any, httpx2: Any, sdk: Any, timeout_s: float) -> None:
         legacy = sys.modules.get("httpx")  # loaded if the user's own client is one of the old httpx
+        self.openai = openai
+        self.response_type = httpx2.Response
+        self.timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
         self.transport_errors: tuple[type[Exception], ...] = (
             httpx2.RequestError,
             httpx2.StreamError,
             OSError,
             *((legacy.RequestError, legacy.StreamError) if legacy else ()),
         )
+        self._azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
+        self.sdk = sdk
 
     def path(self, model: str) -> str:
         # The SDK puts the deployment into the path only for bodies that it encodes itself.
@@ -253,6 +314,25 @@ async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:
         yield
     finally:
         await client.sdk.close()
+
+
+class _RefusedError(Exception):
+    """An answer that is an error, and the beginning of its body: the SDK would read it to whatever end it has."""
+
+    def __init__(self, response: Any, body: bytes) -> None:
+        super().__init__(response.status_code)
+        self.response = response
+        self.body = body
+
+
+async def _stop_at_refusal(response: Any) -> None:
+    if not response.is_success:
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _ERROR_BYTES:
+                break
+        raise _RefusedError(response, bytes(body[:_ERROR_BYTES]))
 
 
 async def _read(response: Any, limit: int) -> bytes:
@@ -268,13 +348,30 @@ async def _maybe_in_thread(size: int, work: Callable[..., Any], *args: Any) -> A
     return work(*args) if size < INLINE_BYTES else await asyncio.to_thread(work, *args)
 
 
+def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> ProviderError:
+    """Return the error that an answer stands for, without a word of the texts or the key."""
+    keys = _keys_in(response.request.headers)
+    error = error_of(response.status_code, response.headers, body, keys)
+    error.rates = rates_of(response.headers)
+    error.args = (veil(str(error), texts, keys),)
+    error.code = error.code and veil(error.code, texts, keys)
+    return error
+
+
+def _keys_in(headers: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what the request proved itself with: whichever of its keys was asked for, or rotated in."""
+    bearer = headers.get("authorization", "").partition(" ")[2]
+    return tuple(key for key in (bearer, headers.get("api-key", "")) if key)
+
+
 def _blames_encoding(message: str) -> bool:
     message = message.lower()
     return "encoding_format" in message or "base64" in message
 
 
-def _transport_error(error: Exception, secrets: tuple[str, ...]) -> ProviderError:
-    chain: list[BaseException] = [error]
+def _transport_error(error: BaseException) -> ProviderError:
+    """Return ours, which tells the kinds of errors and their numbers: their words may hold key or address."""
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for cause in chain:
@@ -283,54 +380,9 @@ def _transport_error(error: Exception, secrets: tuple[str, ...]) -> ProviderErro
                 f"the server's certificate was not accepted: {cause.verify_message}. "
                 "If it is right, add its authority to the system's trust store"
             )
-    words = " <- ".join(f"{type(cause).__name__}" for cause in chain[:3])
+        if isinstance(cause, ssl.SSLError) and cause.reason == "WRONG_VERSION_NUMBER":
+            return RequestError("the server does not speak TLS: base_url must begin with http://, or name another port")
+    words = " <- ".join(type(cause).__name__ for cause in chain[:3])
     numbers = [cause.errno for cause in chain if isinstance(cause, OSError) and cause.errno]
     detail = f": {os.strerror(numbers[0])}" if numbers and numbers[0] > 0 else ""
-    return TransportError(scrub(f"no whole answer came ({words}{detail})", secrets))
-
-
-def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
-    """Return the key to use. What is wrong with it is said without showing it.
-
-    Raises:
-        ConfigError: There is none, or it cannot stand in an HTTP header.
-    """
-    if callable(key):
-        return key
-    found = key if key is not None else os.environ.get("OPENAI_API_KEY")
-    if not found or not found.strip():
-        if _is_loopback(urlsplit(base_url).hostname):
-            return "none"  # the SDK wants one; Ollama and its like do not
-        raise ConfigError('no API key: set OPENAI_API_KEY, pass api_key=, or use the embedded model, Embedder("local")')
-    found = found.strip()  # a newline at its end comes from reading it out of a file
-    if not (found.isascii() and found.isprintable()) or " " in found:
-        raise ConfigError("the API key holds spaces, control or non-ASCII characters; it is not shown here")
-    return found
-
-
-def check_base_url(url: str, *, allow_insecure_http: bool) -> str:
-    """Return the URL if key and texts may be sent there.
-
-    Raises:
-        ConfigError: It is no http(s) URL, holds a password, or would send in clear beyond this machine.
-    """
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("base_url must start with https:// (or http:// on this machine) and name a host")
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"base_url for {parts.hostname} holds a user name or password; pass api_key= instead")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname) and not allow_insecure_http:
-        raise ConfigError(
-            f"base_url would send key and texts in clear to {parts.hostname}; use https://, "
-            "or allow_insecure_http=True if that network is yours"
-        )
-    return url.strip()
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+    return TransportError(f"no whole answer came ({words}{detail})")

@@ -1,0 +1,132 @@
+"""What may be sent where, and what may be shown of it: checks of keys and addresses, and a veil over messages. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from ..errors import ConfigError
+
+ApiKey: TypeAlias = str | Callable[[], Awaitable[str]]
+
+HIDDEN = "***"
+
+# So many letters and digits in a row, shared by a message and a text, are a quotation and no chance: the longest
+# word of the messages in faults.md is `credit_balance_exhausted`. Any such run holds one of the aligned pieces of half
+# its length that are looked for.
+_QUOTED = 16
+# At the end of a message that was cut off, the beginning of a quotation.
+_QUOTED_AT_THE_END = 6
+# Servers echo a key as its first and last characters with stars in between.
+_SHOWN_OF_A_KEY = 6
+
+_NO_LETTERS = re.compile(r"[\W_]+")
+_ESCAPES = re.compile(r"\\+[nrt]")
+
+
+def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
+    """Return the key to use. What is wrong with it is said without showing it.
+
+    Raises:
+        ConfigError: There is none, or it cannot stand in an HTTP header.
+    """
+    if callable(key):
+        return key
+    found = key if key is not None else os.environ.get("OPENAI_API_KEY", "")
+    if not isinstance(found, str):
+        raise ConfigError(f"api_key is {type(found).__name__}; it must be a str or an async function that returns one")
+    found = found.strip()  # a newline at its end comes from reading it out of a file
+    if not found:
+        if _is_loopback(urlsplit(base_url).hostname):
+            return "none"  # the SDK wants one; Ollama and its like do not
+        raise ConfigError('no API key: set OPENAI_API_KEY, pass api_key=, or use the embedded model, Embedder("local")')
+    if not (found.isascii() and found.isprintable()) or " " in found:
+        raise ConfigError("the API key holds spaces, control or non-ASCII characters; it is not shown here")
+    return found
+
+
+def check_base_url(url: str, *, allow_insecure_http: bool) -> str:
+    """Return the URL if key and texts may be sent there.
+
+    Raises:
+        ConfigError: It is no http(s) URL, holds a password, or would send in clear beyond this machine.
+    """
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # a port that is no number, half an IPv6 address
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise ConfigError("base_url must start with https:// (or http:// on this machine) and name a host")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(f"base_url for {host} holds a user name or password; pass api_key= instead")
+    if parts.scheme == "http" and not _is_loopback(host) and not allow_insecure_http:
+        raise ConfigError(
+            f"base_url would send key and texts in clear to {host}; use https://, "
+            "or allow_insecure_http=True if that network is yours"
+        )
+    return url
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def veil(message: str, texts: Sequence[str], keys: Sequence[str]) -> str:
+    """Return a server's message without what it quotes of the texts that were sent, and without parts of the keys.
+
+    Compared are letters and digits alone, since messages quote with their own blanks and escapes. A quotation is
+    `_QUOTED` of them in a row, or a whole text of at least four. Costs one pass over the texts.
+    """
+    for key in keys:
+        if len(key) >= 2 * _SHOWN_OF_A_KEY:
+            message = re.sub(rf"\S*{re.escape(key[:_SHOWN_OF_A_KEY])}\S*", HIDDEN, message)
+    plain = _ESCAPES.sub(lambda match: " " * len(match[0]), message)
+    places = [place for place, character in enumerate(plain) if character.isalnum()]
+    letters = "".join(plain[place] for place in places)
+    hidden: set[int] = set()
+    for text in texts:
+        for start, end in _quotations(letters, _NO_LETTERS.sub("", text), cut=message.endswith("…")):
+            if start < end:
+                hidden.update(range(places[start], places[end - 1] + 1))
+    return _without(message, hidden)
+
+
+def _quotations(letters: str, text: str, *, cut: bool) -> list[tuple[int, int]]:
+    """Return where `letters` quotes `text`: pairs of start and end."""
+    if 4 <= len(text) <= _QUOTED:
+        return [(match.start(), match.end()) for match in re.finditer(re.escape(text), letters)]
+    half = _QUOTED // 2
+    near = {
+        start
+        for piece in range(0, len(letters) - half + 1, half)
+        if letters[piece : piece + half] in text
+        for start in range(max(0, piece - half), piece + 1)
+    }
+    quotations = [(start, start + _QUOTED) for start in near if letters[start : start + _QUOTED] in text]
+    quotations = [(start, end) for start, end in quotations if end <= len(letters)]
+    if cut:
+        lengths = range(_QUOTED, _QUOTED_AT_THE_END - 1, -1)
+        length = next((length for length in lengths if letters[-length:] in text), 0)
+        quotations.append((len(letters) - length, len(letters)))
+    return quotations
+
+
+def _without(message: str, hidden: set[int]) -> str:
+    shown = []
+    for place, character in enumerate(message):
+        if place not in hidden:
+            shown.append(character)
+        elif place - 1 not in hidden:
+            shown.append(HIDDEN)
+    return "".join(shown)
