@@ -80,7 +80,8 @@ class _Connection:
             # A bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the thread would
             # report to a closed loop. aiosqlite's own methods forget what they started when they are cancelled.
             future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-            self._db._tx.put_nowait((future, lambda: _patiently(job, connection, self._wait_s, stop)))
+            self._db._tx.put_nowait((future, partial(_patiently, job, connection, self._wait_s, stop)))
+            self._db._tx.put_nowait((None, _nothing))  # the thread holds what it did last, a batch of rows, until then
             return await _settled(future, stop)
 
     async def _open(self) -> None:
@@ -144,7 +145,10 @@ def _patiently(job: Job[T], connection: sqlite3.Connection, wait_s: float, stop:
                 raise
 
 
-def _code(error: sqlite3.Error | sqlite3.Warning) -> int:
+def _nothing() -> None: ...
+
+
+def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
 
 
@@ -299,8 +303,8 @@ class SQLiteSink:
         self._move_to(asyncio.get_running_loop())
         try:
             return await self._connections[which].run(job)
-        except (sqlite3.Error, sqlite3.Warning) as error:
-            raise self._explained(error) from error
+        except sqlite3.Error as error:
+            raise self._explained(error, writing=which == 0) from error
 
     def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that the connections are this loop's."""
@@ -310,41 +314,46 @@ class SQLiteSink:
             raise SinkError(f"{self!r} is in use by another running event loop: make a sink for each")
         for connection in self._connections:
             connection.abandon()
-        modes = ["memory"] if self._memory else ["rwc", "rw"]
-        self._connections = tuple(_Connection(partial(self._connect, mode), self._busy_timeout) for mode in modes)
+        if self._memory:
+            connects = [partial(_connect, "file::memory:", writes=True)]
+        else:
+            uri = self._path.as_uri()
+            connects = [partial(_connect, f"{uri}?mode=rwc", writes=True), partial(_connect, f"{uri}?mode=rw")]
+        self._connections = tuple(_Connection(connect, self._busy_timeout) for connect in connects)
         self._loop = loop
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        """Connect; on the connection's thread. Modes are SQLite's: "rwc" creates the file, "rw" does not."""
-        uri = "file::memory:" if mode == "memory" else f"{self._path.as_uri()}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None)
-        try:
-            if mode != "rw":
-                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
-                # FULL syncs at every commit, so that what was paid for outlives a power cut, too: 10 % slower
-                connection.execute("PRAGMA synchronous = FULL")
-                # Refused while a process without WAL is in it, and on disks that cannot share memory: a rollback
-                # journal is as safe, only slower. What else may be wrong the first statement will say.
-                with contextlib.suppress(sqlite3.OperationalError):
-                    connection.execute("PRAGMA journal_mode = WAL")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _explained(self, error: sqlite3.Error | sqlite3.Warning) -> SinkError:
+    def _explained(self, error: sqlite3.Error, *, writing: bool) -> SinkError:
         kind, meaning = _MEANINGS.get(_code(error), (SinkError, f"failed: {error}"))
         if _code(error) == sqlite3.SQLITE_CANTOPEN:
-            kind, meaning = SinkConfigError, self._why_closed()
+            kind, meaning = SinkConfigError, self._why_closed(writing)
         elif kind is SinkBusyError:
             meaning = f"{meaning}, or wait longer than busy_timeout={self._busy_timeout:g} s"
         return kind(f"{self._shown} {meaning}")
 
-    def _why_closed(self) -> str:
+    def _why_closed(self, writing: bool) -> str:
         if self._path.is_dir():
             return "is a folder: name a file in it"
         if not self._path.parent.is_dir():
             return f"cannot be made: there is no folder {self._path.parent}"
-        if not self._path.exists() and os.access(self._path.parent, os.W_OK):
+        if not writing and not self._path.exists():
             return "does not exist yet: ingest into it first"
         return "cannot be opened: let this user read and write it, and its folder"
+
+
+def _connect(uri: str, *, writes: bool = False) -> sqlite3.Connection:
+    """Connect; on the connection's thread."""
+    connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None)
+    if not writes:
+        return connection
+    try:
+        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
+        # FULL syncs at every commit, so that what was paid for outlives a power cut, too: 10 % slower
+        connection.execute("PRAGMA synchronous = FULL")
+        # Refused while a process without WAL is in it, and on disks that cannot share memory: a rollback journal is
+        # as safe, only slower. What else may be wrong the first statement will say.
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,526 @@
+"""What only SQLite does: its bytes, its files, its locks, its threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from asyncembed.errors import RowRefusedError, SinkBusyError, SinkConfigError, SinkError
+from asyncembed.sinks import SQLiteSink, sqlite, sqlite_table
+from asyncembed.types import Row
+
+from .sink_rows import MODEL, HeldRow, hashes, row, rows, vec
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store" / "vectors.db"
+
+
+def asked(path: Path, sql: str, *parameters: object) -> list[Any]:
+    """Ask the file itself, at once or not at all."""
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+        return connection.execute(sql, parameters).fetchall()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# ---- what is in the file ----
+
+
+async def test_a_vector_is_stored_as_its_little_endian_float32_bytes_alone(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row(7, vec(1, -2.5, 0.1), "text", '{"a": 1}')])
+    ((key, model, blob, digest, text, metadata),) = asked(
+        path, "SELECT id, model, embedding, content_hash, text, metadata FROM embeddings"
+    )
+    assert blob == bytes.fromhex("0000803f 000020c0 cdcccc3d")
+    assert (key, model, text, metadata) == ("7", MODEL, "text", '{"a": 1}')
+    assert digest == "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"  # printf text | sha256sum
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        pytest.param(np.array([1.5, -2.0], dtype=">f4"), id="big-endian"),
+        pytest.param(np.array([1.5, -2.0], dtype=np.float64), id="float64"),
+        pytest.param(np.array([1.5, 0, -2.0], dtype=np.float32)[::2], id="not contiguous"),
+    ],
+)
+async def test_any_array_of_the_right_numbers_becomes_the_same_bytes(path: Path, vector: Any) -> None:
+    async with SQLiteSink(path) as sink:
+        assert await sink.write(MODEL, [row("a", vector)]) == {}
+    assert asked(path, "SELECT embedding FROM embeddings") == [(bytes.fromhex("0000c03f 000000c0"),)]
+
+
+async def test_a_replaced_row_keeps_when_it_was_created(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a")])
+        asked(path, "UPDATE embeddings SET created_at = 'then', updated_at = 'then'")
+        await sink.write(MODEL, [row("a", text="new")])
+    ((created, updated),) = asked(path, "SELECT created_at, updated_at FROM embeddings")
+    assert created == "then"
+    assert updated.endswith("+00:00")
+
+
+async def test_a_new_file_has_large_pages_and_a_write_ahead_log(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 3)
+        assert asked(path, "PRAGMA page_size") == [(16_384,)]
+        assert asked(path, "PRAGMA journal_mode") == [("wal",)]
+
+
+async def test_rows_put_in_by_hand_tell_the_size_of_their_model(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, None)
+        asked(path, "INSERT INTO embeddings VALUES ('a', ?, NULL, ?, NULL, NULL, '', '')", MODEL, bytes(12))
+        with pytest.raises(SinkConfigError, match="3 dimensions"):
+            await sink.prepare(MODEL, 4)
+
+
+@pytest.mark.parametrize(
+    "ddl",
+    [
+        pytest.param("CREATE TABLE embeddings (id TEXT PRIMARY KEY, note TEXT)", id="other columns"),
+        pytest.param("CREATE TABLE embeddings (id, model, content_hash, embedding, text, metadata)", id="no types"),
+        pytest.param("CREATE VIEW embeddings AS SELECT 1 AS id", id="a view"),
+    ],
+)
+async def test_a_table_that_is_not_ours_is_left_alone(path: Path, ddl: str) -> None:
+    asked(path, ddl)
+    before = asked(path, "SELECT sql FROM sqlite_master")
+    async with SQLiteSink(path) as sink:
+        with pytest.raises(SinkConfigError, match=r"table 'embeddings' in .*vectors.db .*another table name"):
+            await sink.prepare(MODEL, 3)
+    assert asked(path, "SELECT sql FROM sqlite_master") == before
+
+
+async def test_columns_that_do_without_us_may_be_added(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a")])
+        asked(path, "ALTER TABLE embeddings ADD COLUMN seen INTEGER NOT NULL DEFAULT 0")
+        await sink.write(MODEL, [row("b")])
+        assert await sink.count() == 2
+
+
+async def test_a_row_against_a_constraint_of_the_user_is_refused_alone(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 3)
+        asked(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (length(text) < 20)")
+        asked(path, "CREATE UNIQUE INDEX one_text ON embeddings (text)")
+        refused = await sink.write(MODEL, [row("a"), row("b", text="b" * 30), row("c", text="text of a"), row("d")])
+        assert set(refused) == {"b", "c"}
+        assert all(isinstance(error, RowRefusedError) for error in refused.values())
+        assert [id async for id in sink.ids(MODEL)] == ["a", "d"]
+
+
+async def test_a_blob_that_something_else_wrote_is_named_not_misread(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a"), row("b")])
+        asked(path, "UPDATE embeddings SET embedding = x'0102' WHERE id = 'b'")
+        with pytest.raises(SinkError, match=r"row 'b' .* 2 bytes where 3 float32"):
+            await sink.search(vec(1, 2, 3))
+
+
+# ---- the search ----
+
+
+async def test_a_search_holds_slices_not_the_table(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_table, "SLICE_BYTES", 1 << 18)
+    stored = rows(2_000, dimensions=1_024)  # 8 MB
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, stored)
+        tracemalloc.start()
+        try:
+            hits = await sink.search(stored[1_234].vector, k=3)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert hits[0].id == "id-01234"
+    assert peak < 3 << 20
+
+
+async def test_slices_of_any_size_find_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = [*rows(50), *(row(f"same-{number}", rows(1)[0].vector) for number in range(9))]
+    async with SQLiteSink(path) as sink:
+        await sink.write("other", [row("first", vec(1, 2, 3))])
+        await sink.write(MODEL, stored)
+        whole = await sink.search(rows(1)[0].vector, k=12, model=MODEL)
+        for size in (1, 100, 320):
+            monkeypatch.setattr(sqlite_table, "SLICE_BYTES", size)
+            assert await sink.search(rows(1)[0].vector, k=12, model=MODEL) == whole
+
+
+async def test_reading_does_not_wait_for_a_writer(path: Path) -> None:
+    held = HeldRow("held")
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(5, dimensions=3))
+        writing = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
+        await asyncio.to_thread(held.reached.wait)
+        try:
+            assert await sink.existing(MODEL, hashes(rows(5, dimensions=3))) == {one.id for one in rows(5)}
+            assert len(await sink.search(vec(1, 0, 0), k=9)) == 5
+            assert not writing.done()
+        finally:
+            held.go_on.set()
+        await writing
+        assert await sink.count() == 6
+
+
+# ---- locks ----
+
+
+@pytest.fixture
+def locker(path: Path) -> Iterator[sqlite3.Connection]:
+    """Another writer that holds the lock of the file."""
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+
+
+async def test_a_lock_held_for_too_long_is_a_busy_error_and_the_loop_stays_live(
+    path: Path, locker: sqlite3.Connection
+) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0)
+            ticks += 1
+
+    async with SQLiteSink(path, busy_timeout=0.2) as sink:
+        ticking = asyncio.create_task(tick())
+        with pytest.raises(SinkBusyError, match=r"vectors\.db is locked .*busy_timeout=0\.2 s"):
+            await sink.write(MODEL, rows(3))
+        ticking.cancel()
+        locker.execute("ROLLBACK")
+        await sink.write(MODEL, rows(3))
+        assert await sink.count() == 3
+    assert ticks > 50
+
+
+async def test_a_lock_that_is_let_go_in_time_is_waited_for(path: Path, locker: sqlite3.Connection) -> None:
+    async with SQLiteSink(path, busy_timeout=30) as sink:
+        writing = asyncio.create_task(sink.write(MODEL, rows(3)))
+        await until_it_tries(sink)
+        locker.execute("ROLLBACK")
+        assert await writing == {}
+
+
+async def test_a_writer_waiting_for_a_lock_is_cancelled_without_waiting_longer(
+    path: Path, locker: sqlite3.Connection
+) -> None:
+    async with SQLiteSink(path, busy_timeout=3_600) as sink:
+        writing = asyncio.create_task(sink.write(MODEL, rows(3)))
+        await until_it_tries(sink)
+        writing.cancel()
+        await asyncio.wait([writing], timeout=30)
+        assert writing.cancelled()
+
+
+async def until_it_tries(sink: SQLiteSink) -> None:
+    while not (sink._connections and sink._connections[0]._db):  # noqa: ASYNC110  # no event is set when it opened
+        await asyncio.sleep(0)
+
+
+async def test_readers_of_a_file_without_a_write_ahead_log_hold_a_writer_up_only_while_they_read(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("CREATE TABLE theirs (x)")
+        reader.execute("INSERT INTO theirs VALUES (1)")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM theirs").fetchall()
+        async with SQLiteSink(path, busy_timeout=0.1) as sink:
+            with pytest.raises(SinkBusyError):
+                await sink.write(MODEL, rows(3))
+            reader.execute("COMMIT")
+            await sink.write(MODEL, rows(3))
+            assert await sink.count() == 3
+
+
+# ---- cancellation ----
+
+
+async def test_a_write_cancelled_between_two_rows_is_rolled_back_before_it_raises(path: Path) -> None:
+    held = HeldRow("id-00001x")
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 3)
+        writing = asyncio.create_task(sink.write(MODEL, [*rows(3, dimensions=3), cast(Row, held)]))
+        await asyncio.to_thread(held.reached.wait)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            asked(path, "BEGIN IMMEDIATE")
+        writing.cancel()
+        await asyncio.sleep(0)
+        writing.cancel()  # and once more: impatience changes nothing
+        await asyncio.sleep(0)
+        assert not writing.done()
+        held.go_on.set()
+        await asyncio.wait([writing])
+        assert writing.cancelled()
+        asked(path, "BEGIN IMMEDIATE")
+        assert await sink.count() == 0
+
+
+async def test_a_cancelled_writer_in_the_queue_leaves_at_once_and_harms_nobody(path: Path) -> None:
+    held = HeldRow("held")
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 3)
+        first = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
+        await asyncio.to_thread(held.reached.wait)
+        second = asyncio.create_task(sink.write(MODEL, [row("second")]))
+        third = asyncio.create_task(sink.write(MODEL, [row("third")]))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        assert second.cancelled()
+        assert not first.done()
+        held.go_on.set()
+        await first
+        await third
+        assert [id async for id in sink.ids(MODEL)] == ["held", "third"]
+
+
+def test_a_run_that_is_torn_down_in_the_middle_of_a_write_ends_cleanly(path: Path) -> None:
+    held = HeldRow("held")
+    sink = SQLiteSink(path)
+
+    async def leave_it_running() -> None:
+        await sink.prepare(MODEL, 3)
+        task = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
+        await asyncio.to_thread(held.reached.wait)
+        threading.Timer(0.05, held.go_on.set).start()
+        assert not task.done()
+
+    asyncio.run(leave_it_running())  # cancels the task
+    asked(path, "BEGIN IMMEDIATE")
+    assert asyncio.run(counted(sink)) == 0
+
+
+async def counted(sink: SQLiteSink) -> int:
+    async with sink:
+        return await sink.count()
+
+
+async def test_a_sink_cancelled_while_it_opens_can_be_used_and_closed(path: Path) -> None:
+    for steps in range(8):
+        async with SQLiteSink(path) as sink:
+            opening = asyncio.create_task(sink.prepare(MODEL, 8))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait([opening])
+            await sink.write(MODEL, rows(3))
+
+
+async def test_closing_leaves_no_thread_and_no_log(path: Path) -> None:
+    before = threading.active_count()
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(3))
+        await sink.search(rows(1)[0].vector)
+        assert threading.active_count() > before
+    # asyncio.to_thread keeps its own threads, by name
+    left = [thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name]
+    assert left == []
+    assert names(path.parent) == ["vectors.db"]
+
+
+async def test_one_sink_in_two_running_loops_is_an_error_not_a_muddle(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(1))
+        with pytest.raises(SinkError, match="another running event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(sink.count()))
+
+
+# ---- files that cannot be used ----
+
+
+@pytest.fixture
+def notes(path: Path) -> str:
+    path.write_text("precious notes " * 100)
+    return "precious notes " * 100
+
+
+async def test_a_file_that_is_no_database_is_left_as_it_is(path: Path, notes: str) -> None:
+    async with SQLiteSink(path) as sink:
+        for use in (sink.prepare(MODEL, 3), sink.write(MODEL, rows(1)), sink.search(vec(1, 2, 3))):
+            with pytest.raises(SinkConfigError, match=r"vectors\.db is not an SQLite database"):
+                await use
+    with closing(path.open()) as file:
+        assert file.read() == notes
+
+
+async def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    async with SQLiteSink(tmp_path) as sink:
+        with pytest.raises(SinkConfigError, match="is a folder: name a file in it"):
+            await sink.prepare(MODEL, 3)
+
+
+async def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    async with SQLiteSink(tmp_path / "no" / "vectors.db") as sink:
+        with pytest.raises(SinkConfigError, match=r"there is no folder .*no"):
+            await sink.prepare(MODEL, 3)
+
+
+async def test_reading_does_not_make_a_file(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        with pytest.raises(SinkConfigError, match=r"vectors\.db does not exist yet"):
+            await sink.search(vec(1, 0, 0))
+    assert names(path.parent) == []
+
+
+@pytest.fixture
+def read_only_folder() -> Iterator[Callable[[Path], Path]]:
+    """Puts a file into a folder of another user's, and returns the folder."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    as_root = os.geteuid() == 0
+
+    def put(path: Path) -> Path:
+        shutil.copy(path, folder)
+        for file in [folder, *folder.iterdir()]:
+            file.chmod(0o555)
+        if as_root:  # who may write everywhere
+            os.seteuid(65_534)
+        return folder
+
+    yield put
+    if as_root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+async def test_a_file_that_may_not_be_written_can_be_searched_and_says_so_when_written(
+    read_only_folder: Callable[[Path], Path], path: Path
+) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a")])
+    asked(path, "PRAGMA journal_mode = DELETE")  # a write-ahead log needs a folder it can write to
+    folder = read_only_folder(path)
+    async with SQLiteSink(folder / "vectors.db") as sink:
+        assert [hit.id for hit in await sink.search(vec(1, 2, 3))] == ["a"]
+        with pytest.raises(SinkConfigError, match=r"is read-only: let this user write"):
+            await sink.write(MODEL, [row("b")])
+    async with SQLiteSink(folder / "new.db") as sink:
+        with pytest.raises(SinkConfigError, match=r"new\.db cannot be opened: let this user"):
+            await sink.prepare(MODEL, 3)
+
+
+async def test_a_full_disk_stores_nothing_of_the_batch_and_all_of_it_later(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(3, dimensions=1_000))
+        # per connection, so it must be the sink's own
+        await sink._write(lambda connection, check: connection.execute("PRAGMA max_page_count = 40").fetchall())
+        with pytest.raises(SinkError, match=r"vectors\.db cannot grow: its disk is full"):
+            await sink.write(MODEL, rows(500, dimensions=1_000))
+        assert await sink.count() == 3
+        await sink._write(lambda connection, check: connection.execute("PRAGMA max_page_count = 4000").fetchall())
+        await sink.write(MODEL, rows(500, dimensions=1_000))
+        assert await sink.count() == 500
+
+
+async def test_a_damaged_file_is_an_error_that_says_what_to_do(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(200, dimensions=500))
+    with path.open("r+b") as file:
+        file.seek(sqlite.PAGE_BYTES)
+        file.write(b"\xff" * 8 * sqlite.PAGE_BYTES)
+    async with SQLiteSink(path) as sink:
+        with pytest.raises(SinkError, match=r"vectors\.db is damaged: restore it"):
+            await sink.search(rows(1, dimensions=500)[0].vector)
+
+
+async def test_a_log_left_by_a_killed_process_is_taken_in(path: Path, tmp_path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, rows(20))
+        moved = tmp_path / "moved"
+        shutil.copytree(path.parent, moved)  # the state that a kill -9 leaves now
+    assert "vectors.db-wal" in names(moved)
+    async with SQLiteSink(moved / "vectors.db") as sink:
+        assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(20)}
+    assert asked(moved / "vectors.db", "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("name", ["with space.db", "100%.db", "a?b.db", "a#b.db", "ü.db"])
+async def test_any_file_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+    async with SQLiteSink(tmp_path / name) as sink:
+        await sink.write(MODEL, [row("a")])
+        assert await sink.count() == 1
+    assert names(tmp_path) == [name]
+
+
+async def test_a_relative_path_stays_what_it_was_when_the_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    async with SQLiteSink("vectors.db") as sink:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        await sink.write(MODEL, [row("a")])
+    assert (tmp_path / "vectors.db").exists()
+
+
+async def test_a_store_in_memory_lives_until_it_is_closed() -> None:
+    async with SQLiteSink(":memory:") as sink:
+        await sink.write(MODEL, rows(3))
+        assert (await sink.count(), len(await sink.search(rows(1)[0].vector))) == (3, 3)
+    assert ":memory:" not in names(Path())
+
+
+# ---- forgotten ----
+
+
+def test_a_process_that_forgot_to_close_its_sink_ends_and_is_told(path: Path) -> None:
+    script = f"""
+import asyncio, numpy
+from asyncembed.sinks import SQLiteSink
+from asyncembed.types import Row
+sink = SQLiteSink({str(path)!r})
+asyncio.run(sink.write("m", [Row("a", "t", numpy.ones(3, "f4"), "0")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0
+    assert "ResourceWarning: SQLiteSink(" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert asked(path, "SELECT id FROM embeddings") == [("a",)]
+
+
+async def test_a_forgotten_sink_lets_go_of_its_file(path: Path) -> None:
+    sink = SQLiteSink(path)
+    await sink.write(MODEL, rows(1))
+    (writer,) = (connection for connection in sink._connections if connection._db is not None)
+    assert writer._db is not None
+    thread = writer._db._thread
+    del writer
+    with pytest.warns(ResourceWarning, match="was not closed: use `async with`"):
+        del sink
+    await asyncio.to_thread(thread.join, 30)
+    assert not thread.is_alive()
+
+
+def test_a_sink_shows_its_file_and_table() -> None:
+    assert repr(SQLiteSink("some/x.db", table="docs")) == "SQLiteSink('some/x.db', table='docs')"
+
+
+def test_a_negative_patience_is_refused() -> None:
+    with pytest.raises(SinkConfigError, match="busy_timeout is -1"):
+        SQLiteSink("x.db", busy_timeout=-1)
