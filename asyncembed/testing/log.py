@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,6 +59,7 @@ class Log:
         self._requests: dict[int, LoggedRequest] = {}
         self._active: set[int] = set()
         self._arrived = 0
+        self._changed = asyncio.Event()
         self.max_in_flight = 0
 
     @property
@@ -80,6 +82,7 @@ class Log:
         self._requests[request.number] = request
         self._active.add(request.number)
         self.max_in_flight = max(self.max_in_flight, len(self._active))
+        self._tell()
 
     def change(self, number: int, **values: Any) -> None:
         """Set values of a request, unless the log was cleared since it arrived."""
@@ -89,11 +92,20 @@ class Log:
     def answered(self, number: int, status: int) -> None:
         """Its answer is about to be whole: from now on it is not in flight."""
         self.change(number, status=status)
-        self._active.discard(number)
+        self.end(number)
 
     def end(self, number: int) -> None:
         """It is over, answered or not."""
         self._active.discard(number)
+        self._tell()
+
+    async def change_of_state(self) -> None:
+        """Wait until a request begins or ends."""
+        await self._changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def clear(self) -> None:
         """Forget all requests; those in flight stay in flight."""

@@ -139,7 +139,7 @@ def _inputs(given: Any, count_tokens: CountTokens) -> tuple[tuple[str, ...], tup
         raise RefusedError(INVALID_INPUT)
     if all(isinstance(text, str) for text in given):
         texts = tuple(given)
-        sizes = [len(text) if text.isascii() else len(text.encode(errors="surrogatepass")) for text in texts]
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         estimates = tuple(-(-size // BYTES_PER_ESTIMATED_TOKEN) for size in sizes)
         return texts, tuple(count_tokens(texts)), estimates
     if all(_are_ids(ids) for ids in given):

@@ -144,6 +144,14 @@ class EmbeddingServer:
         """The tokens billed: what all replies together say was used."""
         return sum(request.billed_tokens for request in self.requests)
 
+    async def until(self, true: Callable[[], bool]) -> None:
+        """Wait until this is true, asking whenever a request begins or ends. Only from the server's own loop.
+
+        For instance `await server.until(lambda: server.in_flight == 8)`.
+        """
+        while not true():
+            await self._log.change_of_state()
+
     def clear(self) -> None:
         """Empty the log. Requests are still numbered on from the last one."""
         self._log.clear()
