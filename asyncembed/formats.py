@@ -1,0 +1,273 @@
+"""The bytes of one file to records: lines, JSON Lines, CSV; `sections` does Markdown and plain text.
+
+All of it is blocking, lazy, and bounded in memory: a block, or one line or row of at most MAX_LINE_BYTES. What is
+broken becomes an `InputError` in the place of the record, with the file's name and the line's number, and costs
+that record alone. Where nothing after it can be trusted (a quote that is never closed), it ends the file.
+No message shows what is in a line.
+"""
+
+from __future__ import annotations
+
+import csv
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Final, TypeAlias
+
+import jiter
+
+from .errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
+from .sections import Line
+from .types import Record
+
+Item: TypeAlias = Record | InputError
+"""A record, or in its place why there is none."""
+
+RawLine: TypeAlias = tuple[int, bytes | None]
+"""A line's number from 1, and its bytes without the newline; None if it is over MAX_LINE_BYTES."""
+
+# A text of 8,192 tokens of 128 bytes, the longest a model takes, has 1 MiB, and JSON may write a byte as six.
+MAX_LINE_BYTES: Final = 16 * 1024 * 1024
+
+_UTF8_MARK: Final = b"\xef\xbb\xbf"
+_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The names of the fields that hold a record's id and its text."""
+
+    id: str = "id"
+    text: str = "text"
+
+
+def line_blocks(read: Callable[[], bytes]) -> Iterator[list[RawLine]]:
+    r"""Yield the lines that each call of `read` completes. Only "\n" ends a line; a byte order mark is taken off.
+
+    Raises:
+        InvalidRecordError: It is UTF-16.
+    """
+    number, unfinished = 1, _Unfinished()
+    while block := read():
+        *whole, rest = block.split(b"\n")
+        lines: list[RawLine] = []
+        if whole:
+            unfinished.add(whole[0])
+            lines = [(number, unfinished.take()), *enumerate(whole[1:], start=number + 1)]
+        unfinished.add(rest)
+        yield _without_mark(lines) if number == 1 else lines
+        number += len(lines)
+    if unfinished.size:
+        lines = [(number, unfinished.take())]
+        yield _without_mark(lines) if number == 1 else lines
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """The pieces of a line that is not read to its end; none of them any more once they are too many."""
+
+    size: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self.size > MAX_LINE_BYTES:
+            self.pieces.clear()
+        elif piece:
+            self.pieces.append(piece)
+
+    def take(self) -> bytes | None:
+        line = None if self.size > MAX_LINE_BYTES else b"".join(self.pieces)
+        self.size, self.pieces = 0, []
+        return line
+
+
+def _without_mark(lines: list[RawLine]) -> list[RawLine]:
+    raw = lines[0][1] if lines else None
+    if raw is None:
+        return lines
+    if raw.startswith(_UTF16_MARKS):
+        raise InvalidRecordError("is UTF-16; convert it to UTF-8")
+    return [(1, raw.removeprefix(_UTF8_MARK)), *lines[1:]]
+
+
+def text_lines(blocks: Iterator[list[RawLine]]) -> Iterator[Line]:
+    """Yield the lines decoded, each with its line end; with a problem where one is no text."""
+    for number, raw in chain.from_iterable(blocks):
+        yield _decoded(number, raw)
+
+
+def _decoded(number: int, raw: bytes | None) -> Line:
+    if raw is None:
+        return Line(number, "", f"is longer than {MAX_LINE_BYTES:,} bytes")
+    problem = f"has a NUL at byte {raw.index(0) + 1}, so it is no text" if b"\0" in raw else None
+    try:
+        return Line(number, raw.decode() + "\n", problem)
+    except UnicodeDecodeError as error:
+        problem = f"has 0x{raw[error.start]:02x} at byte {error.start + 1}, which is not UTF-8"
+        return Line(number, raw.decode(errors="replace") + "\n", problem)
+
+
+def json_items(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[Item | None]:
+    """Yield a record for each line that is not blank; None where the next line may have to be waited for."""
+    for lines in blocks:
+        for number, raw in lines:
+            if raw is None or raw.strip():
+                yield _json_item(raw, f"{name} line {number}", fields)
+        yield None
+
+
+def _json_item(raw: bytes | None, where: str, fields: Fields) -> Item:
+    if raw is None:
+        return InvalidRecordError(f"{where}: is longer than {MAX_LINE_BYTES:,} bytes")
+    try:
+        value = jiter.from_json(raw, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
+    except ValueError as error:
+        # of its message only what comes before a quoted key, and the column
+        why = str(error).partition('"')[0].partition(" at line ")[0].strip()
+        return InvalidRecordError(f"{where}: is not JSON: {why} at column {str(error).rpartition(' ')[2]}")
+    if not isinstance(value, dict):
+        return InvalidRecordError(f"{where}: holds a JSON {type(value).__name__}; a record is an object")
+    return _item(value, where, fields)
+
+
+def _item(value: dict[str, Any], where: str, fields: Fields) -> Item:
+    """Take id and text out of the value; what is left is metadata, with that of a field `metadata` spread."""
+    id = value.pop(fields.id, None)
+    if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
+        what = "is missing or null" if id is None else "is empty" if id == "" else f"is {type(id).__name__}"
+        return InvalidRecordError(f'{where}: field "{fields.id}" {what}; an id is a str or an int')
+    try:
+        text = _text(value, fields.text)
+    except InputError as error:
+        named = type(error)(f"{where}: {error}")
+        named.record_id = id
+        return named
+    inner = value.pop("metadata") if isinstance(value.get("metadata"), dict) else {}
+    return Record(id, text, value | inner or None)
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    """Take the text out; without a field "text", title and content are joined as `records` does."""
+    if name == "text" and "text" not in value and "content" in value:
+        parts = [_str(value.pop(part), part) for part in ("title", "content") if value.get(part)]
+        return _str("\n".join(parts), "content")
+    return _str(value.pop(name, None), name)
+
+
+def _str(text: object, name: str) -> str:
+    if text is None:
+        raise InvalidRecordError(f'field "{name}" is missing or null')
+    if not isinstance(text, str):
+        raise WrongTypeError(f'field "{name}" is {type(text).__name__}; a text is a str')
+    if not text:
+        raise InvalidTextError(f'field "{name}" is empty')
+    return text
+
+
+def csv_items(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[Item]:
+    """Yield a record for each row under the header. What is wrong with one row costs that row alone.
+
+    Raises:
+        InvalidRecordError: There is no usable header, or a row does not end. What came before it stands.
+    """
+    lines = _RowLines(text_lines(blocks))
+    reader = csv.reader(lines, strict=True)
+    first = _next_row(reader, lines)
+    if first is None:
+        return
+    header, problem = first
+    if why := problem or _header_problem(header, fields):
+        raise InvalidRecordError(f"line {lines.first}: {why}")
+    while (following := _next_row(reader, lines)) is not None:
+        row, problem = following
+        where = f"{name} line {lines.first}" + (f" to {lines.last}" if lines.last > lines.first else "")
+        if problem:
+            yield InvalidRecordError(f"{where}: {problem}")
+        elif len(row) != len(header):
+            yield InvalidRecordError(f"{where}: the row has {len(row)} fields, the header {len(header)}")
+        else:
+            yield _item(dict(zip(header, row, strict=True)), where, fields)
+
+
+def _header_problem(header: list[str], fields: Fields) -> str | None:
+    # The columns are counted, not shown: of a file without a header they are somebody's texts.
+    if len(set(header)) < len(header):
+        return f"the header names one of its {len(header)} columns twice"
+    if fields.id not in header:
+        return f'the header has no "{fields.id}" among its {len(header)} columns (they are parted by commas)'
+    return None
+
+
+class _RowLines:
+    """Hands lines to a csv reader, and knows of which of them the current row is made.
+
+    Attributes:
+        first: The number of the row's first line, 0 before it is read.
+        last: The number of its last one.
+        problem: What is wrong with the row; None if nothing is.
+        ended: Whether there was no line left for it.
+    """
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self._lines = lines
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.first = self.last = self._size = 0
+        self.problem: str | None = None
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        self.first, self.last = self.first or line.number, line.number
+        self.problem = self.problem or line.problem
+        self._size += len(line.text)
+        if not line.text:  # too long a line: nobody knows which quotes were in it
+            raise InvalidRecordError(f"line {line.number}: {line.problem}; not read on from there")
+        if self._size > MAX_LINE_BYTES:
+            raise self.endless()
+        return line.text
+
+    def endless(self) -> InvalidRecordError:
+        return InvalidRecordError(f"line {self.first}: a quote is opened and not closed; not read on from there")
+
+
+def _next_row(reader: Iterator[list[str]], lines: _RowLines) -> tuple[list[str], str | None] | None:
+    """Return the next row that is not blank, and what is wrong with it; None at the end."""
+    while True:
+        lines.begin_row()
+        try:
+            with _wide_fields():
+                row = next(reader)
+        except StopIteration:
+            return None
+        except csv.Error as error:
+            if lines.ended:
+                raise lines.endless() from None
+            # its messages name rules, not texts; behind a dash, what to do about it in Python
+            return [], lines.problem or str(error).partition(" - ")[0]
+        if row or lines.problem:
+            return row, lines.problem
+
+
+# The csv module has one limit for the whole process, 131,072 characters unless somebody sets it.
+_csv_limit = threading.Lock()
+
+
+@contextmanager
+def _wide_fields() -> Iterator[None]:
+    with _csv_limit:
+        before = csv.field_size_limit(MAX_LINE_BYTES + 1)  # `_RowLines` stops a row before that
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)

@@ -1,0 +1,281 @@
+"""Files, folders, globs and standard input to records.
+
+A source is a file, a folder (searched through, in order), a glob, or `-` for JSON Lines on standard input. What a
+file holds is told by the end of its name. Reading and splitting happen in threads, a slice at a time, and only
+as fast as the records are taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import stat
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any, Final, TypeAlias, TypeVar
+
+from .errors import ConfigError, InvalidRecordError
+from .formats import Fields, Item, csv_items, json_items, line_blocks, text_lines
+from .sections import Splitter, markdown_chunks, plain_chunks
+
+STDIN: Final = "-"
+
+_JSON_LINES: Final = frozenset({".jsonl", ".ndjson"})
+_CSV: Final = frozenset({".csv"})
+_MARKDOWN: Final = frozenset({".md", ".markdown"})
+# Those that are looked for in a folder. A file that is named, or matched by a glob, is read whatever its suffix.
+SUFFIXES: Final = _JSON_LINES | _CSV | _MARKDOWN | {".txt", ".text", ".rst"}
+
+# What is read at once, and about as much of the files is what a slice holds: some milliseconds of work for a thread.
+_BLOCK_BYTES: Final = 256 * 1024
+
+_T = TypeVar("_T")
+_Found: TypeAlias = str | InvalidRecordError
+"""The path of a file, or why a folder could not be searched."""
+
+
+class Sources:
+    """An async iterable of the records in files; an `InputError` stands for each that is broken.
+
+    Args:
+        sources: Paths of files and folders, globs, or `-`.
+        id_field: The field of JSON objects and the column of CSV files that holds the id.
+        text_field: The one that holds the text. All others become metadata.
+        chunk_tokens: The most tokens a piece of a Markdown or text file has.
+
+    Attributes:
+        total_bytes: The size of all files; None before `check`, and if a pipe is among them.
+        empty_folders: Folders that hold no file with one of SUFFIXES.
+    """
+
+    def __init__(
+        self, sources: Iterable[str], *, id_field: str = "id", text_field: str = "text", chunk_tokens: int = 512
+    ) -> None:
+        self._sources = list(dict.fromkeys(sources))
+        self._fields = Fields(id_field, text_field)
+        self._chunk_tokens = chunk_tokens
+        self._checked = False
+        self._read_bytes = self._read_items = 0
+        self._finished = False
+        self.total_bytes: int | None = None
+        self.empty_folders: list[str] = []
+
+    async def check(self, target: str | None = None) -> None:
+        """Look at all sources; read nothing.
+
+        Args:
+            target: A file that will be written, and so must not be read.
+
+        Raises:
+            ConfigError: A source does not exist, cannot be opened, or is the target.
+        """
+        await asyncio.wrap_future(_in_thread(lambda: self._check(target)))
+        self._checked = True
+
+    def expected(self) -> int | None:
+        """Return how many records there are: estimated from the bytes until all are read, None if nobody knows."""
+        if self._finished:
+            return self._read_items
+        if not self.total_bytes or not self._read_bytes:
+            return None
+        return int(self._read_items * max(1.0, self.total_bytes / self._read_bytes))
+
+    async def __aiter__(self) -> AsyncIterator[Item]:
+        if not self._checked:
+            await self.check()
+        self._read_bytes, self._read_items, self._finished = 0, 0, False
+        slices = self._slices()
+        try:
+            while (items := await _next(slices)) is not None:
+                self._read_items += len(items)
+                for item in items:
+                    yield item
+            self._finished = True
+        finally:
+            _close(slices)
+
+    def _check(self, target: str | None) -> None:
+        forbidden = _status(target) if target is not None else None
+        sizes: list[int | None] = []
+        for source in self._sources:
+            before, folder = len(sizes), os.path.isdir(source)
+            sizes.extend(self._size(path, forbidden, must_open=not folder) for path in _files(source))
+            if len(sizes) == before and not folder:
+                raise ConfigError(f"no such file or folder, and nothing matches: {_shown(source)}")
+            if len(sizes) == before:
+                self.empty_folders.append(source)
+        known = [size for size in sizes if size is not None]
+        self.total_bytes = sum(known) if len(known) == len(sizes) else None
+
+    def _size(self, path: _Found, forbidden: os.stat_result | None, *, must_open: bool) -> int | None:
+        """Return the file's size in bytes, None for a pipe; 0 if it cannot be read and so will fail alone."""
+        if path == STDIN:
+            return None
+        if isinstance(path, InvalidRecordError):
+            return 0
+        try:
+            status = os.stat(path)
+            if forbidden is not None and os.path.samestat(status, forbidden):
+                raise ConfigError(f"{_shown(path)} is a source and the target")
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            if must_open:
+                raise ConfigError(f"{_shown(path)}: {error.strerror}") from error
+            return 0
+        if _suffix(path) not in _JSON_LINES | _CSV:
+            _ = self._splitter  # if it is missing, say so now and not after the first records are paid for
+        return status.st_size
+
+    @cached_property
+    def _splitter(self) -> Splitter:
+        return Splitter(self._chunk_tokens)
+
+    def _slices(self) -> Generator[list[Item], None, None]:
+        """Group the items by the block; None among them ends a group, for the next one may have to be waited for."""
+        group: list[Item] = []
+        begun = 0
+        for item in self._items():
+            if item is not None:
+                group.append(item)
+            if group and (item is None or self._read_bytes - begun > _BLOCK_BYTES):
+                yield group
+                group, begun = [], self._read_bytes
+        if group:
+            yield group
+
+    def _items(self) -> Iterator[Item | None]:
+        for source in self._sources:
+            for path in _files(source):
+                if isinstance(path, InvalidRecordError):
+                    yield path
+                else:
+                    yield from self._file_items(path)
+
+    def _file_items(self, path: str) -> Iterator[Item | None]:
+        name = "standard input" if path == STDIN else PurePath(path).as_posix()
+        try:
+            name.encode()
+            with _opened(path) as file:
+                yield from self._parsed(path, name, file)
+        except UnicodeEncodeError:
+            yield InvalidRecordError(f"{_shown(path)}: the name of the file is not UTF-8")
+        except OSError as error:
+            yield InvalidRecordError(f"{name}: {error.strerror}")
+        except InvalidRecordError as error:
+            yield InvalidRecordError(f"{name} {error}")
+
+    def _parsed(self, path: str, name: str, file: Any) -> Iterator[Item | None]:
+        blocks = line_blocks(lambda: self._read(file))
+        suffix = _suffix(path)
+        if path == STDIN or suffix in _JSON_LINES:
+            return json_items(blocks, name, self._fields)
+        if suffix in _CSV:
+            return csv_items(blocks, name, self._fields)
+        if suffix == ".json":
+            raise InvalidRecordError("is one JSON document; write one object a line, and name it .jsonl")
+        chunks = markdown_chunks if suffix in _MARKDOWN else plain_chunks
+        return chunks(text_lines(blocks), name, self._splitter)
+
+    def _read(self, file: Any) -> bytes:
+        block: bytes = file.read(_BLOCK_BYTES)
+        self._read_bytes += len(block)
+        return block
+
+
+def _files(source: str) -> Iterator[_Found]:
+    """Yield the paths of the files that a source stands for; none if it stands for nothing."""
+    if source == STDIN:
+        return iter([source])
+    if os.path.isdir(source):
+        return _searched(source)
+    if os.path.lexists(source):
+        return iter([source])
+    return _matching(source) if glob.has_magic(source) else iter(())
+
+
+def _searched(folder: str) -> Iterator[_Found]:
+    """Search a folder, in order. What is hidden is left out; a link to a folder is not followed."""
+    problems: list[OSError] = []
+    for root, folders, names in os.walk(folder, onerror=problems.append):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and _suffix(name) in SUFFIXES:
+                yield os.path.join(root, name)
+    for problem in problems:
+        yield InvalidRecordError(f"{_shown(problem.filename)}: {problem.strerror}")
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Expand a glob as a shell does: `**` is any folders, what is hidden must be asked for, links are not followed."""
+    parts = PurePath(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:first])
+    wanted = [*parts[first:], "*"] if parts[-1] == "**" else parts[first:]
+    hidden = any(part.startswith(".") for part in wanted)
+    for path in sorted(set(base.glob(os.path.join(*wanted)))):
+        if path.is_file() and (hidden or not any(part.startswith(".") for part in path.relative_to(base).parts)):
+            yield str(path)
+
+
+def _suffix(path: str) -> str:
+    return PurePath(path).suffix.lower()
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):  # there is none yet, or there cannot be one
+        return None
+
+
+def _shown(path: str) -> str:
+    """Return the path for a message: printable, and of a URL no more than its scheme, for it may hold a password."""
+    scheme, separator, _ = path.partition("://")
+    return f"{scheme}://…" if separator else path.encode(errors="replace").decode()
+
+
+def _opened(path: str) -> AbstractContextManager[Any]:
+    if path == STDIN:
+        # unbuffered: it hands over what a pipe has, and a thread that waits in it does not keep us from ending
+        return nullcontext(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
+    return open(path, "rb", buffering=0)
+
+
+async def _next(slices: Generator[list[Item], None, None]) -> list[Item] | None:
+    """Return the next slice, worked out in a thread; None at the end."""
+    future = _in_thread(lambda: next(slices, None))
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(lambda _: _close(slices))
+        raise
+
+
+def _close(slices: Generator[list[Item], None, None]) -> None:
+    """Close the file that is being read, unless a thread is in there: who called that thread will do it."""
+    with suppress(ValueError):
+        slices.close()
+
+
+def _in_thread(work: Callable[[], _T]) -> Future[_T]:
+    """Run it in a daemon thread: one that waits for standard input must not keep the process from ending."""
+    future: Future[_T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="asyncembed-read", daemon=True).start()
+    return future
