@@ -182,13 +182,11 @@ class Embedder:
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
 
-        async def source() -> AsyncIterator[Sequence[Text]]:
-            yield waiting
-
         counter = await self._counter_for(waiting)
         try:
             async with asyncio.timeout_at(run.deadline_at):
-                await self._engine().run(source(), counter, run, results.deliver)
+                async with aclosing(_once(waiting)) as slices:
+                    await self._engine().run(slices, counter, run, results.deliver)
         except TimeoutError:
             run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
@@ -225,9 +223,7 @@ class Embedder:
         run = Run()
         order = Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
         counter = await self._counter()
-        running = asyncio.create_task(
-            self._engine().run(order.slices(records), counter, run, order.deliver, open_batches=1)
-        )
+        running = asyncio.create_task(self._feed(order, records, counter, run))
         running.add_done_callback(lambda _: order.end())
         try:
             async for item in order.items():
@@ -238,6 +234,10 @@ class Embedder:
             await asyncio.wait([running])
         if run.stopped_by is not None:
             raise run.stopped_by
+
+    async def _feed(self, order: Order, records: AnyIterable, counter: TokenCounter, run: Run) -> None:
+        async with aclosing(order.slices(records)) as slices:
+            await self._engine().run(slices, counter, run, order.deliver, open_batches=1)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -321,6 +321,10 @@ class Embedder:
         if 4 * longest <= self._limits.tokens_per_text and 4 * total <= self._limits.tokens:
             return ByteBound()
         return await self._counter()
+
+
+async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
+    yield texts
 
 
 def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -142,13 +142,14 @@ class Engine:
             async with asyncio.TaskGroup() as group:
                 work = Workers(group, self._workers, lambda batch: self._step(batch, run, deliver))
                 packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
-                async for texts in _until_stopped(slices, run):
-                    for some in portions(texts):
-                        for batch in await self._pack(some, counter, packer, deliver):
-                            await work.put(batch)
-                    if not texts:
-                        for items in packer.flush():
-                            await work.put(Batch(items))
+                async with aclosing(_until_stopped(slices, run)) as taken:
+                    async for texts in taken:
+                        for some in portions(texts):
+                            for batch in await self._pack(some, counter, packer, deliver):
+                                await work.put(batch)
+                        if not texts:
+                            for items in packer.flush():
+                                await work.put(Batch(items))
                 for items in packer.flush():
                     await work.put(Batch(items))
                 await work.close()
@@ -308,7 +309,7 @@ def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
         yield texts[start:]
 
 
-async def _until_stopped(slices: AsyncIterable[Sequence[Text]], run: Run) -> AsyncIterator[Sequence[Text]]:
+async def _until_stopped(slices: AsyncIterable[Sequence[Text]], run: Run) -> AsyncGenerator[Sequence[Text], None]:
     iterator = aiter(slices)
     while True:
         try:

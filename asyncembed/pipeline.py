@@ -59,7 +59,8 @@ async def ingest(
     try:
         async with asyncio.timeout_at(run.deadline_at):
             await sink.prepare(embedder.model, embedder.dimensions)
-            await embedder.run(job.slices(records), run, job.deliver)
+            async with aclosing(job.slices(records)) as slices:
+                await embedder.run(slices, run, job.deliver)
     except TimeoutError as error:
         if isinstance(error, AsyncEmbedError) or run.deadline_at is None or run.elapsed_s < (deadline or 0):
             raise  # somebody else's
