@@ -35,7 +35,7 @@ from ..errors import (
     TransportError,
 )
 from ..types import Reply
-from .safety import ApiKey, check_base_url, check_key, veil
+from .safety import ApiKey, check_base_url, check_key, usable_key, veil
 
 logger = logging.getLogger(__name__)
 
@@ -266,13 +266,10 @@ class OpenAIProvider:
     async def _fresh_key(self) -> str:
         assert callable(self._api_key)
         try:
-            key = check_key(await self._api_key(), self._base_url)
+            return usable_key(await self._api_key(), self._base_url)
         except Exception as error:
             told = str(error) if isinstance(error, ConfigError) else type(error).__name__
             raise AuthenticationError(f"api_key() gave no key that can be used: {told}") from error
-        if not isinstance(key, str):
-            raise AuthenticationError(f"api_key() returned {type(key).__name__}; it must return a str")
-        return key
 
     async def aclose(self) -> None:
         """Close the connections of this loop; clients that were handed in stay open."""

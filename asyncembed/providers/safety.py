@@ -29,24 +29,34 @@ _ESCAPES = re.compile(r"\\+[nrt]")
 
 
 def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
-    """Return the key to use. What is wrong with it is said without showing it.
+    """Return the key to use, or the function that will tell it.
 
     Raises:
         ConfigError: There is none, or it cannot stand in an HTTP header.
     """
     if callable(key):
         return key
-    found = key if key is not None else os.environ.get("OPENAI_API_KEY", "")
-    if not isinstance(found, str):
-        raise ConfigError(f"api_key is {type(found).__name__}; it must be a str or an async function that returns one")
-    found = found.strip()  # a newline at its end comes from reading it out of a file
-    if not found:
+    return usable_key(os.environ.get("OPENAI_API_KEY", "") if key is None else key, base_url)
+
+
+def usable_key(key: object, base_url: str) -> str:
+    """Return the key as it is sent. What is wrong with it is said without showing it.
+
+    Raises:
+        ConfigError: It is none, or cannot stand in an HTTP header.
+    """
+    if not isinstance(key, str):
+        raise ConfigError(
+            f"the API key is {type(key).__name__}; it must be a str, or an async function that returns one"
+        )
+    key = key.strip()  # a newline at its end comes from reading it out of a file
+    if not key:
         if _is_loopback(urlsplit(base_url).hostname):
             return "none"  # the SDK wants one; Ollama and its like do not
         raise ConfigError('no API key: set OPENAI_API_KEY, pass api_key=, or use the embedded model, Embedder("local")')
-    if not (found.isascii() and found.isprintable()) or " " in found:
+    if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError("the API key holds spaces, control or non-ASCII characters; it is not shown here")
-    return found
+    return key
 
 
 def check_base_url(url: str, *, allow_insecure_http: bool) -> str:
