@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from . import models
 from .engine import Deliver, Engine, portions
-from .errors import ConfigError, DeadlineError, InputError
+from .errors import AllFailedError, ConfigError, DeadlineError, InputError
 from .gathering import Order, Results, readable
 from .pacing import Slots, shared_pace
 from .packing import Limits, Packer
@@ -201,9 +201,12 @@ class Embedder:
         """Return the vector float32[d] of one text.
 
         Raises:
-            AsyncEmbedError: Why it failed; see `embed`.
+            AsyncEmbedError: Why this text failed; what else `embed` raises.
         """
-        result = await self.embed([text], deadline=deadline)
+        try:
+            result = await self.embed([text], deadline=deadline)
+        except AllFailedError as error:
+            raise error.result.failures[0].error from None
         vector: Vectors = result.embeddings[0]
         return vector
 
