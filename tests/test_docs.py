@@ -1,0 +1,40 @@
+"""README and docs: every Python block runs as it stands, and what they say of each other is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from asyncembed.testing import EmbeddingServer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page.read_text()
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    with EmbeddingServer().in_thread() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        for block in BLOCK.finditer(text):
+            lines_before = text[: block.start(1)].count("\n")  # so that an error names the page's own line
+            exec(compile("\n" * lines_before + block[1], str(page), "exec"), namespace)
+
+
+def test_code_comes_before_line_25_of_the_readme() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("```python") < 24
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
