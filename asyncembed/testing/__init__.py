@@ -62,6 +62,7 @@ from .faults import (
 from .log import LoggedRequest
 from .schedules import PASSING, Schedule, every, first_of, mixed, outage, poison, script
 from .server import EmbeddingServer
+from .stalls import Stalls, watch_loop
 from .vectors import embedding_of
 
 __all__ = [
@@ -113,6 +114,7 @@ __all__ = [
     "ServerError",
     "Shuffled",
     "SlowDown",
+    "Stalls",
     "Status",
     "TooManyTokens",
     "TruncatedJSON",
@@ -127,4 +129,5 @@ __all__ = [
     "outage",
     "poison",
     "script",
+    "watch_loop",
 ]

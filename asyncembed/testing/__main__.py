@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
     parser.add_argument("--tokens-per-minute", type=float, metavar="N")
     parser.add_argument("--burst", type=float, default=60.0, metavar="S", help="seconds of these rates at once")
+    parser.add_argument("--filled", type=float, default=1.0, metavar="P", help="share of that which is there at first")
     parser.add_argument("--fault-rate", type=float, default=0.0, metavar="P", help="share of requests that go wrong")
     parser.add_argument("--seed", type=int, default=0, help="which of them, and how")
     return parser
@@ -50,6 +51,7 @@ async def _run(options: argparse.Namespace) -> None:
         requests_per_minute=options.requests_per_minute,
         tokens_per_minute=options.tokens_per_minute,
         burst_s=options.burst,
+        filled=options.filled,
         faults=mixed(rate=options.fault_rate, seed=options.seed),
         keep_texts=False,
     )

@@ -14,18 +14,20 @@ class Bucket:
 
     Args:
         per_minute: How much flows in a minute.
-        capacity: How much the bucket holds. It starts full.
+        capacity: How much the bucket holds.
+        filled: The share of that which is in it at the start, from 0 to 1.
     """
 
     per_minute: float
     capacity: float
+    filled: float = 1.0
     _level: float = field(default=0.0, init=False)
     _seen_s: float | None = field(default=None, init=False)
 
     def level(self, now_s: float) -> float:
         """Return how much is in it; `now_s` never goes back."""
         if self._seen_s is None:
-            self._level = self.capacity
+            self._level = self.capacity * self.filled
         else:
             flown = (now_s - self._seen_s) * self.per_minute / 60
             self._level = min(self.capacity, self._level + flown)
@@ -62,12 +64,17 @@ class Rates:
     Args:
         requests_per_minute: None for no such rate.
         tokens_per_minute: None for no such rate.
-        burst_s: How many seconds of flow a bucket holds. OpenAI's hold a minute.
+        burst_s: How many seconds of flow a bucket holds.
+        filled: How full the buckets are when the first request comes, from 0 to 1.
     """
 
-    def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None, burst_s: float) -> None:
+    def __init__(
+        self, requests_per_minute: float | None, tokens_per_minute: float | None, burst_s: float, filled: float = 1.0
+    ) -> None:
         given: dict[Unit, float | None] = {"requests": requests_per_minute, "tokens": tokens_per_minute}
-        self._buckets = {unit: Bucket(rate, rate * burst_s / 60) for unit, rate in given.items() if rate is not None}
+        self._buckets = {
+            unit: Bucket(rate, rate * burst_s / 60, filled) for unit, rate in given.items() if rate is not None
+        }
 
     def take(self, unit: Unit, amount: int, now_s: float) -> Exceeded | None:
         """Take the amount and return None, or take nothing and return what was exceeded."""

@@ -53,7 +53,10 @@ class EmbeddingServer:
         max_body_bytes: A longer body gets 413 unread.
         requests_per_minute: How many requests are granted; None for all. Refused ones count, too.
         tokens_per_minute: How many tokens are granted, counted or as bytes / 4, whichever is more.
-        burst_s: How many seconds of these rates may be used at once. They are granted continuously.
+        burst_s: How many seconds of these rates may be used at once; they are granted continuously. OpenAI's account
+            pages speak of a minute, its guide warns that it may be a second.
+        filled: The share of that which the first request finds, from 0 to 1. With 0 the rate is felt at once, so
+            that a test of a limit by the minute need not last minutes.
         latency_s: Seconds until a good answer begins.
         latency_per_token_s: And for every token of it.
         faults: What goes wrong: a schedule, or the faults of the next requests in order.
@@ -77,6 +80,7 @@ class EmbeddingServer:
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         burst_s: float = 60.0,
+        filled: float = 1.0,
         latency_s: float = 0.0,
         latency_per_token_s: float = 0.0,
         faults: Schedule | Sequence[Fault | None] = (),
@@ -89,7 +93,7 @@ class EmbeddingServer:
             max_tokens_per_input=max_tokens_per_input or dialect.max_tokens_per_input,
             max_tokens_per_request=max_tokens_per_request or dialect.max_tokens_per_request,
         )
-        rates = Rates(requests_per_minute, tokens_per_minute, burst_s)
+        rates = Rates(requests_per_minute, tokens_per_minute, burst_s, filled)
         self._desk = Desk(dialect, dimensions, models, api_key, rates)
         self.host = host
         self.port = port

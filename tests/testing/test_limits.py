@@ -48,6 +48,15 @@ def test_a_shorter_burst_makes_a_smaller_bucket_of_the_same_flow() -> None:
     assert rates.headers(0.0)["x-ratelimit-limit-tokens"] == "60000"
 
 
+def test_a_bucket_that_starts_empty_grants_the_flow_from_its_first_request_on() -> None:
+    rates = Rates(None, 60_000, burst_s=60, filled=0)
+    exceeded = rates.take("tokens", 500, 10.0)
+    assert exceeded is not None
+    assert (exceeded.limit, exceeded.used, exceeded.wait_s) == (60_000, 60_000, pytest.approx(0.5))
+    assert rates.take("tokens", 500, 10.5) is None
+    assert rates.take("tokens", 1, 10.5) is not None
+
+
 def test_the_headers_tell_of_the_rates_there_are_and_of_no_other() -> None:
     rates = Rates(600, None, burst_s=60)
     rates.take("requests", 1, 0.0)
