@@ -29,7 +29,10 @@ _ROWS_AT_ONCE = 16_384
 
 
 class LocalProvider:
-    """Embeds on this machine, one batch at a time.
+    """Embeds on this machine: the loop runs on, and nothing leaves it.
+
+    The first use in a process reads the weights, which takes a quarter of a second in a thread, of which the
+    tokenizer keeps the interpreter to itself for about 50 ms.
 
     Args:
         dimensions: 64, 128 or 256; None for 256.
@@ -46,7 +49,10 @@ class LocalProvider:
         self.dimensions = dimensions or DIMENSIONS[-1]
 
     async def embed(self, texts: Sequence[str]) -> Reply:
-        """Return the vectors of the texts, float32[n, dimensions], and their number of tokens."""
+        """Return the vectors of the texts, float32[n, dimensions], and their number of tokens.
+
+        Each is of unit length; a text without any token would get zeros, which is like nothing at all.
+        """
         return await asyncio.to_thread(self._embed, texts)
 
     def _embed(self, texts: Sequence[str]) -> Reply:
@@ -67,10 +73,12 @@ class LocalCounter:
     exact = True
 
     def count(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text. Blocks: call it in a thread."""
         return [len(encoding.ids) for encoding in _encode(_model(), texts)]
 
     def cut(self, text: str, max_tokens: int) -> str:
-        offsets = _model().tokenizer.encode(text, add_special_tokens=False).offsets
+        """Return the beginning of the text that has at most so many tokens; one character at least. Blocks."""
+        offsets = _encode(_model(), [text])[0].offsets
         if len(offsets) <= max_tokens:
             return text
         # a character may be several tokens, and a piece by itself begins with one token more
@@ -88,6 +96,7 @@ def _mean(embedding: Vectors, ids: Any) -> Vectors:
 
 
 def _encode(model: Any, texts: Sequence[str]) -> Any:
+    # `encode`, for one text, would keep the interpreter to itself: half a second for a megabyte
     return model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
