@@ -7,7 +7,7 @@ new one are in use.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -20,6 +20,7 @@ from .errors import (
     FatalProviderError,
     NotFoundError,
     PermissionDeniedError,
+    ProtocolError,
     ProviderError,
     QuotaError,
     RateLimitedError,
@@ -33,9 +34,9 @@ from .types import Rates
 # A `retry-after` beyond an hour is a mistake or a ban; waiting a day in silence helps nobody.
 LONGEST_RETRY_AFTER_S = 3_600.0
 
-# error.code and error.type of 429s that are about money. OpenAI error codes guide, read 2026-08, and the older
-# `billing_hard_limit_reached`. Matched by code, not by text: some providers word a limit of concurrency as
-# "insufficient quota" (LibreChat-AI/agents#358).
+# error.code and error.type of what is about money. OpenAI error codes guide, read 2026-08, and the older
+# `billing_hard_limit_reached`. Matched by code, not by text: some providers word a limit of concurrency, others a
+# limit of rate as "exceeded your current quota" (LibreChat-AI/agents#358, Gemini).
 _MONEY = {
     "insufficient_quota",
     "credit_balance_exhausted",
@@ -45,47 +46,75 @@ _MONEY = {
     "billing_hard_limit_reached",
     "billing_not_active",
 }
+# Proxies and servers that answer 400 to everything still send these codes.
+_STATUS_OF_CODE = {"invalid_api_key": 401, "unsupported_country_region_territory": 403, "model_not_found": 404}
+_NO_ENDPOINT = "base_url leads to something that is no embeddings endpoint"
 _FATAL: dict[int, tuple[type[FatalProviderError], str]] = {
     401: (AuthenticationError, "check the API key, and where it may be used from"),
+    402: (QuotaError, "waiting does not help: add credit"),
     403: (PermissionDeniedError, "the key may not use this model or place"),
     404: (NotFoundError, "check the model's name and base_url"),
-    405: (RequestError, "base_url leads to something that is no embeddings endpoint"),
+    405: (RequestError, _NO_ENDPOINT),
     407: (RequestError, "the proxy wants credentials"),
-    415: (RequestError, "base_url leads to something that is no embeddings endpoint"),
+    410: (NotFoundError, "check the model's name and base_url"),
+    411: (RequestError, _NO_ENDPOINT),
+    414: (RequestError, _NO_ENDPOINT),
+    415: (RequestError, _NO_ENDPOINT),
+    417: (RequestError, _NO_ENDPOINT),
+    421: (RequestError, _NO_ENDPOINT),
+    426: (RequestError, "the server does not speak HTTP/1.1"),
+    428: (RequestError, _NO_ENDPOINT),
+    431: (RequestError, "the headers are too long: check the API key"),
     451: (PermissionDeniedError, "the provider may not serve this place"),
     501: (RequestError, "the server has no embeddings endpoint"),
     505: (RequestError, "the server does not speak HTTP/1.1"),
+    511: (RequestError, "the network wants a login"),
 }
 _TRANSIENT = {408, 409, 424, 425}
 
-# Both wordings of each, as recorded: faults of many servers, so looked for in any 400, 413, 422 and 429.
+# Both wordings of each, as recorded from many servers (tests/test_answers.py names them), so looked for in any 4xx.
 _TOO_LARGE = re.compile(
-    r"max_tokens_per_request|array_above_max_length|tokens_limits_reached|maximum request size|request too large"
-    r"|body too large|payload too large|too large to process|batch size .{0,40}(larger|exceed|maximum|max)"
-    r"|at most \d+ items|max(imum)? .{0,20}(batch|inputs)|too many inputs",
+    r"max_tokens_per_request|array_above_max_length|tokens_limits_reached|too large|too many (?:inputs|tokens)",
     re.IGNORECASE,
 )
 _MAX_INPUTS = re.compile(
-    r"at most (\d+) items|maximum (?:allowed )?batch size(?: of)?:? (\d+)|batch size.{0,40}?(?:than|of|is|to) (\d+)",
+    r"at most (\d+) (?:items|requests|texts|inputs|elements)|texts must be at most (\d+)"
+    r"|max(?:imum)? (?:allowed )?(?:batch size|number of inputs)(?: of| is|:)? (\d+)"
+    r"|maximum length (\d+), but got an array|batch size limit is (\d+)"
+    r"|batch size .{0,40}not be larger than (\d+)|too many inputs.{0,40}max: (\d+)",
     re.IGNORECASE,
 )
 _MAX_TOKENS = re.compile(
-    r"max(?:imum)? (?:request size is )?(\d[\d,]*) tokens per request|max size: (\d+) tokens"
-    r"|limit:? (\d[\d,]*), requested",
+    r"max(?:imum request size is)? (\d[\d,]*) tokens per request|max size: (\d[\d,]*) tokens"
+    r"|limit:? (\d[\d,]*),(?: used \d[\d,]*,)? requested|max allowed tokens per submitted batch is (\d[\d,]*)",
     re.IGNORECASE,
 )
-_REQUESTED = re.compile(r"requested (\d[\d,]*)", re.IGNORECASE)
-_TRY_AGAIN = re.compile(
-    r"(?:try again in|retry after) ((?:\d+(?:\.\d+)?(?:ms|h|m|s)\s?)+|\d+(?:\.\d+)? ?(?:seconds?|milliseconds?))",
-    re.IGNORECASE,
-)
-_KEY = re.compile(r"\b(sk|key|pk|Bearer)[-_ ][^\s\"'.,;]{4,}")
+_REQUESTED = re.compile(r"requested (\d[\d,]*)|your batch has (\d[\d,]*) tokens", re.IGNORECASE)
+# An option the model does not take: no text is to blame, and no smaller request will pass.
+_OPTION = re.compile(r"support specifying dimensions|invalid value for '?dimensions", re.IGNORECASE)
 
+# "sk-…" as servers quote it, whole or starred out, and what follows "Bearer".
+_KEY = re.compile(r"\b(?:sk|pk|rk|key)[-_][\w*-]{4,}|\bBearer\s+\S+", re.IGNORECASE)
+# Shorter ones are no secrets ("none" is what servers without keys get), and would be found in any word.
+_SHORTEST_SECRET = 6
+# So much of a text in a message is no accident. Servers quote from the beginning.
+_QUOTED_CHARACTERS = 16
+
+# Longer messages are not searched, which bounds the work that a hostile body can cause.
+_LONGEST_SEARCHED = 8_000
+# No number and no date in a header is longer.
+_LONGEST_NUMBER = 40
 # A message is for reading; a proxy's HTML page is not.
 _LONGEST_MESSAGE = 300
 
 
-def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: tuple[str, ...] = ()) -> ProviderError:
+def error_of(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    secrets: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> ProviderError:
     """Return the error an HTTP answer other than 200 stands for. Never raises, whatever the answer holds.
 
     Args:
@@ -93,24 +122,51 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: tupl
         headers: With lower-case names, or a mapping that ignores case.
         body: The answer's body, or its beginning.
         secrets: Strings that must not appear in the message.
+        texts: What was sent. Where the answer quotes one of them, the message ends.
     """
-    message, code, kind = _read_error(body)
-    text = scrub(f"HTTP {status}: {message}" if message else f"HTTP {status}", secrets)
-    fields: dict[str, Any] = {"status": status, "code": code, "request_id": headers.get("x-request-id")}
-    if status == 429:
-        return _rate_error(text, {code, kind}, headers, message, fields)
-    if status in _FATAL:
-        error, advice = _FATAL[status]
+    message, code, kind = _read_error(body[:_LONGEST_SEARCHED])
+    text = scrub(f"HTTP {status}: {message}" if message else f"HTTP {status}", secrets, texts)
+    fields: dict[str, Any] = {
+        "status": status,
+        "code": code or kind,
+        "request_id": headers.get("x-request-id", "")[:100] or None,
+    }
+    meant = _STATUS_OF_CODE.get(code or "", status) if 400 <= status < 500 else status
+    if status >= 400 and {code, kind} & _MONEY:
+        return QuotaError(f"{text} (waiting does not help: add credit or raise the spend limit)", **fields)
+    if meant in _FATAL:
+        error, advice = _FATAL[meant]
         return error(f"{text} ({advice})", **fields)
-    if 300 <= status < 400:
+    if status < 300:
+        return ProtocolError(f"expected vectors, got {text}", **fields)
+    if status < 400:
         return RedirectRefusedError(f"{text} (redirects are not followed: set base_url to the new address)", **fields)
+    if _is_too_large(status, f"{code} {kind} {message}"):
+        return TooLargeError(
+            text,
+            max_inputs=_number(_MAX_INPUTS, message),
+            max_tokens=_number(_MAX_TOKENS, message),
+            requested_tokens=_number(_REQUESTED, message),
+            **fields,
+        )
+    if status == 429:
+        return RateLimitedError(text, retry_after_s=_wait_s(headers, message), **fields)
     if status in _TRANSIENT or status >= 500:
-        if _TOO_LARGE.search(message):  # llama.cpp answers 500 for an input beyond its batch
-            return TooLargeError(text, **fields)
         return ServerError(text, retry_after_s=_wait_s(headers, message), **fields)
-    if status == 413 or _TOO_LARGE.search(f"{code} {kind} {message}"):
-        return _too_large(text, message, fields)
+    if _OPTION.search(message):
+        return RequestError(text, **fields)
     return BadRequestError(text, **fields)
+
+
+def _is_too_large(status: int, words: str) -> bool:
+    if status == 413:
+        return True
+    if status == 429:  # too much at once, not too much a minute: a request that can never pass, however long we wait
+        limit, requested = _number(_MAX_TOKENS, words), _number(_REQUESTED, words)
+        return "request too large" in words.lower() or (limit is not None and (requested or 0) > limit)
+    if status >= 500 or status in _TRANSIENT:  # llama.cpp answers 500 for an input beyond its batch
+        return "too large to process" in words.lower()
+    return any(pattern.search(words) for pattern in (_TOO_LARGE, _MAX_INPUTS, _MAX_TOKENS))
 
 
 def rates_of(headers: Mapping[str, str]) -> Rates | None:
@@ -131,33 +187,17 @@ def _count(value: str | None) -> int | None:
     return int(value) if value is not None and len(value) < 16 and value.strip().isdecimal() else None
 
 
-def scrub(message: str, secrets: tuple[str, ...] = ()) -> str:
-    """Return the message without keys, on one line, no longer than is useful."""
+def scrub(message: str, secrets: Sequence[str] = (), texts: Sequence[str] = ()) -> str:
+    """Return the message without keys and texts, on one line, no longer than is useful."""
     for secret in secrets:
-        if secret:
+        if len(secret) >= _SHORTEST_SECRET:
             message = message.replace(secret, "***")
-    message = " ".join(_KEY.sub(r"\1-***", message).split())
+    for text in texts:
+        quoted = text[:_QUOTED_CHARACTERS]
+        if len(quoted) == _QUOTED_CHARACTERS and quoted in message:
+            message = message[: message.index(quoted)] + "…"
+    message = " ".join(_KEY.sub("***", message).split())
     return message if len(message) <= _LONGEST_MESSAGE else message[: _LONGEST_MESSAGE - 1] + "…"
-
-
-def _rate_error(
-    text: str, words: set[str | None], headers: Mapping[str, str], message: str, fields: dict[str, Any]
-) -> ProviderError:
-    if words & _MONEY:
-        return QuotaError(f"{text} (waiting does not help: add credit or raise the spend limit)", **fields)
-    if "request too large" in message.lower():
-        return _too_large(text, message, fields)
-    return RateLimitedError(text, retry_after_s=_wait_s(headers, message), **fields)
-
-
-def _too_large(text: str, message: str, fields: dict[str, Any]) -> TooLargeError:
-    return TooLargeError(
-        text,
-        max_inputs=_number(_MAX_INPUTS, message),
-        max_tokens=_number(_MAX_TOKENS, message),
-        requested_tokens=_number(_REQUESTED, message),
-        **fields,
-    )
 
 
 def _number(pattern: re.Pattern[str], message: str) -> int | None:
@@ -168,28 +208,41 @@ def _number(pattern: re.Pattern[str], message: str) -> int | None:
 
 def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
     """Return message, code and type of an error body: OpenAI's, vLLM's, TEI's, FastAPI's, or a page of HTML."""
+    text = body.decode(errors="replace")  # it may be cut within a character
     try:
-        document = jiter.from_json(body)
+        document = jiter.from_json(text.encode(), partial_mode="trailing-strings")
     except (ValueError, RecursionError):
-        return _plain(body), None, None
+        return re.sub(r"<[^<>]*>", " ", text), None, None
+    if isinstance(document, list) and document:
+        document = document[0]  # Gemini puts a list around it
     if not isinstance(document, Mapping):
-        return "", None, None
+        return _words(document), None, None
     inner = document.get("error")
     error = inner if isinstance(inner, Mapping) else document
-    message = error.get("message") or error.get("detail") or (inner if isinstance(inner, str) else "")
-    code, kind = error.get("code"), error.get("type") or error.get("error_type")
-    return str(message), None if code is None else str(code), None if kind is None else str(kind)
+    kind = _word(error.get("type")) or _word(error.get("error_type")) or _word(error.get("status"))
+    return _words(error), _word(error.get("code")), kind
 
 
-def _plain(body: bytes) -> str:
-    return re.sub(r"<[^>]*>", " ", body[:2_000].decode(errors="replace"))
+def _words(value: Any) -> str:
+    """Return what an error says; of FastAPI's lists only the sentences, since beside them stands the input itself."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "; ".join(filter(None, map(_words, value[:3])))
+    if isinstance(value, Mapping):
+        return next(filter(None, (_words(value.get(key)) for key in ("message", "msg", "detail", "error"))), "")
+    return ""
+
+
+def _word(value: Any) -> str | None:
+    return str(value)[:100] if isinstance(value, (str, int)) and value != "" else None
 
 
 def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds an answer asks to wait; None if it asks for nothing that makes sense."""
     candidates = [
         _milliseconds(headers.get("retry-after-ms")),
-        _seconds_or_date(headers.get("retry-after")),
+        _seconds_or_date(headers.get("retry-after"), headers.get("date")),
         *(
             parse_duration_s(headers.get(f"x-ratelimit-reset-{what}"))
             for what in ("requests", "tokens")
@@ -208,33 +261,50 @@ def _milliseconds(value: str | None) -> float | None:
     return None if number is None else number / 1_000
 
 
-def _seconds_or_date(value: str | None) -> float | None:
+def _seconds_or_date(value: str | None, now: str | None) -> float | None:
     number = _float(value)
     if number is not None or value is None:
         return number
+    when = _date(value)
+    # by the server's own clock where it tells it: ours may be wrong
+    return None if when is None else (when - (_date(now or "") or datetime.now(UTC))).total_seconds()
+
+
+def _date(value: str) -> datetime | None:
     try:
-        when = parsedate_to_datetime(value)
-    except (ValueError, TypeError, OverflowError):
+        when = parsedate_to_datetime(value[:_LONGEST_NUMBER])
+        return when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    except (ValueError, TypeError, OverflowError, IndexError):
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return (when - datetime.now(UTC)).total_seconds()
 
 
 def _float(value: str | None) -> float | None:
     try:
-        return float(value) if value is not None and len(value) < 40 else None
+        return float(value) if value is not None and len(value) <= _LONGEST_NUMBER else None
     except ValueError:
         return None
 
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[hms])\s?)+", re.IGNORECASE)
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[hms])", re.IGNORECASE)
+# Go's spelling in headers (`17ms`, `6m0s`), words in messages.
+_UNITS_S = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "µs": 1e-6,
+    **dict.fromkeys(("ms", "millisecond", "milliseconds"), 1e-3),
+    **dict.fromkeys(("s", "second", "seconds"), 1.0),
+    **dict.fromkeys(("m", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hour", "hours"), 3_600.0),
+}
+_PART = rf"(\d+(?:\.\d+)?) ?({'|'.join(sorted(_UNITS_S, key=len, reverse=True))})"
+# ASCII: without it "ſ" would match as an s, and be no key of the table
+_DURATION = re.compile(rf"(?:{_PART} ?)+", re.IGNORECASE | re.ASCII)
+_DURATION_PART = re.compile(_PART, re.IGNORECASE | re.ASCII)
+_TRY_AGAIN = re.compile(rf"(?:try again|retry) (?:in|after) ((?:{_PART} ?)+)", re.IGNORECASE | re.ASCII)
 
 
 def parse_duration_s(value: str | None) -> float | None:
     """Return a Go duration (`17ms`, `1s`, `6m0s`, `1m2.5s`) or a plain number of seconds; None for all else."""
-    if value is None or len(value) > 40:
+    if value is None or len(value) > _LONGEST_NUMBER:
         return None
     value = value.strip()
     if _DURATION.fullmatch(value):
@@ -246,10 +316,4 @@ def parse_duration_s(value: str | None) -> float | None:
 
 def _from_message(message: str) -> float | None:
     match = _TRY_AGAIN.search(message)
-    if not match:
-        return None
-    words = match[1].strip().lower()
-    for name, unit in (("milliseconds", "ms"), ("millisecond", "ms"), ("seconds", "s"), ("second", "s")):
-        if words.endswith(name):
-            words = words.removesuffix(name).strip() + unit
-    return parse_duration_s(words)
+    return parse_duration_s(match[1]) if match else None
