@@ -59,7 +59,7 @@ class Shuffled(Fault):
 
 @dataclass(frozen=True, slots=True)
 class DuplicateIndex(Fault):
-    """Two items say they are the first. A reply of one item says it is the second."""
+    """The last item has the index of the first one. A reply of one item says it is the second."""
 
     def alter(self, reply: Reply) -> Reply:
         first = reply.indices[0] if len(reply.indices) > 1 else 1
@@ -151,10 +151,11 @@ def _vectors(reply: Reply, dimensions: int) -> Vectors:
 
 
 def _rewritten(reply: Reply, written: list[bytes], row: int | None) -> Reply:
-    """Return the reply with all rows, or one, written anew; `written` is in the order of the texts."""
-    if row is not None:
-        return _with_row(reply, row, written[row])
-    return replace(reply, embeddings=tuple(written), indices=tuple(range(len(written))))
+    """Return the reply with all items, or that in place `row`, written anew; `written` is in the texts' order."""
+    order = [place if index is None else index for place, index in enumerate(reply.indices)]
+    if row is None:
+        return replace(reply, embeddings=tuple(written[index] for index in order))
+    return _with_row(reply, row, written[order[row % len(order)]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +205,11 @@ class Drip(Fault):
     async def send(self, wire: Wire, answer: Answer) -> None:
         raw = wire.head(answer) + answer.body
         step = max(1, int(self.bytes_per_s / _DRIPS_PER_S))
-        for start in range(0, len(raw), step):
+        last = (len(raw) - 1) // step * step
+        for start in range(0, last, step):
             await wire.write(raw[start : start + step])
             await wire.sleep(step / self.bytes_per_s)
+        await wire.write_last(raw[last:], answer.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +223,9 @@ class Disconnect(Fault):
     async def send(self, wire: Wire, answer: Answer) -> None:
         if self.when == "after":
             await wire.send(answer)
-            await wire.until_next_request()
-            wire.reset()
+            if not wire.closing:
+                await wire.until_next_request()
+                wire.reset()
         elif self.when == "mid-body":
             await wire.write(wire.head(answer) + _half(answer))
         wire.close()
@@ -308,7 +312,7 @@ def _packed_blanks(size_bytes: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Flood(Fault):
-    """200 OK and blanks without an end, in chunks, for as long as the client takes them."""
+    """The right head, and then blanks without an end, in chunks, for as long as the client takes them."""
 
     async def send(self, wire: Wire, answer: Answer) -> None:
         chunk = b"10000\r\n%b\r\n" % (b" " * 0x10000)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 
 from .dialects import INVALID_INPUT, OPENAI, Wording
 from .http import Wire
-from .limits import go_duration
-from .replies import JSON, Answer, Reply, error_answer, wrong_key
+from .limits import Exceeded
+from .replies import JSON, Answer, Reply, error_answer, rate_error, wrong_key
 
 
 class Fault:
@@ -81,12 +81,8 @@ class RateLimited(Fault):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def answer(self) -> Answer:
-        message = (
-            "Rate limit reached for text-embedding-3-small in organization org-asyncembed on tokens per min (TPM): "
-            f"Limit 1000000, Used 990000, Requested 70000. Please try again in {go_duration(self.wait_s)}. "
-            "Visit https://platform.openai.com/account/rate-limits to learn more."
-        )
-        return _error(Wording(429, message, "tokens", "rate_limit_exceeded"), self.headers)
+        exceeded = Exceeded("tokens", limit=1_000_000, used=990_000, requested=70_000, wait_s=self.wait_s)
+        return _error(rate_error(exceeded, "text-embedding-3-small"), self.headers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,20 +55,14 @@ class Wire:
         max_body_bytes: What is longer is refused with 413; None for no limit.
     """
 
-    def __init__(
-        self,
-        reader: StreamReader,
-        writer: StreamWriter,
-        max_body_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, reader: StreamReader, writer: StreamWriter, max_body_bytes: int | None = None) -> None:
         self._reader = reader
         self._writer = writer
         self._max_body_bytes = max_body_bytes
         self.closing = False
         """Whether the connection ends after this answer."""
         self.on_answer: Callable[[int], None] | None = None
-        """Called with the status just before the last bytes of a whole answer leave: whoever has the answer finds
-        it in the log."""
+        """Called with the status before the last bytes of an answer leave, so that who has it finds it in the log."""
 
     async def read(self) -> HTTPRequest | None:
         """Return the next request, None if the client has closed between requests.
@@ -121,19 +115,13 @@ class Wire:
         if self._max_body_bytes is not None and size_bytes > self._max_body_bytes:
             raise BadHTTPError(413)
 
-    def head(self, answer: Answer, body_bytes: int | None = None, *, chunked: bool = False) -> bytes:
-        """Return status line and headers, ending with the empty line.
-
-        Args:
-            answer: What they are of.
-            body_bytes: What `content-length` says; None for the truth.
-            chunked: Say `transfer-encoding: chunked` in its place.
-        """
+    def head(self, answer: Answer, *, chunked: bool = False) -> bytes:
+        """Return status line and headers, ending with the empty line; `chunked` in place of the body's length."""
         headers = dict(answer.headers)
         if chunked:
             headers["transfer-encoding"] = "chunked"
         elif answer.status != 204:
-            headers["content-length"] = str(len(answer.body) if body_bytes is None else body_bytes)
+            headers["content-length"] = str(len(answer.body))
         if self.closing:
             headers["connection"] = "close"
         lines = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}"]
@@ -147,14 +135,18 @@ class Wire:
         for start in range(0, last, _SLICE_BYTES):
             await self.write(head + bytes(body[start : start + _SLICE_BYTES]))
             head = b""
-        if self.on_answer is not None:
-            self.on_answer(answer.status)
-        await self.write(head + bytes(body[last:]))
+        await self.write_last(head + bytes(body[last:]), answer.status)
 
     async def write(self, data: bytes) -> None:
         """Send raw bytes; wait while the client does not take them."""
         self._writer.write(data)
         await self._writer.drain()
+
+    async def write_last(self, data: bytes, status: int) -> None:
+        """Send the raw bytes that complete an answer of this status: it counts as answered."""
+        if self.on_answer is not None:
+            self.on_answer(status)
+        await self.write(data)
 
     async def sleep(self, seconds: float) -> None:
         """Wait as a server does that is at work, unless the client leaves.

@@ -138,14 +138,17 @@ def _inputs(given: Any, count_tokens: CountTokens) -> tuple[tuple[str, ...], tup
     if not isinstance(given, list):
         raise RefusedError(INVALID_INPUT)
     if all(isinstance(text, str) for text in given):
-        texts = tuple(given)
-        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
-        estimates = tuple(-(-size // BYTES_PER_ESTIMATED_TOKEN) for size in sizes)
-        return texts, tuple(count_tokens(texts)), estimates
+        return tuple(given), tuple(count_tokens(given)), tuple(estimate_tokens(given))
     if all(_are_ids(ids) for ids in given):
         counts = tuple(len(ids) for ids in given)
         return tuple(json.dumps(ids) for ids in given), counts, counts
     raise RefusedError(INVALID_INPUT)
+
+
+def estimate_tokens(texts: Sequence[str]) -> list[int]:
+    """Return ⌈UTF-8 bytes / 4⌉ of each text: what the API's limit on a request counts (see `models`)."""
+    sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    return [-(-size // BYTES_PER_ESTIMATED_TOKEN) for size in sizes]
 
 
 def _are_ids(given: Any) -> bool:

@@ -12,15 +12,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from ..models import BYTES_PER_ESTIMATED_TOKEN
 from ..tokens import load_counter
 from .desk import Desk
 from .dialects import OPENAI, Dialect, Wording
 from .faults import Fault
-from .http import BadHTTPError, ClientLeftError, HTTPRequest, Wire
+from .http import MAX_HEAD_BYTES, BadHTTPError, ClientLeftError, HTTPRequest, Wire
 from .limits import Rates
 from .log import Log, LoggedRequest
-from .replies import Answer, CountTokens, Question, RefusedError, error_answer
+from .replies import Answer, CountTokens, Question, RefusedError, error_answer, estimate_tokens
 from .schedules import Schedule, script
 
 P = ParamSpec("P")
@@ -107,7 +106,7 @@ class EmbeddingServer:
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
-        self._open = False
+        self._closing = False
         self._server: asyncio.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
 
@@ -161,7 +160,7 @@ class EmbeddingServer:
         self._log.clear()
 
     def __repr__(self) -> str:
-        state = self.base_url if self._open else "closed"
+        state = self.base_url if self._server else "closed"
         return f"<EmbeddingServer {state}: {len(self.requests)} requests, {self.in_flight} in flight>"
 
     # ---- opening and closing ----
@@ -174,9 +173,11 @@ class EmbeddingServer:
         """
         if self._count_tokens is None:
             self._count_tokens = await _default_counter()
-        self._open = True
+        self._closing = False
         self._threads = ThreadPoolExecutor(2, "asyncembed-testing")
-        self._server = await asyncio.start_server(self._connected, self.host, self.port, backlog=_BACKLOG)
+        self._server = await asyncio.start_server(
+            self._connected, self.host, self.port, limit=MAX_HEAD_BYTES, backlog=_BACKLOG
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -186,16 +187,16 @@ class EmbeddingServer:
         Raises:
             Exception: What a schedule, a fault or a counter of the user's has raised. All is closed.
         """
-        server, self._server, self._open = self._server, None, False
-        if server is None:
+        server, self._server = self._server, None
+        if server is None or self._threads is None:
             return
+        self._closing = True
         server.close()
         while self._tasks:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
         await server.wait_closed()
-        assert self._threads is not None
         self._threads.shutdown()
         if self._errors:
             raise self._errors.pop()
@@ -235,7 +236,7 @@ class EmbeddingServer:
     # ---- serving ----
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self._open:  # closed between the connection and this call
+        if self._closing:  # closed between the connection and this call
             writer.transport.abort()
             return
         self._connections += 1
@@ -325,8 +326,4 @@ class EmbeddingServer:
 
 async def _default_counter() -> CountTokens:
     counter = await load_counter("cl100k_base")
-    return counter.count if counter.exact else _estimate
-
-
-def _estimate(texts: Sequence[str]) -> list[int]:
-    return [-(-len(text.encode()) // BYTES_PER_ESTIMATED_TOKEN) for text in texts]
+    return counter.count if counter.exact else estimate_tokens

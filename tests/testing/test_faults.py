@@ -8,7 +8,7 @@ import gzip
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from asyncembed.testing import (
+    OPENAI,
     Beside,
     BrokenGzip,
     CutBody,
@@ -217,6 +218,15 @@ async def test_a_row_can_be_any_json(raw: bytes, value: object) -> None:
     assert [len(row) for row in rows[:3]] == [8, 8, 8]
 
 
+async def test_rows_written_anew_keep_the_order_and_the_silence_of_the_dialect() -> None:
+    dialect = replace(OPENAI, shuffles=True)
+    async with EmbeddingServer(faults=[OtherEncoding(), OtherEncoding(row=-1)], dialect=dialect) as server:
+        for _ in range(2):
+            reply = (await ask(server, TEXTS, dimensions=8, encoding_format="base64")).json()
+            assert indices(reply) == [3, 2, 1, 0]
+            assert np.array_equal(np.float32(reply["data"][3]["embedding"]), embedding_of("a", dimensions=8))
+
+
 async def test_encodings_can_be_the_other_one_mixed_or_too_wide() -> None:
     kinds = [type(item["embedding"]) for item in (await altered(OtherEncoding()))["data"]]
     assert kinds == [str] * 4
@@ -296,6 +306,12 @@ async def test_a_connection_that_was_kept_open_can_be_dead_for_the_next_request(
         assert [request.status for request in server.requests] == [200]
 
 
+async def test_who_wants_no_kept_connection_gets_none_that_dies() -> None:
+    async with EmbeddingServer(faults=[Disconnect("after")]) as server:
+        raw = await everything(server, request_bytes({"model": "m", "input": "a"}, "connection: close"))
+        assert raw.startswith(b"HTTP/1.1 200 OK")
+
+
 async def test_silence_lasts_until_the_client_leaves() -> None:
     impatient = httpx2.Timeout(30, read=0.05)
     async with (
@@ -327,6 +343,7 @@ async def test_a_dripping_answer_is_whole_in_the_end_and_no_single_wait_is_long(
             server.base_url + "/embeddings", json={"model": "m", "input": TEXTS, "dimensions": 8}, timeout=5
         )
         assert len(reply.json()["data"]) == 4
+        assert server.requests[0].status == 200
 
 
 async def test_a_client_that_leaves_stops_the_dripping() -> None:

@@ -23,6 +23,7 @@ from asyncembed.testing import (
     embedding_of,
     script,
 )
+from asyncembed.tokens import ByteBound
 
 from .raw import ask, everything, exchange, read_reply, request_bytes
 
@@ -180,6 +181,17 @@ async def test_the_log_tells_what_was_asked_and_what_was_answered() -> None:
         assert second.time_s >= first.time_s
         assert server.total_tokens == 3
         assert repr(server).endswith(": 2 requests, 0 in flight>")
+
+
+async def test_without_a_vocabulary_tokens_are_estimated_and_never_exaggerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_vocabulary(encoding: str) -> ByteBound:
+        return ByteBound()
+
+    monkeypatch.setattr("asyncembed.testing.server.load_counter", no_vocabulary)
+    async with Server() as server:
+        assert (await ask(server, "x" * 8_193 * 4)).status == 400
+        assert (await ask(server, "x" * 8_192 * 4)).status == 200  # a bound of 32,768 tokens would refuse it
+        assert server.total_tokens == 8_192
 
 
 async def test_neither_texts_nor_headers_show_in_the_repr_of_a_log() -> None:
