@@ -38,8 +38,8 @@ class Row:
 
 
 @contextmanager
-def server(latency_s: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "asyncembed.testing", "--latency", str(latency_s)]
+def server(latency_s: float, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "asyncembed.testing", "--latency", str(latency_s), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -18,7 +18,7 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
@@ -34,6 +34,7 @@ from ..errors import (
     RequestError,
     TransportError,
 )
+from ..threads import in_thread_if
 from ..types import Reply
 from .safety import ApiKey, check_base_url, check_key, usable_key, veil
 
@@ -155,12 +156,12 @@ class OpenAIProvider:
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None) -> Reply:
         size = sum(map(len, texts))
-        body = await _maybe_in_thread(size, self._encode, texts, encoding)
+        body = await in_thread_if(size >= INLINE_BYTES, self._encode, texts, encoding)
         limit = most_bytes(len(texts), self._expected)
         response, answer = await self._post(client, body, limit)
         if not response.is_success:
-            raise await _maybe_in_thread(size, _refusal, response, answer, texts)
-        reply = await _maybe_in_thread(len(answer), decode, answer, len(texts), self._expected)
+            raise await in_thread_if(size >= INLINE_BYTES, _refusal, response, answer, texts)
+        reply = await in_thread_if(len(answer) >= INLINE_BYTES, decode, answer, len(texts), self._expected)
         self._expected = self._expected or reply.vectors.shape[1]
         if reply.vectors.shape[1] != self._expected:  # two first replies at once, of different sizes
             raise ProtocolError(f"expected {self._expected} dimensions, got {reply.vectors.shape[1]}")
@@ -244,7 +245,16 @@ class OpenAIProvider:
 
     async def _build(self, client: _Client) -> None:
         # in a thread: importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
-        client.adopt(*await asyncio.to_thread(self._load), self._timeout)
+        failure: Exception | None = None
+        try:
+            loaded = await asyncio.to_thread(self._load)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:
+            failure = error
+        if failure is not None:  # an address or a proxy of the environment, which may hold a password
+            raise RequestError(f"no client can be made for {self.host} and its proxies: {type(failure).__name__}")
+        client.adopt(*loaded, self._timeout)
         if self._given_client is None and self._given_http_client is None:
             client.closing = _closes_with_its_loop(client)
             await anext(client.closing)
@@ -333,16 +343,18 @@ async def _stop_at_refusal(response: Any) -> None:
 
 
 async def _read(response: Any, limit: int) -> bytes:
-    body = bytearray()
+    chunks: list[bytes] = []
+    size = turn_ends = 0
     async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > limit:
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
             raise ProtocolError(f"expected a reply of at most {limit:,} bytes, got more")
-    return bytes(body)
-
-
-async def _maybe_in_thread(size: int, work: Callable[..., Any], *args: Any) -> Any:
-    return work(*args) if size < INLINE_BYTES else await asyncio.to_thread(work, *args)
+        if size > turn_ends:
+            # chunks that have arrived already are handed out without a pause, eight replies of 17 MB in 100 ms
+            await asyncio.sleep(0)
+            turn_ends = size + INLINE_BYTES
+    return await in_thread_if(size >= INLINE_BYTES, b"".join, chunks)
 
 
 def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> ProviderError:
