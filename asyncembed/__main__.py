@@ -1,0 +1,5 @@
+"""`python -m asyncembed`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,24 @@
+"""`asyncembed`: the command. What it does is in `commands`; this is its entry, which also works without its parts."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from io import TextIOWrapper
+from typing import NoReturn
+
+MISUSED = 2
+
+
+def main() -> NoReturn:
+    """Run the command and exit with its code; with 2 if the extra `cli` is not installed."""
+    if find_spec("click") is None or find_spec("rich") is None:
+        print('asyncembed: the command needs click and rich: pip install "asyncembed[cli]"', file=sys.stderr)  # noqa: T201
+        sys.exit(MISUSED)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without ä must not end a run
+    from .commands import command
+
+    command(prog_name="asyncembed")
+    raise AssertionError("click exits by itself")

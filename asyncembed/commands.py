@@ -1,0 +1,252 @@
+"""`asyncembed ingest`, `search` and `plan`: options in, exit codes out.
+
+Exit codes: 0, all is stored; 1, something failed; 2, the command was used wrongly and nothing was sent; 128 and the
+signal's number, the run was ended by a signal. The key comes from the environment, never from the command line,
+which other users of the machine can read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from functools import reduce
+from signal import Signals
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from . import Embedder, __version__, ingest, models, open_sink
+from .display import (
+    display,
+    failure_lines,
+    hit_document,
+    hit_lines,
+    plan_document,
+    print_error,
+    print_out,
+    report_document,
+    with_total,
+)
+from .errors import AsyncEmbedError, ConfigError, InputError, SinkConfigError
+from .interrupts import Interrupts
+from .report import IngestReport
+from .sources import SUFFIXES, Sources
+
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+DEFAULT_MODEL: Final = "text-embedding-3-small"
+
+_AGAIN: Final = "run the same command again to go on: what is stored is skipped"
+_FINISHING: Final = "asyncembed: finishing what is under way and storing it; once more stops at once"
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+_provider_options = _options(
+    click.option("--base-url", metavar="URL", help="A server that speaks like OpenAI's. [env: OPENAI_BASE_URL]"),
+    click.option("--dimensions", type=click.IntRange(min=1), help="Ask for vectors of this size."),
+)
+_source_options = _options(
+    click.option("--model", default=DEFAULT_MODEL, show_default=True, help='"local" needs no key.'),
+    click.option("--chunk-tokens", type=click.IntRange(min=1), default=512, show_default=True),
+    click.option("--id-field", default="id", show_default=True, help="Of JSON objects and CSV rows."),
+    click.option("--text-field", default="text", show_default=True, help="Of JSON objects and CSV rows."),
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")
+_sources_argument = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="asyncembed")
+def command() -> None:
+    """Embed files, store the vectors, find them again.
+
+    The key is read from OPENAI_API_KEY. With --model local no key is needed.
+    """
+
+
+@command.command("ingest")
+@_sources_argument
+@click.option("--to", "target", required=True, metavar="TARGET", help="vectors.db, or postgresql://user@host/db")
+@_source_options
+@_provider_options
+@click.option("--concurrency", type=click.IntRange(min=1), help="Requests under way at once.  [default: 8]")
+@_json_option
+def ingest_command(
+    sources: tuple[str, ...],
+    target: str,
+    model: str,
+    chunk_tokens: int,
+    id_field: str,
+    text_field: str,
+    base_url: str | None,
+    dimensions: int | None,
+    concurrency: int | None,
+    as_json: bool,
+) -> None:
+    """Embed what SOURCE... holds and store it in TARGET.
+
+    A SOURCE is a file, a folder, a quoted glob, or - for JSON Lines on standard input. What TARGET already has,
+    with the same text and model, is skipped.
+    """
+    reading = Sources(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    options = {"base_url": base_url, "dimensions": dimensions, "concurrency": concurrency}
+    _run(_ingest(reading, target, model, options, as_json))
+
+
+@command.command("search")
+@click.argument("target")
+@click.argument("query")
+@click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="How many to show.")
+@click.option("--model", help="Needed if TARGET holds vectors of several models.")
+@_provider_options
+@_json_option
+def search_command(
+    target: str, query: str, k: int, model: str | None, base_url: str | None, dimensions: int | None, as_json: bool
+) -> None:
+    """Show what in TARGET is nearest to QUERY."""
+    _run(_search(target, query, k, model, {"base_url": base_url, "dimensions": dimensions}, as_json))
+
+
+@command.command("plan")
+@_sources_argument
+@_source_options
+@_json_option
+def plan_command(
+    sources: tuple[str, ...], model: str, chunk_tokens: int, id_field: str, text_field: str, as_json: bool
+) -> None:
+    """Show what embedding SOURCE... would take: requests, tokens, price. Sends nothing, needs no key."""
+    reading = Sources(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    _run(_plan(reading, model, as_json))
+
+
+def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
+    try:
+        code = asyncio.run(work)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except AsyncEmbedError as error:
+        print_error(f"asyncembed: {error}")
+        code = _code(error)
+    sys.exit(code)
+
+
+def _code(error: AsyncEmbedError) -> int:
+    return MISUSED if isinstance(error, ConfigError | SinkConfigError | InputError) else FAILED
+
+
+async def _ingest(sources: Sources, target: str, model: str, options: dict[str, Any], as_json: bool) -> int:
+    async with _embedder(model, options) as embedder, open_sink(target) as sink:
+        await sources.check(_file_of(target))
+        with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
+            for folder in sources.empty_folders:
+                shown.say(f"{folder}: no file in it ends in one of {' '.join(sorted(SUFFIXES))}")
+            error: AsyncEmbedError | None = None
+            try:
+                report = await ingest(
+                    sources,
+                    embedder,
+                    sink,
+                    on_progress=lambda progress: shown.update(with_total(progress, sources.expected())),
+                    stop=interrupts.stop,
+                )
+            except AsyncEmbedError as raised:
+                if raised.report is None or not raised.report.seen:
+                    raise
+                error, report = raised, raised.report
+            except asyncio.CancelledError:
+                if interrupts.received is None:
+                    raise
+                shown.say(f"asyncembed: stopped; {_AGAIN}")
+                return interrupts.exit_code
+    (_print_document if as_json else _print_report)(report, interrupts.received, error)
+    if interrupts.received is not None:
+        return interrupts.exit_code
+    if error is not None:
+        return _code(error)
+    return FAILED if report.failures else OK
+
+
+def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
+    print_out(str(report))
+    # what was not done because the run had to end is told once, not by record
+    for line in failure_lines([failure for failure in report.failures if failure.error is not error]):
+        print_error(line)
+    if error is not None:
+        print_error(f"asyncembed: {error}")
+    if error is not None or received is not None:
+        print_error(f"asyncembed: {_AGAIN}")
+
+
+def _print_document(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
+    _print_json(report_document(report, None if received is None else received.name, error))
+
+
+async def _search(target: str, query: str, k: int, model: str | None, options: dict[str, Any], as_json: bool) -> int:
+    if not query:
+        raise ConfigError("the query is empty")
+    with display(silent=as_json):
+        async with open_sink(target) as sink:
+            stored = await sink.models()
+            chosen = _choose_model(stored, model)
+            known = models.lookup(chosen)
+            if known.shortens and known.dimensions not in (None, stored[chosen]):
+                options = {"dimensions": stored[chosen]} | _given(options)
+            async with _embedder(chosen, options) as embedder:
+                vector = await embedder.embed_one(query)
+            hits = await sink.search(vector, k, model=chosen)
+    if as_json:
+        _print_json({"model": chosen, "hits": [hit_document(hit) for hit in hits]})
+    for line in () if as_json else hit_lines(hits):
+        print_out(line)
+    return OK
+
+
+def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
+    names = ", ".join(f"{name} ({dimensions} dimensions)" for name, dimensions in stored.items())
+    if not stored:
+        raise ConfigError("TARGET holds no vectors yet: ingest into it first")
+    if model is None and len(stored) > 1:
+        raise ConfigError(f"TARGET holds vectors of several models; say which with --model: {names}")
+    if model is not None and model not in stored:
+        raise ConfigError(f"TARGET holds no vectors of {model!r}; it holds: {names}")
+    return model or next(iter(stored))
+
+
+async def _plan(sources: Sources, model: str, as_json: bool) -> int:
+    with display(silent=as_json):
+        await sources.check()
+        async with Embedder(model, api_key="plan-sends-nothing") as embedder:
+            plan = await embedder.plan(sources)
+    if as_json:
+        _print_json(plan_document(plan))
+    else:
+        print_out(str(plan))
+        for line in failure_lines(plan.failures):
+            print_error(line)
+    return FAILED if plan.failures else OK
+
+
+def _embedder(model: str, options: dict[str, Any]) -> Embedder:
+    return Embedder(model, **_given(options))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _file_of(target: str) -> str | None:
+    """Return the path of the file that the target is; None if it is none."""
+    path = target.removeprefix("sqlite:///")
+    return None if "://" in path else path
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    # not `print_out`: what must be escaped, JSON escapes, and no line is too long for a machine
+    click.echo(json.dumps(document, ensure_ascii=False))
