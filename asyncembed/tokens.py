@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
@@ -89,10 +90,14 @@ class TiktokenCounter:
         try:
             return len(self._ids(text))
         except ValueError:  # "stack overflow" of its regex on a run of a million spaces
-            return len(text.encode())
+            middle = len(text) // 2
+            return self._count(text[:middle]) + self._count(text[middle:])
 
     def cut(self, text: str, max_tokens: int) -> str:
-        ids = self._ids(text)
+        try:
+            ids = self._ids(text)
+        except ValueError:  # as above; half of such a text is a beginning too
+            return self.cut(text[: len(text) // 2], max_tokens)
         return _cut(self, text, max_tokens, lambda n: _whole_characters(text, self._encoding.decode_bytes(ids[:n])))
 
     def _ids(self, text: str) -> list[int]:
@@ -122,8 +127,8 @@ def _load(encoding: str) -> TokenCounter:
 
 
 @lru_cache(maxsize=8)
-def _loading(encoding: str) -> Future[TokenCounter]:
-    """Load one vocabulary, once a process, however many wait for it."""
+def _loading(encoding: str) -> tuple[Future[TokenCounter], float]:
+    """Load one vocabulary, once a process, however many wait for it; and until when (monotonic) they shall."""
     future: Future[TokenCounter] = Future()
     future.set_running_or_notify_cancel()  # so that a cancelled waiter cannot cancel it for the others
 
@@ -136,7 +141,7 @@ def _loading(encoding: str) -> Future[TokenCounter]:
 
     # A daemon: a download that hangs must not keep the process from ending, as a pool's thread would.
     threading.Thread(target=load, name=f"asyncembed-load-{encoding}", daemon=True).start()
-    return future
+    return future, time.monotonic() + LOAD_TIMEOUT_S
 
 
 @lru_cache(maxsize=8)
@@ -158,7 +163,11 @@ async def load_counter(encoding: str | None) -> TokenCounter:
     """
     if encoding is None:
         return ByteBound()
+    future, until = _loading(encoding)
+    if future.done():
+        return future.result()
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(_loading(encoding)), LOAD_TIMEOUT_S)
+        # all wait until the same time: who comes later does not wait for a hanging download anew
+        return await asyncio.wait_for(asyncio.wrap_future(future), until - time.monotonic())
     except TimeoutError:
         return _no_vocabulary(encoding)

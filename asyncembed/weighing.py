@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import AsyncEmbedError, InvalidTextError, TooLongError, WrongTypeError
 from .packing import Limits, weigh
@@ -40,14 +41,17 @@ class Item:
 
 @dataclass(slots=True, eq=False)
 class Mean:
-    """Collects the pieces of a long text: their mean, weighted by tokens, at unit length."""
+    """Collects the pieces of a long text: their mean, weighted by tokens, at unit length.
+
+    Summed in float64, so that the order in which the pieces come is not seen in the result.
+    """
 
     missing: int
-    total: Vectors | None = None
+    total: npt.NDArray[np.float64] | None = None
     error: AsyncEmbedError | None = None
 
     def add(self, vector: Vectors, tokens: int) -> None:
-        weighted = vector * np.float32(tokens)
+        weighted = vector.astype(np.float64) * tokens
         self.total = weighted if self.total is None else self.total + weighted
         self.missing -= 1
 
@@ -57,9 +61,8 @@ class Mean:
 
     def vector(self) -> Vectors:
         assert self.total is not None
-        norm = np.linalg.norm(self.total)
-        unit: Vectors = self.total / norm if norm else self.total  # opposite pieces may cancel out
-        return unit
+        norm = np.linalg.norm(self.total) or 1.0  # opposite pieces may cancel out
+        return (self.total / norm).astype(np.float32)
 
 
 Weighed: TypeAlias = tuple[list[Item], list[tuple[Text, AsyncEmbedError]]]
@@ -99,8 +102,9 @@ def unique(texts: Iterable[tuple[int, str]]) -> list[Text]:
 def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, too_long: TooLong) -> Weighed:
     """Return the inputs the texts become, in order, and the texts that are too long to become any.
 
-    Tokens are counted only where bytes do not decide alone. With an inexact counter a text that may or may
-    not be too long is sent as it is under "error": the server knows, and its refusal costs that text alone.
+    Tokens are counted only where bytes do not decide alone. With an inexact counter a text that may or may not be
+    too long is sent as it is under "error", since the server knows, and its refusal costs that text alone; under
+    "truncate" and "mean" it is cut by the bound, so into less than would have fitted.
     """
     items: list[Item] = []
     failed: list[tuple[Text, AsyncEmbedError]] = []
@@ -108,15 +112,18 @@ def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, to
     countable = [text.content for text, size in zip(texts, sizes, strict=True) if not _surely_too_long(size, limits)]
     counts = iter(counter.count(countable))
     for text, size in zip(texts, sizes, strict=True):
-        tokens = -(-size // MAX_BYTES_PER_TOKEN) if _surely_too_long(size, limits) else next(counts)
-        weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
+        surely = _surely_too_long(size, limits)
+        tokens = -(-size // MAX_BYTES_PER_TOKEN) if surely else next(counts)
         over = tokens > limits.tokens_per_text
-        if over and too_long != "error":
-            items.extend(_pieces(text, counter, limits.tokens_per_text, too_long))
-        elif (over and counter.exact) or _surely_too_long(size, limits):
-            failed.append((text, _too_long(tokens, limits.tokens_per_text, "the model takes")))
-        elif weight > limits.tokens:
-            failed.append((text, _too_long(weight, limits.tokens, "max_tokens_per_batch is")))
+        weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
+        least = weight if counter.exact else weigh(0, size)
+        if (over or least > limits.tokens) and too_long != "error":
+            items.extend(_pieces(text, counter, min(limits.tokens_per_text, limits.tokens), too_long))
+        elif surely or (over and counter.exact):
+            has = f"{'at least ' if surely else ''}{tokens:,} tokens; the model takes"
+            failed.append((text, _too_long(has, tokens, limits.tokens_per_text)))
+        elif least > limits.tokens:
+            failed.append((text, _too_long(f"a weight of {least:,} tokens; a batch takes", least, limits.tokens)))
         else:
             items.append(Item(text, text.content, tokens, weight))
     return items, failed
@@ -130,12 +137,9 @@ def _surely_too_long(size_bytes: int, limits: Limits) -> bool:
     return size_bytes > limits.tokens_per_text * MAX_BYTES_PER_TOKEN
 
 
-def _too_long(tokens: int, limit: int, whose: str) -> TooLongError:
-    return TooLongError(
-        f'has {tokens:,} tokens or more; {whose} {limit:,}. Split it, or choose too_long="truncate" or "mean"',
-        tokens=tokens,
-        limit=limit,
-    )
+def _too_long(has: str, tokens: int, limit: int) -> TooLongError:
+    advice = 'Split it, or choose too_long="truncate" or "mean"'
+    return TooLongError(f"has {has} {limit:,}. {advice}", tokens=tokens, limit=limit)
 
 
 def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Item]:
