@@ -187,6 +187,13 @@ async def test_a_key_with_a_newline_inside_is_not_shown(seen: Seen) -> None:
     seen.add_error(caught.value)
 
 
+async def test_a_proxy_that_is_none_is_named_without_its_password(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"nonsense://user:{PASSWORD}@127.0.0.1:9")
+    with pytest.raises(AsyncEmbedError, match="no client") as caught:
+        await Embedder("m", api_key=KEY).embed([TEXT])
+    seen.add_error(caught.value)
+
+
 async def test_an_embedder_is_not_pickled_with_its_key(seen: Seen) -> None:
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)) as caught:
         pickle.dumps(Embedder("m", api_key=KEY))

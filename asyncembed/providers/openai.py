@@ -245,15 +245,12 @@ class OpenAIProvider:
 
     async def _build(self, client: _Client) -> None:
         # in a thread: importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
-        failure: Exception | None = None
         try:
             loaded = await asyncio.to_thread(self._load)
-        except (ImportError, MemoryError):
+        except ImportError:
             raise
-        except Exception as error:
-            failure = error
-        if failure is not None:  # an address or a proxy of the environment, which may hold a password
-            raise RequestError(f"no client can be made for {self.host} and its proxies: {type(failure).__name__}")
+        except Exception as error:  # an address of the user's or a proxy of the environment's that is none
+            raise RequestError(f"no client can be made for {self.host}: {type(error).__name__}") from None
         client.adopt(*loaded, self._timeout)
         if self._given_client is None and self._given_http_client is None:
             client.closing = _closes_with_its_loop(client)

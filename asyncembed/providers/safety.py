@@ -71,7 +71,7 @@ def check_base_url(url: str, *, allow_insecure_http: bool) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:  # a port that is no number, half an IPv6 address
         host = None
-    if not host or parts.scheme not in ("http", "https"):
+    if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
         raise ConfigError("base_url must start with https:// (or http:// on this machine) and name a host")
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"base_url for {host} holds a user name or password; pass api_key= instead")

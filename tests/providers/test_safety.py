@@ -68,6 +68,8 @@ async def test_no_key_is_needed_on_this_machine() -> None:
         ("https://", "https://"),
         ("https://example.com:canary/v1", "https://"),
         ("https://[::1/v1", "https://"),
+        ("https://exa mple.com/canary", "https://"),
+        ("https://example\0.com/canary", "https://"),
     ],
 )
 def test_an_address_that_is_none_or_is_unsafe_is_refused(url: str, why: str) -> None:
