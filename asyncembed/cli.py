@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import NoReturn
 
-MISUSED = 2
+# as in `commands`, which cannot be imported without click
+MISUSED, INTERRUPTED = 2, 130
 
 
 def main() -> NoReturn:
@@ -18,7 +19,10 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without ä must not end a run
-    from .commands import command
+    try:
+        from .commands import command
 
-    command(prog_name="asyncembed")
+        command(prog_name="asyncembed")
+    except KeyboardInterrupt:  # before or after the run itself, which sees to it otherwise
+        sys.exit(INTERRUPTED)
     raise AssertionError("click exits by itself")

@@ -1,8 +1,8 @@
 """`asyncembed ingest`, `search` and `plan`: options in, exit codes out.
 
-Exit codes: 0, all is stored; 1, something failed; 2, the command was used wrongly and nothing was sent; 128 and the
-signal's number, the run was ended by a signal. The key comes from the environment, never from the command line,
-which other users of the machine can read.
+Exit codes: 0, all is stored; 1, something failed; 2, the command was used wrongly; 128 and the signal's number, the
+run was ended by a signal. The key comes from the environment, never from the command line, which other users of the
+machine can read.
 """
 
 from __future__ import annotations
@@ -147,30 +147,37 @@ async def _ingest(sources: Sources, target: str, model: str, options: dict[str, 
         with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
             for folder in sources.empty_folders:
                 shown.say(f"{folder}: no file in it ends in one of {' '.join(sorted(SUFFIXES))}")
-            error: AsyncEmbedError | None = None
+            run = ingest(
+                sources,
+                embedder,
+                sink,
+                on_progress=lambda progress: shown.update(with_total(progress, sources.expected())),
+                stop=interrupts.stop,
+            )
             try:
-                report = await ingest(
-                    sources,
-                    embedder,
-                    sink,
-                    on_progress=lambda progress: shown.update(with_total(progress, sources.expected())),
-                    stop=interrupts.stop,
-                )
-            except AsyncEmbedError as raised:
-                if raised.report is None or not raised.report.seen:
-                    raise
-                error, report = raised, raised.report
+                report, error = await _outcome(run)
             except asyncio.CancelledError:
                 if interrupts.received is None:
                     raise
                 shown.say(f"asyncembed: stopped; {_AGAIN}")
                 return interrupts.exit_code
-    (_print_document if as_json else _print_report)(report, interrupts.received, error)
+    show = _print_document if as_json else _print_report
+    show(report, interrupts.received, error)
     if interrupts.received is not None:
         return interrupts.exit_code
     if error is not None:
         return _code(error)
     return FAILED if report.failures else OK
+
+
+async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport, AsyncEmbedError | None]:
+    """Return the report, and what ended the run; raise what ended it before anything was done."""
+    try:
+        return await run, None
+    except AsyncEmbedError as error:
+        if error.report is None or not error.report.seen:
+            raise
+        return error.report, error
 
 
 def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
@@ -180,7 +187,7 @@ def _print_report(report: IngestReport, received: Signals | None, error: AsyncEm
         print_error(line)
     if error is not None:
         print_error(f"asyncembed: {error}")
-    if error is not None or received is not None:
+    if received is not None or (error is not None and _code(error) == FAILED):
         print_error(f"asyncembed: {_AGAIN}")
 
 
@@ -248,5 +255,5 @@ def _file_of(target: str) -> str | None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    # not `print_out`: what must be escaped, JSON escapes, and no line is too long for a machine
+    # not `print_out`: what it would write out is not JSON's way to write it
     click.echo(json.dumps(document, ensure_ascii=False))

@@ -202,7 +202,11 @@ def print_out(line: str) -> None:
 
 
 def printable(line: str) -> str:
-    """Return the line with all that is no printable character written out, so that no terminal obeys it."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
+    """Return the line with blanks for all that is blank, and all else that is not printable written out."""
+    return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()

@@ -41,9 +41,7 @@ class Interrupts:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number in _SIGNALS:
-            with suppress(NotImplementedError):
-                self._loop.remove_signal_handler(number)
+        self._let_go()
 
     @property
     def exit_code(self) -> int:
@@ -56,11 +54,16 @@ class Interrupts:
             self.stop.set()
             self._on_first()
             return
+        self._let_go()
         for each in _SIGNALS:
-            self._loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
         if self._task is not None:
             self._task.cancel()
+
+    def _let_go(self) -> None:
+        for number in _SIGNALS:
+            with suppress(NotImplementedError):
+                self._loop.remove_signal_handler(number)
 
     def _handle_outside(self, number: int, _: FrameType | None) -> None:
         self._loop.call_soon_threadsafe(self._handle, signal.Signals(number))
