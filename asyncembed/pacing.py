@@ -21,8 +21,9 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from .types import Rates
 
 # Before the first answer has told the limits, no more tokens than this are under way beside a first request: eight
-# full requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute.
-TOKENS_BEFORE_FIRST_ANSWER = 150_000
+# full requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute. It
+# costs a bulk job one round trip; small ones notice nothing.
+TOKENS_BEFORE_FIRST_ANSWER = 20_000
 
 # So many failures in a row with no success between them are an outage, whatever single batches have seen: a search
 # for one bad text among 2,048 has at most 11 steps down, in 8 slots at once.
@@ -47,6 +48,8 @@ class Bucket:
     capacity: float
     level: float
     at: float
+    told: tuple[float, float] | None = None
+    """An earlier answer's `remaining` and `reset`."""
 
     def wait_s(self, amount: float, now: float) -> float:
         """Return the seconds until so much can be taken; what is larger than the bucket waits for it to be full."""
@@ -60,26 +63,50 @@ class Bucket:
         return min(self.capacity, self.level + (now - self.at) * self.per_s)
 
 
-def learn(old: Bucket | None, limit: int, remaining: int, reset_s: float | None, unseen: float, now: float) -> Bucket:
+def learn(
+    old: Bucket | None, limit: int, remaining: int, reset_s: float | None, taken: float, unseen: float, now: float
+) -> Bucket:
     """Return the bucket an answer's headers describe.
 
-    `reset` is the time until the bucket is full again, so the refill is what is missing divided by it; where that
-    cannot be told, it is the limit a minute.
+    `reset` is the time until the bucket is full, so `capacity = remaining + per_s * reset`: two answers give the refill
+    and the capacity, whatever span `limit` is meant for. Until there are two, the bucket was full before this request
+    if that fits, and else refills by its limit in a minute.
 
     Args:
         old: What was known before.
-        limit: The size of the bucket.
-        remaining: What was left in it when the answer was made.
-        reset_s: Seconds until it is full again.
+        limit: The limit as it was told.
+        remaining: What was left when the answer was made.
+        reset_s: Seconds until the bucket is full again.
+        taken: What the request itself took.
         unseen: What has been sent since and is not in `remaining` yet.
         now: The time.
     """
-    missing = limit - remaining
-    if reset_s and reset_s >= 0.05 and missing >= 0.01 * limit:
-        per_s = missing / reset_s
-    else:
-        per_s = old.per_s if old is not None else limit / 60
-    return Bucket(per_s, limit, remaining - unseen, now)
+    per_s = _slope(old.told, remaining, reset_s) if old is not None and old.told is not None else None
+    if per_s is None and old is not None:
+        per_s = old.per_s
+    if per_s is None:
+        missing = limit - remaining
+        was_full = 0 < missing <= 1.05 * taken and reset_s is not None and reset_s >= _LEAST_RESET_S
+        per_s = missing / reset_s if was_full and reset_s else limit / 60
+    capacity = limit if reset_s is None else min(limit, remaining + per_s * reset_s)
+    told: tuple[float, float] | None = None if reset_s is None else (remaining, reset_s)
+    if old is not None and old.told is not None and (told is None or old.told[0] > told[0]):
+        told = old.told  # the fuller one: the further apart two answers are, the more exact is the slope
+    return Bucket(per_s, max(capacity, 1.0), remaining - unseen, now, told)
+
+
+# Resets are told in milliseconds at best.
+_LEAST_RESET_S = 0.02
+
+
+def _slope(told: tuple[float, float], remaining: float, reset_s: float | None) -> float | None:
+    if reset_s is None:
+        return None
+    fuller, sooner_s = told
+    less, later_s = fuller - remaining, reset_s - sooner_s
+    if abs(later_s) < _LEAST_RESET_S or abs(less) < 0.05 * max(fuller, remaining) or less * later_s <= 0:
+        return None  # too close to tell, or a reset that means something else
+    return less / later_s
 
 
 @dataclass(slots=True, eq=False)
@@ -145,11 +172,23 @@ class Pace:
         if rates.limit_tokens and rates.remaining_tokens is not None:
             unseen = float(sum(other.tokens for other in later))
             self.tokens = learn(
-                self.tokens, rates.limit_tokens, rates.remaining_tokens, rates.reset_tokens_s, unseen, now
+                self.tokens,
+                rates.limit_tokens,
+                rates.remaining_tokens,
+                rates.reset_tokens_s,
+                ticket.tokens,
+                unseen,
+                now,
             )
         if rates.limit_requests and rates.remaining_requests is not None:
             self.requests = learn(
-                self.requests, rates.limit_requests, rates.remaining_requests, rates.reset_requests_s, len(later), now
+                self.requests,
+                rates.limit_requests,
+                rates.remaining_requests,
+                rates.reset_requests_s,
+                1,
+                len(later),
+                now,
             )
 
     def succeeded(self) -> None:

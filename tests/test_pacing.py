@@ -29,6 +29,7 @@ class LimitedProvider:
         tokens_per_minute: float = math.inf,
         requests_per_minute: float = math.inf,
         capacity_s: float = 60.0,
+        told_s: float | None = None,
         latency_s: float = 0.2,
         tells: bool = True,
         retry_after: bool = True,
@@ -36,6 +37,7 @@ class LimitedProvider:
         self.identity = object()
         self._rates = {"tokens": tokens_per_minute / 60, "requests": requests_per_minute / 60}
         self._capacity = {name: rate * capacity_s for name, rate in self._rates.items()}
+        self._limit = {name: rate * (told_s or capacity_s) for name, rate in self._rates.items()}
         self._levels = dict(self._capacity)
         self._at = 0.0
         self._latency_s = latency_s
@@ -72,7 +74,7 @@ class LimitedProvider:
         told: dict[str, float | int] = {}
         for name, rate in self._rates.items():
             if rate < math.inf:
-                told[f"limit_{name}"] = int(self._capacity[name])
+                told[f"limit_{name}"] = int(self._limit[name])
                 told[f"remaining_{name}"] = int(self._levels[name])
                 told[f"reset_{name}_s"] = round((self._capacity[name] - self._levels[name]) / rate, 3)
         return Rates(**told)  # type: ignore[arg-type]
@@ -93,6 +95,9 @@ TEXTS = [f"{number:05}" + "x" * 95 for number in range(20_000)]  # 100 tokens ea
         pytest.param({"tells": True, "capacity_s": 1.0}, {}, id="a small bucket, learned"),
         pytest.param({"tells": True, "capacity_s": 1.0}, {"tokens_per_minute": 600_000}, id="a small bucket, given"),
         pytest.param({"tells": True, "retry_after": False}, {}, id="no retry-after"),
+        pytest.param(
+            {"tells": True, "capacity_s": 1.2, "told_s": 60.0}, {}, id="a small bucket, its limit told a minute"
+        ),
     ],
 )
 async def test_a_job_under_a_token_limit_takes_hardly_more_than_the_ideal_time(
@@ -273,10 +278,19 @@ async def test_a_pace_is_shared_by_place_and_forgotten_with_its_last_user() -> N
     assert shared_pace("place").paused_until == 0
 
 
-def test_headers_become_the_bucket_they_describe() -> None:
-    # 40,000 of 100,000 are missing and come back in 8 s: 5,000 a second; 7,000 more are on their way
-    bucket = learn(None, 100_000, 60_000, 8.0, 7_000, now=50.0)
-    assert (bucket.per_s, bucket.capacity, bucket.level, bucket.at) == (5_000, 100_000, 53_000, 50.0)
+# A bucket of 100,000 that refills by 5,000 a second, told in several ways.
+
+
+def test_two_answers_tell_refill_and_capacity_whatever_the_limit_is_meant_for() -> None:
+    # the limit is told for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
+    first = learn(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
+    second = learn(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
+    assert (second.per_s, second.capacity, second.level, second.at) == (5_000, 100_000, 33_000, 50.0)
+
+
+def test_one_answer_tells_them_if_the_bucket_was_full_before() -> None:
+    bucket = learn(None, 100_000, 60_000, 8.0, taken=40_000, unseen=0, now=0.0)
+    assert (bucket.per_s, bucket.capacity, bucket.level) == (5_000, 100_000, 60_000)
 
 
 @pytest.mark.parametrize(
@@ -284,11 +298,26 @@ def test_headers_become_the_bucket_they_describe() -> None:
     [
         pytest.param(100_000, 0.0, id="full"),
         pytest.param(60_000, None, id="no reset"),
-        pytest.param(99_999, 9.0, id="rounding"),
+        pytest.param(60_000, 8.0, id="others have taken some before"),
+        pytest.param(99_999, 360.0, id="the guide's own example: 6m0s for hardly anything"),
     ],
 )
-def test_where_headers_do_not_tell_the_refill_it_is_the_limit_a_minute(remaining: int, reset_s: float | None) -> None:
-    assert learn(None, 100_000, remaining, reset_s, 0, now=0.0).per_s == pytest.approx(100_000 / 60)
+def test_until_then_the_refill_is_the_limit_a_minute(remaining: int, reset_s: float | None) -> None:
+    bucket = learn(None, 100_000, remaining, reset_s, taken=0.5, unseen=0, now=0.0)
+    assert bucket.per_s == pytest.approx(100_000 / 60)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "reset_s"),
+    [
+        pytest.param(40_000, 1.0, id="a reset that runs down: a window, not a bucket"),
+        pytest.param(89_000, 2.2, id="too close"),
+        pytest.param(40_000, 2.0, id="a constant"),
+    ],
+)
+def test_a_reset_that_means_something_else_changes_nothing(remaining: int, reset_s: float) -> None:
+    first = learn(None, 100_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
+    assert learn(first, 100_000, remaining, reset_s, taken=500, unseen=0, now=1.0).per_s == first.per_s
 
 
 def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
