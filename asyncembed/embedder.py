@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 from . import models
@@ -129,6 +129,9 @@ class Embedder:
 
     def __repr__(self) -> str:
         return f"<Embedder {self.model!r} concurrency={self.concurrency}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
 
     async def __aenter__(self) -> Self:
         return self
