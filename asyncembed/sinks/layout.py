@@ -1,0 +1,376 @@
+"""A PostgreSQL table, ours or the user's, and the statements for it. Pure: it neither connects nor waits.
+
+Names are checked, then quoted; values are always parameters. Types and operators of pgvector are qualified with
+the schema the extension is in, so that no search_path is needed. Metadata travels as text, cast on the server, so
+that it does not matter which codecs the user's pool has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs
+from uuid import UUID
+
+from ..errors import SinkConfigError
+from ..types import RecordId
+from . import schema
+
+# What a column can be for; the first two are needed.
+ROLES = ("id", "embedding", "model", "content_hash", "text", "metadata", "created_at", "updated_at")
+
+# pgvector README, "What if I want to index vectors with more than 2,000 dimensions?", and 16,000 for storage.
+MAX_DIMENSIONS = 16_000
+MAX_INDEXED = {"vector": 2_000, "halfvec": 4_000}
+
+# The operator and the operator class for each way to measure nearness (pgvector README, "Querying", "HNSW").
+METRICS = {"cosine": ("<=>", "cosine_ops"), "inner_product": ("<#>", "ip_ops"), "l2": ("<->", "l2_ops")}
+
+_INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
+_TEXTS = ("text", "character varying")
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+
+
+# Everything between the slashes is percent-encoded, or asyncpg takes a part of the password for host or port, and
+# shows it in its error.
+_DSN = re.compile(r"postgres(?:ql)?://(?:[^:@/?#]*(?::[^:@/?#]*)?@)?([^@/?#]*)(?:/([^@/?#]*))?(?:\?([^#]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column as the catalog has it: its type without modifiers, its modifier, whether it must be given."""
+
+    type: str
+    modifier: int
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the database says about the table.
+
+    Attributes:
+        schema: The table's.
+        extension: The schema pgvector is in.
+        version: pgvector's, such as (0, 8).
+        columns: By name.
+        keys: The columns of each unique index that ON CONFLICT can name.
+    """
+
+    schema: str
+    extension: str
+    version: tuple[int, ...]
+    columns: Mapping[str, Column]
+    keys: tuple[frozenset[str], ...]
+
+
+def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
+    """Return the column for each role; all of ours if none are given.
+
+    Raises:
+        SinkConfigError: A role or name is unknown or unusable, or id and embedding are not among them.
+    """
+    if columns is None:
+        if update_only:
+            raise SinkConfigError("update_only needs columns=, the names of your table's columns")
+        return {role: role for role in ROLES}
+    unknown = sorted(set(columns) - set(ROLES))
+    if unknown or "id" not in columns or "embedding" not in columns:
+        raise SinkConfigError(
+            f"columns= names id, embedding and, if your table has them, {', '.join(ROLES[2:])}; got {sorted(columns)}"
+        )
+    return {role: schema.check_name(columns[role], f"{role} column") for role in ROLES if role in columns}
+
+
+def quoted(name: str) -> str:
+    """Return the name as SQL takes it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def described(dsn: str) -> str:
+    """Return host and database for messages.
+
+    Raises:
+        SinkConfigError: The address is none. It is not shown: it may hold a password.
+    """
+    parts = _DSN.fullmatch(dsn)
+    if parts is None:
+        raise SinkConfigError(
+            "the address is not postgresql://user:password@host:port/database: in user and password "
+            "write / as %2F, # as %23, ? as %3F, @ as %40 and : as %3A"
+        )
+    host, database, options = parts.groups()
+    options = parse_qs(options or "")
+    host = host or options.get("host", ["localhost"])[0]
+    database = database or options.get("dbname", options.get("database", ["the default database"]))[0]
+    return f"{database} on {host}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The statements for one table, by the roles of its columns.
+
+    Attributes:
+        names: The column for each role.
+        facts: The table as it is.
+        table: Its name without schema.
+        update_only: Whether rows are only filled, never inserted.
+        where: Table and database, for messages.
+    """
+
+    names: Mapping[str, str]
+    facts: Facts
+    table: str
+    update_only: bool
+    where: str
+
+    @property
+    def sql_table(self) -> str:
+        """The table, qualified and quoted."""
+        return f"{quoted(self.facts.schema)}.{quoted(self.table)}"
+
+    @property
+    def sql_models(self) -> str:
+        """The table beside ours that records the size of each model's vectors, qualified."""
+        return f"{quoted(self.facts.schema)}.{schema.MODELS_TABLE}"
+
+    @property
+    def kind(self) -> str:
+        """`vector` or `halfvec`."""
+        return self._column("embedding").type.rpartition(".")[2]
+
+    @property
+    def fixed_size(self) -> int | None:
+        """The dimensions that the column's type demands, None if any will do."""
+        modifier = self._column("embedding").modifier
+        return modifier if modifier > 0 else None
+
+    @property
+    def id_type(self) -> str:
+        """The type of the id column."""
+        return self._column("id").type
+
+    def _column(self, role: str) -> Column:
+        return self.facts.columns[self.names[role]]
+
+    def of(self, role: str) -> str:
+        """Return the role's column, quoted; NULL if there is none."""
+        return quoted(self.names[role]) if role in self.names else "NULL"
+
+    def pgvector(self, name: str) -> str:
+        """Return a type or function of pgvector, qualified."""
+        return f"{quoted(self.facts.extension)}.{name}"
+
+    # ---- does it fit? ----
+
+    def check(self) -> None:
+        """Raise SinkConfigError, with all that does not fit, unless the table can be used as it is."""
+        missing = sorted(name for name in self.names.values() if name not in self.facts.columns)
+        if missing:
+            raise SinkConfigError(f"{self.where} has no columns {missing}; it has {sorted(self.facts.columns)}")
+        problems = [*self._unfit_types(), *self._unfit_keys()]
+        if problems:
+            raise SinkConfigError(f"{self.where} does not fit: {'; '.join(problems)}")
+
+    def _unfit_types(self) -> list[str]:
+        problems = []
+        if self.kind not in MAX_INDEXED:
+            problems.append(f"{self.names['embedding']} is {self.kind}, not vector or halfvec")
+        if self.id_type not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
+            problems.append(f"{self.names['id']} is {self.id_type}, not a text, an integer or a uuid")
+        for role, types in (("model", _TEXTS), ("content_hash", _TEXTS), ("text", _TEXTS), ("metadata", ("jsonb",))):
+            if role in self.names and self._column(role).type not in types:
+                problems.append(f"{self.names[role]} is {self._column(role).type}, not {types[0]}")
+        return problems
+
+    def _unfit_keys(self) -> list[str]:
+        if self.update_only:
+            return []
+        problems = []
+        key = {self.names[role] for role in ("id", "model") if role in self.names}
+        if key not in self.facts.keys:
+            problems.append(f"it has no unique index on exactly ({', '.join(sorted(key))})")
+        given = set(self.names.values())
+        required = sorted(name for name, column in self.facts.columns.items() if column.required and name not in given)
+        if required:
+            problems.append(f"{', '.join(required)} must be given, but no column maps to it")
+        return problems
+
+    # ---- ids ----
+
+    def convert(self, key: str) -> Any:
+        """Return the key as the id column takes it.
+
+        Raises:
+            ValueError: It cannot be one.
+        """
+        if schema.unstorable(key):
+            raise ValueError("is no text")
+        if self.id_type in _TEXTS:
+            return key
+        if self.id_type == "uuid":
+            return UUID(key)
+        limit = 1 << (_INTEGER_BITS[self.id_type] - 1)
+        if not _INTEGER.fullmatch(key) or not -limit <= int(key) < limit:
+            raise ValueError(f"is no {self.id_type}")
+        return int(key)
+
+    def convert_all(self, ids: Iterable[RecordId]) -> dict[RecordId, Any]:
+        """Return what `convert` makes of the ids, without those that the column cannot hold: they are not in it."""
+        converted = {}
+        for id in ids:
+            with suppress(ValueError):
+                converted[id] = self.convert(str(id))
+        return converted
+
+    # ---- statements ----
+
+    def insert(self) -> str:
+        """Return the upsert of one row; its parameters are those of `parameters`."""
+        columns = [self.of(role) for role in self._written()]
+        key = ", ".join(self.of(role) for role in ("id", "model") if role in self.names)
+        changes = [f"{column} = EXCLUDED.{column}" for column in columns if column not in key.split(", ")]
+        if "updated_at" in self.names:
+            changes.append(f"{self.of('updated_at')} = now()")
+        return (
+            f"INSERT INTO {self.sql_table} ({', '.join(columns)}) VALUES ({', '.join(self._placeholders())}) "
+            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(changes)}"
+        )
+
+    def update(self) -> str:
+        """Return the update of one row that exists; its parameters are those of `parameters`."""
+        pairs = zip(self._written(), self._placeholders(), strict=True)
+        changes = [f"{self.of(role)} = {placeholder}" for role, placeholder in pairs if role != "id"]
+        if "updated_at" in self.names:
+            changes.append(f"{self.of('updated_at')} = now()")
+        return f"UPDATE {self.sql_table} SET {', '.join(changes)} WHERE {self.of('id')} = $1"
+
+    def _written(self) -> list[str]:
+        return [role for role in ROLES if role in self.names and role not in ("created_at", "updated_at")]
+
+    def _placeholders(self) -> list[str]:
+        return [
+            f"${number}{'::text::jsonb' if role == 'metadata' else ''}"
+            for number, role in enumerate(self._written(), start=1)
+        ]
+
+    def parameters(self, model: str) -> Callable[[Any, Any], tuple[Any, ...]]:
+        """Return the function from converted key and Row to the parameters of `insert` or `update`."""
+        roles = self._written()
+
+        def of_row(key: Any, row: Any) -> tuple[Any, ...]:
+            values = {
+                "id": key,
+                "embedding": row.vector,
+                "model": model,
+                "content_hash": row.content_hash,
+                "text": row.text,
+                "metadata": row.metadata,
+            }
+            return tuple(values[role] for role in roles)
+
+        return of_row
+
+    def lock(self) -> str:
+        """Return the query for which of the ids $1 exist, which locks them in their order."""
+        return (
+            f"SELECT {self.of('id')} FROM {self.sql_table} WHERE {self.of('id')} = ANY($1::{self.id_type}[]) "
+            f"ORDER BY {self.of('id')} FOR UPDATE"
+        )
+
+    def _for_model(self, parameter: str) -> str:
+        # PostgreSQL wants every parameter used, also where no column tells the model
+        of_model = (
+            f"{self.of('model')} = {parameter}::text" if "model" in self.names else f"{parameter}::text IS NOT NULL"
+        )
+        return f"{self.of('embedding')} IS NOT NULL AND {of_model}"
+
+    def hashes(self) -> str:
+        """Return the query for id and content hash of those of the ids $2 that are stored for model $1."""
+        return (
+            f"SELECT {self.of('id')}, {self.of('content_hash')} FROM {self.sql_table} "
+            f"WHERE {self.of('id')} = ANY($2::{self.id_type}[]) AND {self._for_model('$1')}"
+        )
+
+    def sizes(self) -> str:
+        """Return the query for the size of one vector of model $1, if there is any."""
+        return (
+            f"SELECT {self.pgvector('vector_dims')}({self.of('embedding')}) FROM {self.sql_table} "
+            f"WHERE {self._for_model('$1')} LIMIT 1"
+        )
+
+    def models(self) -> str:
+        """Return the query for every model there is; one named "" if no column tells."""
+        if "model" not in self.names:
+            return f"SELECT '' FROM {self.sql_table} WHERE {self.of('embedding')} IS NOT NULL LIMIT 1"
+        model = self.of("model")
+        return (
+            f"SELECT DISTINCT {model} FROM {self.sql_table} WHERE {self.of('embedding')} IS NOT NULL AND {model} <> ''"
+        )
+
+    def count(self, *, all_models: bool) -> str:
+        """Return the query for the number of vectors, of model $1 unless of all."""
+        condition = f"{self.of('embedding')} IS NOT NULL" if all_models else self._for_model("$1")
+        return f"SELECT count(*) FROM {self.sql_table} WHERE {condition}"
+
+    def ids(self) -> str:
+        """Return the query for the $3 ids behind $2 (NULL for the first) that are stored for model $1."""
+        return (
+            f"SELECT {self.of('id')} FROM {self.sql_table} WHERE {self._for_model('$1')} "
+            f"AND ($2::{self.id_type} IS NULL OR {self.of('id')} > $2) ORDER BY {self.of('id')} LIMIT $3"
+        )
+
+    def delete(self) -> str:
+        """Return the statement that takes the vectors of model $1 and ids $2 away: rows, or only their vectors."""
+        condition = f"WHERE {self.of('id')} = ANY($2::{self.id_type}[]) AND {self._for_model('$1')}"
+        if self.update_only:
+            return f"UPDATE {self.sql_table} SET {self.of('embedding')} = NULL {condition}"
+        return f"DELETE FROM {self.sql_table} {condition}"
+
+    def measured(self, dimensions: int, *, by_index: bool) -> tuple[str, str]:
+        """Return the expression whose distance is taken, and its type.
+
+        An index needs a fixed size, and beyond 2,000 dimensions half the precision; without one both are kept.
+        """
+        kind = self.kind
+        if by_index and dimensions > MAX_INDEXED[kind]:
+            kind = "halfvec"
+        typed = f"{self.pgvector(kind)}({dimensions})"
+        if kind == self.kind and self.fixed_size is not None:
+            return self.of("embedding"), typed
+        return f"({self.of('embedding')}::{typed})", typed
+
+    def nearest(self, dimensions: int, condition: str, first: int, *, by_index: bool) -> str:
+        """Return the query for the rows nearest to a vector.
+
+        Its parameters begin at `first`: the model, the vector as text, how many.
+        """
+        expression, typed = self.measured(dimensions, by_index=by_index)
+        distance = f"{expression} OPERATOR({quoted(self.facts.extension)}.<=>) ${first + 1}::text::{typed}"
+        return (
+            f"SELECT {self.of('id')}::text AS id, {self.of('text')}::text AS text, "
+            f"{self.of('metadata')}::text AS metadata, {self.of('embedding')}::real[] AS embedding "
+            f"FROM {self.sql_table} WHERE {self._for_model(f'${first}')}{condition} "
+            f'ORDER BY {distance}, {self.of("id")}::text COLLATE "C" LIMIT ${first + 2}'
+        )
+
+    # ---- an index ----
+
+    def index_name(self, model: str, metric: str) -> str:
+        """Return the name of the index over a model's vectors, qualified and quoted; the same every time."""
+        suffix = f"_{hashlib.sha256(model.encode()).hexdigest()[:8]}_{metric}_hnsw"
+        return f"{quoted(self.facts.schema)}.{quoted(self.table[: schema.MAX_NAME_BYTES - len(suffix)] + suffix)}"
+
+    def create_index(self, name: str, model_literal: str, dimensions: int, metric: str, options: str) -> str:
+        """Return the statement for an HNSW index over the vectors of one model, as `nearest` looks for it."""
+        expression, typed = self.measured(dimensions, by_index=True)
+        operators = "halfvec" if "halfvec(" in typed else "vector"
+        of_model = f" WHERE {self.of('model')} = {model_literal}" if "model" in self.names else ""
+        return (
+            f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name.rpartition('.')[2]} ON {self.sql_table} "
+            f"USING hnsw ({expression} {self.pgvector(f'{operators}_{METRICS[metric][1]}')}) WITH ({options}){of_model}"
+        )

@@ -1,0 +1,370 @@
+"""Vectors in PostgreSQL with pgvector, in a table of ours or of the user's.
+
+Every call is one transaction on one connection, begun, bounded and ended here; nothing holds a connection between
+calls. A connection that was cancelled, timed out or lost in the middle is thrown away, never given back: the
+server then rolls back what was open. What may pass by itself is tried again, whole, on another connection, which
+is safe because writes are upserts: if only the answer to COMMIT was lost, the same rows are written once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn, Self, TypeVar
+
+import asyncpg
+
+from ..errors import AsyncEmbedError, SinkConfigError, SinkError
+from ..types import Hit, RecordId, Row, Vectors
+from . import postgres_table, schema
+from .layout import METRICS, Layout, check_columns, described, quoted
+from .postgres_table import Target
+from .search import Ranking, check_query
+from .transactions import Transactions
+
+T = TypeVar("T")
+
+# Seconds for a connection to be made (asyncpg's own default is 60), and for all to be closed.
+CONNECT_S = 10.0
+CLOSE_S = 5.0
+
+# Ids a page when all are listed.
+IDS_PER_PAGE = 10_000
+
+# What asyncpg raises, and what comes through it.
+_FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ValueError)
+
+
+class _Pool:
+    """The pool that was handed in, or one of our own, made anew for every event loop."""
+
+    def __init__(self, dsn_or_pool: str | asyncpg.Pool, size: int, name: str) -> None:
+        self._given = None if isinstance(dsn_or_pool, str) else dsn_or_pool
+        self._dsn = dsn_or_pool if isinstance(dsn_or_pool, str) else None
+        self._size = size
+        self._name = name
+        self._own: asyncpg.Pool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._keeper: AsyncGenerator[None, None] | None = None
+
+    def __del__(self) -> None:
+        if self._own is not None and self._loop is not None and not self._loop.is_closed():
+            text = f"the sink for {self._name} was not closed: use `async with`, or aclose()"
+            warnings.warn(text, ResourceWarning, stacklevel=2)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody else made it, and will close it."""
+        return self._given is not None
+
+    async def open(self) -> asyncpg.Pool:
+        """Return the pool for the running loop."""
+        if self._given is not None:
+            return self._given
+        loop = asyncio.get_running_loop()
+        if self._own is not None and self._loop is loop:
+            return self._own
+        if self._own is not None and self._loop is not None and self._loop.is_running():
+            raise SinkError(f"{self._name} is in use by another running event loop: make a sink for each")
+        self._loop = loop
+        self._own = asyncpg.create_pool(
+            self._dsn,
+            min_size=0,
+            max_size=self._size,
+            timeout=CONNECT_S,
+            statement_cache_size=0,  # so that a pooler may change the backend between transactions
+        )
+        await self._own  # connects nothing yet, and so does not wait
+        self._keeper = _kept(self._own)
+        await anext(self._keeper)
+        return self._own
+
+    async def aclose(self) -> None:
+        """Close the connections that were made here."""
+        keeper, self._keeper, self._own = self._keeper, None, None
+        if keeper is not None and self._loop is asyncio.get_running_loop():
+            await keeper.aclose()
+
+
+async def _kept(pool: asyncpg.Pool) -> AsyncGenerator[None, None]:
+    """Close the pool when this is closed; asyncio does that to open generators before it closes their loop."""
+    try:
+        yield
+    finally:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await pool.close()  # and if it cannot, it cuts its connections
+
+
+class PostgresSink:
+    """Stores vectors in PostgreSQL with pgvector, and finds them again.
+
+    Args:
+        dsn_or_pool: `postgresql://user:password@host/database`, or an `asyncpg.Pool`, which is never closed here.
+        table: Holds the rows, `name` or `schema.name`; created if missing.
+        columns: For a table of your own: which of its columns is the id, the embedding and, where there is one, the
+            model, content_hash, text, metadata, created_at, updated_at. Ids may be text, integers or uuids.
+        update_only: Fill the embedding of rows that exist; never insert, never delete a row.
+        pool_size: Connections at most, if none were handed in.
+        timeout: Seconds for one attempt at a call, and for a connection to become free.
+        retry_for: Seconds in which attempts that failed for a passing reason are repeated.
+
+    It connects at first use and may be used by many tasks at once.
+    """
+
+    def __init__(
+        self,
+        dsn_or_pool: str | asyncpg.Pool,
+        *,
+        table: str = schema.TABLE,
+        columns: Mapping[str, str] | None = None,
+        update_only: bool = False,
+        pool_size: int = 4,
+        timeout: float = 60.0,
+        retry_for: float = 120.0,
+    ) -> None:
+        if not isinstance(dsn_or_pool, str | asyncpg.Pool):
+            raise SinkConfigError(
+                f"a PostgresSink takes an address or an asyncpg.Pool, not a {type(dsn_or_pool).__name__}"
+            )
+        if pool_size < 1 or not timeout > 0 or not retry_for >= 0:
+            raise SinkConfigError(
+                f"pool_size={pool_size}, timeout={timeout}, retry_for={retry_for}: a pool has at least 1 connection, "
+                "times are seconds"
+            )
+        place = described(dsn_or_pool) if isinstance(dsn_or_pool, str) else "the given pool"
+        schema_name, _, table_name = table.rpartition(".")
+        self._target = Target(
+            schema.check_name(schema_name, "schema") if schema_name else None,
+            schema.check_table(table_name),
+            check_columns(columns, update_only),
+            ours=columns is None,
+            update_only=update_only,
+            where=f"table {table!r} in {place}",
+        )
+        self._pool = _Pool(dsn_or_pool, pool_size, self._target.where)
+        self._transactions = Transactions(
+            self._pool.open,
+            _FOREIGN,
+            name=self._target.where,
+            timeout=timeout,
+            retry_for=retry_for,
+            reached=self._pool.is_given,  # a pool that was handed in is one that has connected
+        )
+        self._layout: Layout | None = None  # the table as it was when it was first looked at
+        self._sizes: dict[str, int] = {}  # by model, in tables that do not record them
+
+    def __repr__(self) -> str:
+        return f"PostgresSink({self._target.where})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a PostgresSink cannot be pickled: it holds connections, and a password")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections that were made here, none that was handed in. A later call opens new ones."""
+        await self._pool.aclose()
+
+    async def prepare(self, model: str, dimensions: int | None) -> None:
+        """Create extension and table if they are missing, check them, and record the size of the model's vectors.
+
+        Any number of processes may do so at once.
+
+        Raises:
+            SinkConfigError: There is no such database, pgvector is missing and may not be created, the table has
+                other columns, no fitting unique index, or vectors of another size.
+        """
+        schema.check_model(model, dimensions)
+        self._sizes.pop(model, None)
+        self._layout = await self._transactions.run(
+            lambda connection: self._target.prepare(connection, model, dimensions)
+        )
+
+    async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
+        """Return those of the given ids that are stored for this model with this very content hash.
+
+        In a table without a column for the hash: those that have a vector.
+        """
+
+        async def work(connection: Any, layout: Layout) -> set[RecordId]:
+            wanted = layout.convert_all(hashes)
+            stored = dict(await connection.fetch(layout.hashes(), model, list(set(wanted.values()))))
+            if "content_hash" not in layout.names:
+                return {id for id, key in wanted.items() if key in stored}
+            return {id for id, key in wanted.items() if stored.get(key) == hashes[id]}
+
+        return await self._run(work)
+
+    async def write(self, model: str, rows: Sequence[Row]) -> Mapping[RecordId, AsyncEmbedError]:
+        """Upsert the rows in one transaction, committed before this returns.
+
+        Of rows with the same key the last one wins; a stored row keeps its `created_at`. Cancelled, it has stored
+        all or nothing; which of them, only a look can tell.
+
+        Returns:
+            The rows that no store takes or this table refuses, each with its error; all others are stored.
+
+        Raises:
+            SinkError: Nothing of this call was stored, as far as the server told. As for `prepare`, which need not
+                have been called.
+        """
+        if not rows:
+            return {}
+        dimensions = rows[0].vector.size
+        schema.check_model(model, dimensions)
+        if self._layout is None:
+            await self.prepare(model, None)
+
+        async def work(connection: Any, layout: Layout) -> schema.Refusals:
+            size = self._sizes.get(model)
+            if size is None:
+                size = await postgres_table.agreed_size(connection, layout, model, dimensions, ours=self._target.ours)
+            admitted, refused = schema.admit(model, rows, size, layout.where, layout.convert)
+            async with postgres_table.codec(connection, layout, keep=not self._pool.is_given):
+                refused |= await postgres_table.store(connection, layout, model, admitted)
+            return refused
+
+        refused = await self._run(work)
+        if not self._target.ours:
+            self._sizes[model] = dimensions
+        return refused
+
+    async def search(
+        self,
+        vector: Vectors | Sequence[float],
+        k: int = 5,
+        *,
+        model: str | None = None,
+        where: str | Mapping[str, Any] | None = None,
+        args: Sequence[Any] = (),
+    ) -> list[Hit]:
+        """Return the k rows nearest to float32[d] by cosine similarity: best first, equal ones by id.
+
+        Exact without an index; with one it finds most of them, faster. Rows that are all zeros are never found.
+
+        Args:
+            vector: The query, float32[d].
+            k: How many rows.
+            model: Needed if the table holds several.
+            where: What the metadata must contain, as a mapping, or a condition in SQL on the table's columns, with
+                $1, $2, … for `args`. Never put a value from outside into the SQL itself.
+            args: The values for the condition.
+
+        Raises:
+            ConfigError: The vector or k is not usable.
+            SinkConfigError: Nothing was stored here yet, the vector has another size than those stored, there are
+                several models and none was named, or the condition is wrong.
+        """
+        query = check_query(vector, k)
+        condition, values = self._condition(where, args)
+
+        async def work(connection: Any, layout: Layout) -> list[Hit]:
+            models, asked = await self._models(connection, layout, model)
+            chosen = schema.choose_model(models, asked, query.size, layout.where)
+            if chosen is None:
+                return []
+            return await postgres_table.nearest(
+                connection, layout, Ranking(query, k), query, chosen, k, condition, values
+            )
+
+        return await self._run(work)
+
+    def _condition(self, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+        if where is None or isinstance(where, str):
+            return where or "", args
+        if "metadata" not in self._target.names:
+            raise SinkConfigError(f"{self._target.where} has no column for metadata: give where= as SQL")
+        return f"{quoted(self._target.names['metadata'])} @> $1::text::jsonb", [json.dumps(dict(where))]
+
+    async def _models(self, connection: Any, layout: Layout, model: str | None) -> tuple[dict[str, int], str | None]:
+        """Return the models with their sizes, and the one that is meant; all are one if no column tells."""
+        if "model" not in layout.names:
+            model = None
+        return await postgres_table.models(connection, layout, model, ours=self._target.ours), model
+
+    async def models(self) -> dict[str, int]:
+        """Return the models that have rows here, each with the dimensions of its vectors; "" if no column tells."""
+        return await self._run(
+            lambda connection, layout: postgres_table.models(connection, layout, ours=self._target.ours)
+        )
+
+    async def count(self, model: str | None = None) -> int:
+        """Return the number of vectors, of one model or of all."""
+
+        async def work(connection: Any, layout: Layout) -> int:
+            values = [] if model is None else [model]
+            return int(await connection.fetchval(layout.count(all_models=model is None), *values))
+
+        return await self._run(work)
+
+    async def ids(self, model: str) -> AsyncIterator[str]:
+        """Yield the ids stored for the model, in the order of their column; a page of them is held in memory."""
+        last: Any = None
+
+        async def work(connection: Any, layout: Layout) -> list[Any]:
+            return [row[0] for row in await connection.fetch(layout.ids(), model, last, IDS_PER_PAGE)]
+
+        while page := await self._run(work):
+            for id in page:
+                yield str(id)
+            last = page[-1]
+
+    async def delete(self, ids: Iterable[RecordId], model: str) -> int:
+        """Delete the model's rows with these ids (with `update_only`: their vectors); return how many there were."""
+        asked = list(ids)
+
+        async def work(connection: Any, layout: Layout) -> int:
+            status = await connection.execute(layout.delete(), model, sorted(set(layout.convert_all(asked).values())))
+            return int(status.rpartition(" ")[2])
+
+        return await self._run(work)
+
+    async def create_index(
+        self, model: str | None = None, *, metric: str = "cosine", m: int = 16, ef_construction: int = 64
+    ) -> None:
+        """Build an HNSW index over one model's vectors, without locking out writers; best after the load.
+
+        Beyond 2,000 dimensions it holds them at half precision, and `search` sorts what it finds by the whole one.
+        Does nothing if there is one; one whose building was broken off is dropped and built anew.
+
+        Args:
+            model: Needed if the table holds several.
+            metric: "cosine", which `search` uses; "inner_product" or "l2" for queries of your own.
+            m: Links of a node, as in pgvector.
+            ef_construction: Candidates looked at while building, as in pgvector.
+
+        Raises:
+            SinkConfigError: Nothing is stored yet, more than 4,000 dimensions, or another metric.
+            SinkBusyError: Another process is building it.
+        """
+        if metric not in METRICS:
+            raise SinkConfigError(f"metric {metric!r} is none of {', '.join(METRICS)}")
+
+        async def work(connection: Any, layout: Layout) -> list[str]:
+            models, asked = await self._models(connection, layout, model)
+            return await postgres_table.index_statements(
+                connection, layout, models, asked, metric, f"m = {int(m)}, ef_construction = {int(ef_construction)}"
+            )
+
+        for statement in await self._run(work):
+            await self._transactions.alone(statement)
+
+    async def _run(self, work: Callable[[Any, Layout], Coroutine[Any, Any, T]]) -> T:
+        async def with_layout(connection: Any) -> T:
+            if self._layout is None:
+                self._layout = await self._target.look_up(connection)
+            return await work(connection, self._layout)
+
+        try:
+            return await self._transactions.run(with_layout)
+        except SinkConfigError:
+            self._layout = None  # the table may have been changed: look at it again next time
+            raise

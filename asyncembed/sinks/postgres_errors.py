@@ -1,0 +1,110 @@
+"""What an error means for a batch: try again, wait, give a row up, or ask a person. Pure.
+
+The server's errors are known by their SQLSTATE, so that no driver is imported. PostgreSQL documentation,
+appendix A: the first two characters of a code are its class, and new codes keep to their class.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Literal, TypeAlias
+
+from ..errors import SinkBusyError, SinkConfigError, SinkError
+
+Verdict: TypeAlias = Literal["again", "busy", "row", "config", "fatal"]
+
+_CODES: dict[str, Verdict] = {
+    "40001": "again",  # serialization_failure
+    "40P01": "again",  # deadlock_detected
+    "25006": "again",  # read_only_sql_transaction: after a failover the old primary answers for a while
+    "57P01": "again",  # admin_shutdown
+    "57P02": "again",  # crash_shutdown
+    "57P03": "again",  # cannot_connect_now
+    "57P05": "again",  # idle_session_timeout
+    "25P03": "again",  # idle_in_transaction_session_timeout
+    "57014": "again",  # query_canceled, by a statement_timeout or a person
+    "53300": "busy",  # too_many_connections
+    "55P03": "busy",  # lock_not_available
+    "26000": "config",  # invalid_sql_statement_name: a pooler has swapped the backend under a prepared statement
+    "42P05": "config",  # duplicate_prepared_statement: the same
+    "42501": "config",  # insufficient_privilege
+}
+
+_CLASSES: dict[str, Verdict] = {
+    "08": "again",  # connection exception
+    "22": "row",  # data exception: NUL, a number out of range, a text too long
+    "P0": "row",  # raised by a trigger
+    "44": "row",  # with check option violation
+    "23": "row",  # integrity constraint violation
+    "54": "row",  # program limit exceeded: a key too large for its index
+    "28": "config",  # invalid authorization specification
+    "3D": "config",  # invalid catalog name: no such database
+    "3F": "config",  # invalid schema name
+    "42": "config",  # no such table, column, type, operator
+    "0A": "config",  # feature not supported: no such extension on this server
+    "58": "fatal",  # system error
+}
+
+
+# asyncpg has forgotten its statements by the time it raises this (SQLSTATE 0A000), so once more they will do.
+_STALE = "InvalidCachedStatementError"
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """Return the code the server gave; None if it was not the server who complained."""
+    state: str | None = getattr(error, "sqlstate", None)
+    return state
+
+
+def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
+    """Return what to do about it; "fatal" for what is not known to be anything else.
+
+    Args:
+        error: What the driver raised.
+        reached: Whether the server has ever answered. A wrong address is not waited for, a server that was there is.
+    """
+    state = sqlstate_of(error)
+    if state is not None:
+        return "again" if type(error).__name__ == _STALE else _CODES.get(state) or _CLASSES.get(state[:2]) or "fatal"
+    if isinstance(error, ValueError | ssl.SSLCertVerificationError):
+        return "config"
+    if isinstance(error, OSError) and not reached:
+        return "config"
+    return "busy" if isinstance(error, TimeoutError) else "again"
+
+
+def explained(error: Exception, verdict: Verdict, name: str, *, tried_s: float, waited_s: float) -> SinkError:
+    """Return the error for our caller.
+
+    Args:
+        error: What the driver raised. Its message is left out where it may quote a row, or an address.
+        verdict: What it was found to mean.
+        name: Table and database.
+        tried_s: Seconds in which it was tried again, if the verdict allows it.
+        waited_s: Seconds that one attempt may take.
+    """
+    state, kind = sqlstate_of(error), type(error).__name__
+    if state is not None:
+        message = "" if verdict == "row" else f": {error.args[0]}"
+        text = f"{kind}{message} (SQLSTATE {state}){_hint_for(state)}"
+    elif isinstance(error, TimeoutError):
+        text = f"no free connection, or no answer on it, within {waited_s:g} s"
+    elif isinstance(error, ValueError):
+        text = f"{kind} in the driver: look at the address, the values in args=, and the codecs of a pool handed in"
+    else:
+        text = f"{kind}: {error}"
+    if verdict in ("again", "busy"):
+        text += f"; given up after trying for {tried_s:g} s"
+    return {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)(f"{name}: {text}")
+
+
+def _hint_for(sqlstate: str) -> str:
+    if sqlstate in ("26000", "42P05"):
+        return ": a pooler stands between; make the pool with statement_cache_size=0"
+    if sqlstate == "42501":
+        return ": this user may not do that; see docs/sinks.md for the rights that are needed"
+    if sqlstate in ("42P01", "42703"):
+        return ": the table was changed while it was in use"
+    if sqlstate == "53100":
+        return ": its disk is full"
+    return ""

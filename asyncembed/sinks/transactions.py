@@ -1,0 +1,153 @@
+"""One transaction at a time on a pool of connections: bounded, cut off if it hangs, repeated if that may help.
+
+Knows asyncpg's manners but does not import it: pool and connections are handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import suppress
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from ..errors import AsyncEmbedError
+from .postgres_errors import Verdict, explained, verdict_on
+
+T = TypeVar("T")
+Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
+"""What is done with a connection, inside a transaction. It may run more than once, each time in a new one."""
+
+# Seconds between attempts: 0.05, 0.1, 0.2, … 2, 2, 2, each shortened by up to half at random, so that those who
+# failed together do not come back together.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+
+# Seconds for a connection to be given back, and so for a reset that asks the server.
+RELEASE_S = 5.0
+
+# Seconds for an index: longer than any takes, since a pool that was handed in may have a limit for statements.
+INDEX_S = 7 * 86_400.0
+
+
+class Transactions:
+    """Runs work in transactions.
+
+    Args:
+        open_pool: Returns the pool for the running loop.
+        foreign: What the driver raises.
+        name: Table and database, for messages.
+        timeout: Seconds for a connection to become free, and again for one attempt.
+        retry_for: Seconds after which no further attempt begins.
+        reached: Whether the server is known to be there, so that it is waited for when it is not.
+    """
+
+    def __init__(
+        self,
+        open_pool: Callable[[], Awaitable[Any]],
+        foreign: tuple[type[Exception], ...],
+        *,
+        name: str,
+        timeout: float,
+        retry_for: float,
+        reached: bool,
+    ) -> None:
+        self._open_pool = open_pool
+        self._foreign = foreign
+        self._name = name
+        self._timeout = timeout
+        self._retry_for = retry_for
+        self._reached = reached
+
+    async def run(self, work: Work[T]) -> T:
+        """Return what the work returns, once its transaction is committed.
+
+        Raises:
+            SinkError: Nothing of it is known to be stored.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._retry_for
+        for pause in pauses():
+            try:
+                return await self._attempt(work)
+            except AsyncEmbedError:
+                raise
+            except self._foreign as error:
+                verdict = verdict_on(error, reached=self._reached)
+                if verdict not in ("again", "busy") or clock() + pause > deadline:
+                    self._give_up(error, verdict)
+            await asyncio.sleep(pause)
+        raise AssertionError("there is no last pause")
+
+    async def _attempt(self, work: Work[T]) -> T:
+        pool = await self._open_pool()
+        connection = await pool.acquire(timeout=self._timeout)
+        self._reached = True
+        try:
+            return await in_time(connection, self._transaction(connection, work), self._timeout)
+        finally:
+            with suppress(*self._foreign):  # it is thrown away then; what was done is done
+                await pool.release(connection, timeout=RELEASE_S)
+
+    async def _transaction(self, connection: Any, work: Work[T]) -> T:
+        # bounded on the server, too: were this machine to vanish, its locks would vanish soon after
+        limit_ms = int(self._timeout * 1_000)
+        await connection.execute(
+            f"BEGIN; SET LOCAL statement_timeout = {limit_ms}; "
+            f"SET LOCAL idle_in_transaction_session_timeout = {limit_ms}"
+        )
+        try:
+            result = await work(connection)
+            await connection.execute("COMMIT")
+        except Exception:
+            with suppress(*self._foreign):
+                await connection.execute("ROLLBACK")
+            raise
+        except BaseException:
+            connection.terminate()
+            raise
+        return result
+
+    async def alone(self, statement: str) -> None:
+        """Run a statement outside of any transaction, for as long as it takes."""
+        pool = await self._open_pool()
+        try:
+            async with pool.acquire(timeout=self._timeout) as connection:
+                await connection.execute(statement, timeout=INDEX_S)
+        except self._foreign as error:
+            self._give_up(error, verdict_on(error, reached=True))
+
+    def _give_up(self, error: Exception, verdict: Verdict) -> NoReturn:
+        ours = explained(error, verdict, self._name, tried_s=self._retry_for, waited_s=self._timeout)
+        # rows are quoted in the server's errors, and addresses with their passwords in asyncpg's
+        raise ours from (None if verdict == "row" or isinstance(error, ValueError) else error)
+
+
+def pauses() -> Iterator[float]:
+    """Yield how long to wait after each failed attempt, in seconds, for ever."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause * random.uniform(0.5, 1.0)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+async def in_time(connection: Any, conversation: Coroutine[Any, Any, T], timeout: float) -> T:
+    """Await the conversation; if it is late, or the caller is cancelled, end it by ending its connection.
+
+    asyncpg waits for the server's answer even when it is cancelled, for ever if none comes (`return await waiter`
+    in its `bind_execute_many`). Without a connection nothing in it waits any more.
+    """
+    task = asyncio.ensure_future(conversation)
+    late = False
+    try:
+        await asyncio.wait([task], timeout=timeout)
+        late = not task.done()
+    finally:
+        while not task.done():
+            connection.terminate()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        failed = None if task.cancelled() else task.exception()
+    if late or task.cancelled():
+        raise TimeoutError from failed
+    return task.result()
