@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import random
 
-_WORDS = (
-    "batch token vector request server answer limit retry store table index query row column text section model "
-    "price rate second minute memory thread loop task socket reply header error record source sink window queue"
-).split()
+_WORDS = [
+    "batch",
+    "token",
+    "vector",
+    "request",
+    "server",
+    "answer",
+    "limit",
+    "retry",
+    "store",
+    "table",
+    "index",
+    "query",
+    "row",
+    "column",
+    "text",
+    "section",
+    "model",
+    "price",
+    "rate",
+    "second",
+    "minute",
+    "memory",
+    "thread",
+    "loop",
+    "task",
+    "socket",
+    "reply",
+    "header",
+    "error",
+    "record",
+    "source",
+    "sink",
+    "window",
+    "queue",
+]
 
 
 def sections(count: int, characters: int = 550, seed: int = 1) -> list[str]:

@@ -29,12 +29,16 @@ async def measure(texts: list[str], base_url: str) -> tuple[float, float]:
             return time.perf_counter() - began, stalls.longest_s
 
 
-async def idle(seconds: float) -> float:
-    busy = subprocess.Popen([sys.executable, "-c", f"import time; e=time.time()+{seconds}\nwhile time.time()<e: pass"])
+async def _watch(seconds: float) -> float:
     async with watch_loop() as stalls:
         await asyncio.sleep(seconds)
-    busy.wait()
     return stalls.longest_s
+
+
+def idle(seconds: float) -> float:
+    code = f"import time; end = time.time() + {seconds}\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", code]):
+        return asyncio.run(_watch(seconds))
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = sections(options.texts)
     print("| server answers with | seconds | longest stall of the loop, ms |\n|---|---:|---:|")
-    print(f"| nothing, a busy process beside | 3.00 | {asyncio.run(idle(3.0)) * 1000:.1f} |")
+    print(f"| nothing, a busy process beside | 3.00 | {idle(3.0) * 1000:.1f} |")
     for name, dialect in (("base64", "openai"), ("numbers", "lm-studio")):
         with server(0.0, "--dialect", dialect, "--dimensions", "1536") as base_url:
             seconds, stall = asyncio.run(measure(texts, base_url))
