@@ -127,7 +127,7 @@ def draw(rows: list[Row], latency_s: float, path: str) -> None:
         [row.way.strip("`") for row in shown], [row.seconds for row in shown], color=["#b7bcc4"] * 2 + ["#2a6fdb"]
     )
     axes.set_xscale("log")
-    axes.set_xlim(right=max(row.seconds for row in shown) * 8)
+    axes.set_xlim(min(row.seconds for row in shown) / 4, max(row.seconds for row in shown) * 30)
     axes.bar_label(bars, [f" {row.seconds:,.1f} s, {row.requests:,} requests" for row in shown])
     axes.set_xlabel(f"seconds (log scale) for {most:,} sections, server latency {latency_s * 1000:g} ms")
     axes.invert_yaxis()
