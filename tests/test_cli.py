@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import asyncembed
-from asyncembed import display, interrupts
-from asyncembed.commands import command
+from asyncembed.cli import display, interrupts
+from asyncembed.cli.commands import command
 from asyncembed.report import IngestReport, Progress
 from asyncembed.testing import (
     Disconnect,

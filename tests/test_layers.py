@@ -37,8 +37,9 @@ ROWS = [
     "gathering",
     "embedder",
     "pipeline",
-    "sections",
-    "formats",
+    "sources.sections",
+    "sources.formats",
+    "sources.files",
     "sources",
     "sinks.schema",
     "sinks.search",
@@ -51,9 +52,9 @@ ROWS = [
     "sinks",
     "",
     "testing",
-    "display",
-    "interrupts",
-    "commands",
+    "cli.display",
+    "cli.interrupts",
+    "cli.commands",
     "cli",
     "__main__",
 ]
@@ -66,7 +67,7 @@ OWNERS = {
     "toktok": "tokens",
     "aiosqlite": "sinks.sqlite",
     "asyncpg": "sinks.postgres",
-    "semantic_text_splitter": "sections",
+    "semantic_text_splitter": "sources.sections",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from asyncembed.errors import ConfigError, InvalidRecordError
-from asyncembed.sections import TOP, Line, Splitter, markdown_chunks, plain_chunks, slug
+from asyncembed.sources.sections import TOP, Line, Splitter, markdown_chunks, plain_chunks, slug
 from asyncembed.types import Record
 
 

@@ -18,9 +18,9 @@ from typing import Any, Final, TypeAlias
 
 import jiter
 
-from .errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
+from ..errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
+from ..types import Record
 from .sections import Line
-from .types import Record
 
 Item: TypeAlias = Record | InputError
 """A record, or in its place why there is none."""

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from asyncembed.errors import ConfigError, InputError
-from asyncembed.formats import Item
-from asyncembed.sources import Sources, _opened
+from asyncembed.sources.files import Sources, _opened
+from asyncembed.sources.formats import Item
 from asyncembed.types import Record
 
 
@@ -305,7 +305,7 @@ async def test_a_reader_that_is_cancelled_while_it_waits_leaves_when_the_pipe_en
             return b'{"id": 1, "text": "a"}\n'
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe()))
-    monkeypatch.setattr("asyncembed.sources.Sources._file_items", _noting_its_end(Sources._file_items, closed))
+    monkeypatch.setattr("asyncembed.sources.files.Sources._file_items", _noting_its_end(Sources._file_items, closed))
     reading = asyncio.create_task(items("-"))
     await asked.wait()
     reading.cancel()
@@ -333,7 +333,7 @@ async def test_a_reader_that_leaves_early_closes_its_file(monkeypatch: pytest.Mo
         opened.append(_opened(path))
         return opened[0]
 
-    monkeypatch.setattr("asyncembed.sources._opened", noted)
+    monkeypatch.setattr("asyncembed.sources.files._opened", noted)
     write("a.jsonl", '{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
     async with aclosing(aiter(Sources(["a.jsonl"]))) as reader:
         async for _ in reader:
@@ -348,6 +348,6 @@ async def test_what_goes_wrong_in_the_reading_thread_reaches_the_reader(monkeypa
     def broken(*_: object) -> object:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("asyncembed.sources.plain_chunks", broken)
+    monkeypatch.setattr("asyncembed.sources.files.plain_chunks", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         await items("a.txt")

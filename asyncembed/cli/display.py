@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
-from .errors import AsyncEmbedError, InvalidRecordError
-from .report import IngestReport, Plan, Progress
-from .types import Failure, Hit
+from ..errors import AsyncEmbedError, InvalidRecordError
+from ..report import IngestReport, Plan, Progress
+from ..types import Failure, Hit
 
 # A log of a night's run stays readable: 720 lines an hour.
 LINE_EVERY_S: Final = 5.0

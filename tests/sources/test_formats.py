@@ -14,7 +14,7 @@ from itertools import chain, repeat
 import pytest
 
 from asyncembed.errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
-from asyncembed.formats import MAX_LINE_BYTES, Fields, Item, csv_items, json_items, line_blocks, text_lines
+from asyncembed.sources.formats import MAX_LINE_BYTES, Fields, Item, csv_items, json_items, line_blocks, text_lines
 from asyncembed.types import Record
 
 

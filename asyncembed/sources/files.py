@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeAlias, TypeVar
 
-from .errors import ConfigError, InvalidRecordError
+from ..errors import ConfigError, InvalidRecordError
 from .formats import Fields, Item, csv_items, json_items, line_blocks, text_lines
 from .sections import Splitter, markdown_chunks, plain_chunks
 

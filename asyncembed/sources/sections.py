@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby, pairwise
 from typing import Any, Final, NamedTuple
 
-from .errors import ConfigError, InvalidRecordError
-from .types import Record
+from ..errors import ConfigError, InvalidRecordError
+from ..types import Record
 
 # Text before the first heading of a Markdown file. Kept free for it, so that adding such a text to a file that
 # has a heading "Top" changes no id.

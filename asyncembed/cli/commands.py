@@ -17,7 +17,10 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from . import Embedder, __version__, ingest, models, open_sink
+from .. import Embedder, __version__, ingest, models, open_sink
+from ..errors import AsyncEmbedError, ConfigError, InputError, SinkConfigError
+from ..report import IngestReport
+from ..sources import SUFFIXES, Sources
 from .display import (
     display,
     failure_lines,
@@ -29,10 +32,7 @@ from .display import (
     report_document,
     with_total,
 )
-from .errors import AsyncEmbedError, ConfigError, InputError, SinkConfigError
 from .interrupts import Interrupts
-from .report import IngestReport
-from .sources import SUFFIXES, Sources
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
