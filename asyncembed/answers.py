@@ -97,8 +97,6 @@ _OPTION = re.compile(r"support specifying dimensions|invalid value for '?dimensi
 _KEY = re.compile(r"\b(?:sk|pk|rk|key)[-_][\w*-]{4,}|\bBearer\s+\S+", re.IGNORECASE)
 # Shorter ones are no secrets ("none" is what servers without keys get), and would be found in any word.
 _SHORTEST_SECRET = 6
-# So much of a text in a message is no accident. Servers quote from the beginning.
-_QUOTED_CHARACTERS = 16
 
 # Longer messages are not searched, which bounds the work that a hostile body can cause.
 _LONGEST_SEARCHED = 8_000
@@ -108,13 +106,7 @@ _LONGEST_NUMBER = 40
 _LONGEST_MESSAGE = 300
 
 
-def error_of(
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-    secrets: Sequence[str] = (),
-    texts: Sequence[str] = (),
-) -> ProviderError:
+def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: Sequence[str] = ()) -> ProviderError:
     """Return the error an HTTP answer other than 200 stands for. Never raises, whatever the answer holds.
 
     Args:
@@ -122,10 +114,9 @@ def error_of(
         headers: With lower-case names, or a mapping that ignores case.
         body: The answer's body, or its beginning.
         secrets: Strings that must not appear in the message.
-        texts: What was sent. Where the answer quotes one of them, the message ends.
     """
     message, code, kind = _read_error(body[:_LONGEST_SEARCHED])
-    text = scrub(f"HTTP {status}: {message}" if message else f"HTTP {status}", secrets, texts)
+    text = scrub(f"HTTP {status}: {message}" if message else f"HTTP {status}", secrets)
     fields: dict[str, Any] = {
         "status": status,
         "code": code or kind,
@@ -187,15 +178,11 @@ def _count(value: str | None) -> int | None:
     return int(value) if value is not None and len(value) < 16 and value.strip().isdecimal() else None
 
 
-def scrub(message: str, secrets: Sequence[str] = (), texts: Sequence[str] = ()) -> str:
-    """Return the message without keys and texts, on one line, no longer than is useful."""
+def scrub(message: str, secrets: Sequence[str] = ()) -> str:
+    """Return the message without keys, on one line, no longer than is useful."""
     for secret in secrets:
         if len(secret) >= _SHORTEST_SECRET:
             message = message.replace(secret, "***")
-    for text in texts:
-        quoted = text[:_QUOTED_CHARACTERS]
-        if len(quoted) == _QUOTED_CHARACTERS and quoted in message:
-            message = message[: message.index(quoted)] + "…"
     message = " ".join(_KEY.sub("***", message).split())
     return message if len(message) <= _LONGEST_MESSAGE else message[: _LONGEST_MESSAGE - 1] + "…"
 
