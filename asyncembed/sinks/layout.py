@@ -8,20 +8,23 @@ that it does not matter which codecs the user's pool has.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs
 from uuid import UUID
 
 from ..errors import SinkConfigError
-from ..types import RecordId
+from ..types import RecordId, Row
 from . import schema
+from .pgvector_types import Extension
+from .schema import quoted
 
-# What a column can be for; the first two are needed.
-ROLES = ("id", "embedding", "model", "content_hash", "text", "metadata", "created_at", "updated_at")
+# What a column can be for, and the field of a row that goes into it.
+ROLES = ("id", "model", "embedding", "content_hash", "text", "metadata", "created_at", "updated_at")
+_FIELDS = {"embedding": "vector", "content_hash": "content_hash", "text": "text", "metadata": "metadata"}
 
 # pgvector README, "What if I want to index vectors with more than 2,000 dimensions?", and 16,000 for storage.
 MAX_DIMENSIONS = 16_000
@@ -33,11 +36,6 @@ METRICS = {"cosine": ("<=>", "cosine_ops"), "inner_product": ("<#>", "ip_ops"), 
 _INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _TEXTS = ("text", "character varying")
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
-
-
-# Everything between the slashes is percent-encoded, or asyncpg takes a part of the password for host or port, and
-# shows it in its error.
-_DSN = re.compile(r"postgres(?:ql)?://(?:[^:@/?#]*(?::[^:@/?#]*)?@)?([^@/?#]*)(?:/([^@/?#]*))?(?:\?([^#]*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +53,13 @@ class Facts:
 
     Attributes:
         schema: The table's.
-        extension: The schema pgvector is in.
-        version: pgvector's, such as (0, 8).
+        extension: Where pgvector is, and which.
         columns: By name.
         keys: The columns of each unique index that ON CONFLICT can name.
     """
 
     schema: str
-    extension: str
-    version: tuple[int, ...]
+    extension: Extension
     columns: Mapping[str, Column]
     keys: tuple[frozenset[str], ...]
 
@@ -81,33 +77,10 @@ def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[
     unknown = sorted(set(columns) - set(ROLES))
     if unknown or "id" not in columns or "embedding" not in columns:
         raise SinkConfigError(
-            f"columns= names id, embedding and, if your table has them, {', '.join(ROLES[2:])}; got {sorted(columns)}"
+            f"columns= names the columns of your table for {', '.join(ROLES)}, id and embedding at least; "
+            f"it has {sorted(columns)}"
         )
     return {role: schema.check_name(columns[role], f"{role} column") for role in ROLES if role in columns}
-
-
-def quoted(name: str) -> str:
-    """Return the name as SQL takes it, whatever is in it."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def described(dsn: str) -> str:
-    """Return host and database for messages.
-
-    Raises:
-        SinkConfigError: The address is none. It is not shown: it may hold a password.
-    """
-    parts = _DSN.fullmatch(dsn)
-    if parts is None:
-        raise SinkConfigError(
-            "the address is not postgresql://user:password@host:port/database: in user and password "
-            "write / as %2F, # as %23, ? as %3F, @ as %40 and : as %3A"
-        )
-    host, database, options = parts.groups()
-    options = parse_qs(options or "")
-    host = host or options.get("host", ["localhost"])[0]
-    database = database or options.get("dbname", options.get("database", ["the default database"]))[0]
-    return f"{database} on {host}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +136,7 @@ class Layout:
 
     def pgvector(self, name: str) -> str:
         """Return a type or function of pgvector, qualified."""
-        return f"{quoted(self.facts.extension)}.{name}"
+        return f"{quoted(self.facts.extension.schema)}.{name}"
 
     # ---- does it fit? ----
 
@@ -258,22 +231,12 @@ class Layout:
             for number, role in enumerate(self._written(), start=1)
         ]
 
-    def parameters(self, model: str) -> Callable[[Any, Any], tuple[Any, ...]]:
-        """Return the function from converted key and Row to the parameters of `insert` or `update`."""
+    def parameters(self, model: str) -> Callable[[Any, Row], tuple[Any, ...]]:
+        """Return the function from converted id and row to the parameters of `insert` or `update`."""
         roles = self._written()
-
-        def of_row(key: Any, row: Any) -> tuple[Any, ...]:
-            values = {
-                "id": key,
-                "embedding": row.vector,
-                "model": model,
-                "content_hash": row.content_hash,
-                "text": row.text,
-                "metadata": row.metadata,
-            }
-            return tuple(values[role] for role in roles)
-
-        return of_row
+        head = (model,) if "model" in roles else ()
+        fields = [_FIELDS[role] for role in roles if role in _FIELDS]
+        return lambda key, row: (key, *head, *[getattr(row, field) for field in fields])
 
     def lock(self) -> str:
         """Return the query for which of the ids $1 exist, which locks them in their order."""
@@ -344,17 +307,29 @@ class Layout:
             return self.of("embedding"), typed
         return f"({self.of('embedding')}::{typed})", typed
 
+    def condition(self, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+        """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
+
+        Raises:
+            SinkConfigError: It is about metadata, and there is no column for them.
+        """
+        if where is None or isinstance(where, str):
+            return where or "true", args
+        if "metadata" not in self.names:
+            raise SinkConfigError(f"{self.where} has no column for metadata: give where= as SQL")
+        return f"{self.of('metadata')} @> $1::text::jsonb", [json.dumps(dict(where))]
+
     def nearest(self, dimensions: int, condition: str, first: int, *, by_index: bool) -> str:
         """Return the query for the rows nearest to a vector.
 
         Its parameters begin at `first`: the model, the vector as text, how many.
         """
         expression, typed = self.measured(dimensions, by_index=by_index)
-        distance = f"{expression} OPERATOR({quoted(self.facts.extension)}.<=>) ${first + 1}::text::{typed}"
+        distance = f"{expression} OPERATOR({quoted(self.facts.extension.schema)}.<=>) ${first + 1}::text::{typed}"
         return (
             f"SELECT {self.of('id')}::text AS id, {self.of('text')}::text AS text, "
             f"{self.of('metadata')}::text AS metadata, {self.of('embedding')}::real[] AS embedding "
-            f"FROM {self.sql_table} WHERE {self._for_model(f'${first}')}{condition} "
+            f"FROM {self.sql_table} WHERE {self._for_model(f'${first}')} AND ({condition}) "
             f'ORDER BY {distance}, {self.of("id")}::text COLLATE "C" LIMIT ${first + 2}'
         )
 

@@ -9,18 +9,19 @@ is safe because writes are upserts: if only the answer to COMMIT was lost, the s
 from __future__ import annotations
 
 import asyncio
-import json
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 import asyncpg
 
 from ..errors import AsyncEmbedError, SinkConfigError, SinkError
 from ..types import Hit, RecordId, Row, Vectors
-from . import postgres_table, schema
-from .layout import METRICS, Layout, check_columns, described, quoted
+from . import pgvector_types, postgres_table, schema
+from .dsn import described
+from .layout import METRICS, Layout, check_columns
 from .postgres_table import Target
 from .search import Ranking, check_query
 from .transactions import Transactions
@@ -76,17 +77,33 @@ class _Pool:
             max_size=self._size,
             timeout=CONNECT_S,
             statement_cache_size=0,  # so that a pooler may change the backend between transactions
+            init=_first_words,
+            reset=_no_words,
         )
         await self._own  # connects nothing yet, and so does not wait
         self._keeper = _kept(self._own)
         await anext(self._keeper)
         return self._own
 
+    async def renew(self) -> None:
+        """Have every connection made anew before it is used again."""
+        if self._own is not None:
+            await self._own.expire_connections()
+
     async def aclose(self) -> None:
         """Close the connections that were made here."""
         keeper, self._keeper, self._own = self._keeper, None, None
         if keeper is not None and self._loop is asyncio.get_running_loop():
             await keeper.aclose()
+
+
+async def _first_words(connection: asyncpg.Connection) -> None:
+    async with connection.transaction():  # all on one backend, should a pooler stand between
+        await pgvector_types.teach(connection)
+
+
+async def _no_words(connection: asyncpg.Connection) -> None:
+    """Do without asyncpg's RESET ALL and the like: what we set, we set for one transaction."""
 
 
 async def _kept(pool: asyncpg.Pool) -> AsyncGenerator[None, None]:
@@ -184,9 +201,13 @@ class PostgresSink:
         """
         schema.check_model(model, dimensions)
         self._sizes.pop(model, None)
-        self._layout = await self._transactions.run(
-            lambda connection: self._target.prepare(connection, model, dimensions)
-        )
+
+        async def work(connection: Any) -> tuple[Layout, bool]:
+            return await self._target.prepare(connection, model, dimensions)
+
+        self._layout, created = await self._transactions.run(work)
+        if created:
+            await self._pool.renew()  # connections learn of pgvector when they are made
 
     async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
         """Return those of the given ids that are stored for this model with this very content hash.
@@ -218,24 +239,35 @@ class PostgresSink:
         """
         if not rows:
             return {}
-        dimensions = rows[0].vector.size
-        schema.check_model(model, dimensions)
+        schema.check_model(model, rows[0].vector.size)
         if self._layout is None:
             await self.prepare(model, None)
 
-        async def work(connection: Any, layout: Layout) -> schema.Refusals:
-            size = self._sizes.get(model)
-            if size is None:
-                size = await postgres_table.agreed_size(connection, layout, model, dimensions, ours=self._target.ours)
-            admitted, refused = schema.admit(model, rows, size, layout.where, layout.convert)
-            async with postgres_table.codec(connection, layout, keep=not self._pool.is_given):
-                refused |= await postgres_table.store(connection, layout, model, admitted)
-            return refused
-
-        refused = await self._run(work)
+        try:
+            size, refused = await self._run(partial(self._store, model, rows, carefully=False))
+        except postgres_table.RefusedError:
+            size, refused = await self._run(partial(self._store, model, rows, carefully=True))
         if not self._target.ours:
-            self._sizes[model] = dimensions
+            self._sizes[model] = size
         return refused
+
+    async def _store(
+        self, model: str, rows: Sequence[Row], connection: Any, layout: Layout, *, carefully: bool
+    ) -> tuple[int, schema.Refusals]:
+        """Return the size of the model's vectors, too."""
+        size = self._sizes.get(model)
+        if size is None:
+            given = rows[0].vector.size
+            size = await postgres_table.agreed_size(connection, layout, model, given, ours=self._target.ours)
+        admitted, refused = schema.admit(model, rows, size, layout.where, layout.convert)
+        if admitted:
+            async with (
+                pgvector_types.taught(connection, layout.facts.extension.schema, layout.kind)
+                if self._pool.is_given
+                else nullcontext()
+            ):
+                refused |= await postgres_table.store(connection, layout, model, admitted, carefully=carefully)
+        return size, refused
 
     async def search(
         self,
@@ -264,25 +296,16 @@ class PostgresSink:
                 several models and none was named, or the condition is wrong.
         """
         query = check_query(vector, k)
-        condition, values = self._condition(where, args)
 
         async def work(connection: Any, layout: Layout) -> list[Hit]:
             models, asked = await self._models(connection, layout, model)
             chosen = schema.choose_model(models, asked, query.size, layout.where)
             if chosen is None:
                 return []
-            return await postgres_table.nearest(
-                connection, layout, Ranking(query, k), query, chosen, k, condition, values
-            )
+            condition = layout.condition(where, args)
+            return await postgres_table.nearest(connection, layout, Ranking(query, k), query, chosen, k, *condition)
 
         return await self._run(work)
-
-    def _condition(self, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
-        if where is None or isinstance(where, str):
-            return where or "", args
-        if "metadata" not in self._target.names:
-            raise SinkConfigError(f"{self._target.where} has no column for metadata: give where= as SQL")
-        return f"{quoted(self._target.names['metadata'])} @> $1::text::jsonb", [json.dumps(dict(where))]
 
     async def _models(self, connection: Any, layout: Layout, model: str | None) -> tuple[dict[str, int], str | None]:
         """Return the models with their sizes, and the one that is meant; all are one if no column tells."""

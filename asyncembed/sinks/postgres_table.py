@@ -7,19 +7,19 @@ known by their SQLSTATE, so that no driver is imported.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pgvector import HalfVector, Vector
 
 from ..errors import RowRefusedError, SinkBusyError, SinkConfigError
 from ..types import Hit, Row, Vectors
-from . import schema
-from .layout import MAX_DIMENSIONS, MAX_INDEXED, Column, Facts, Layout, quoted
+from . import pgvector_types, schema
+from .layout import MAX_DIMENSIONS, MAX_INDEXED, Column, Facts, Layout
+from .pgvector_types import Extension
 from .postgres_errors import sqlstate_of, verdict_on
+from .schema import quoted
 from .search import Ranking
 
 # Any number will do, if it is always the same: whoever creates tables holds this lock, so that many processes may
@@ -64,14 +64,19 @@ class Target:
     update_only: bool
     where: str
 
-    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> Layout:
-        """Create what is missing, check what is there, and agree on the size of the model's vectors."""
+    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> tuple[Layout, bool]:
+        """Create what is missing, check what is there, and agree on the size of the model's vectors.
+
+        Returns:
+            How the table is, and whether pgvector had to be created.
+        """
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _SETUP_LOCK)
-        extension = await _extension(connection) or await self._create_extension(connection)
-        facts = await self._facts(connection, *extension)
+        found = await pgvector_types.find(connection)
+        extension = found or await self._create_extension(connection)
+        facts = await self._facts(connection, extension)
         if facts is None:
-            await self._create(connection, extension[0], dimensions)
-            facts = await self._facts(connection, *extension)
+            await self._create(connection, extension, dimensions)
+            facts = await self._facts(connection, extension)
             assert facts is not None
         layout = self._layout(facts)
         if self.ours and await connection.fetchval("SELECT to_regclass($1::text)", layout.sql_models) is None:
@@ -84,7 +89,7 @@ class Target:
                 raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
             stored = await agreed_size(connection, layout, model, dimensions, ours=self.ours)
             schema.check_dimensions(model, stored, dimensions, self.where)
-        return layout
+        return layout, found is None
 
     async def look_up(self, connection: Any) -> Layout:
         """Return the layout of the table as it is.
@@ -92,8 +97,8 @@ class Target:
         Raises:
             SinkConfigError: There is none, or it does not fit.
         """
-        extension = await _extension(connection)
-        facts = await self._facts(connection, *extension) if extension else None
+        extension = await pgvector_types.find(connection)
+        facts = await self._facts(connection, extension) if extension else None
         if facts is None:
             raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
         return self._layout(facts)
@@ -103,7 +108,7 @@ class Target:
         layout.check()
         return layout
 
-    async def _create_extension(self, connection: Any) -> tuple[str, str]:
+    async def _create_extension(self, connection: Any) -> Extension:
         try:
             await connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         except Exception as error:
@@ -119,21 +124,21 @@ class Target:
                     "see github.com/pgvector/pgvector"
                 ) from error
             raise
-        extension = await _extension(connection)
+        extension = await pgvector_types.find(connection)
         assert extension is not None
         return extension
 
-    async def _create(self, connection: Any, extension: str, dimensions: int | None) -> None:
+    async def _create(self, connection: Any, extension: Extension, dimensions: int | None) -> None:
         if self.update_only:
             raise SinkConfigError(f"{self.where} does not exist, and update_only= fills only rows that exist")
-        vector = f"{quoted(extension)}.vector"
+        vector = f"{quoted(extension.schema)}.vector"
         if "model" not in self.names and dimensions is not None:
             vector += f"({dimensions})"  # for good: with one model there is one size
         columns = [f"{quoted(name)} {_TYPES[role].format(vector=vector)}" for role, name in self.names.items()]
         key = ", ".join(quoted(self.names[role]) for role in ("id", "model") if role in self.names)
         await connection.execute(f"CREATE TABLE {self._sql_name()} ({', '.join(columns)}, PRIMARY KEY ({key}))")
 
-    async def _facts(self, connection: Any, extension: str, version: str) -> Facts | None:
+    async def _facts(self, connection: Any, extension: Extension) -> Facts | None:
         table = await connection.fetchrow(
             "SELECT c.oid, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
             "WHERE c.oid = to_regclass($1::text)",
@@ -158,21 +163,12 @@ class Target:
         return Facts(
             table["nspname"],
             extension,
-            tuple(int(part) for part in version.split(".")[:2]),
             {row["attname"]: Column(row["type"], row["atttypmod"], row["required"]) for row in columns},
             tuple(frozenset(row["names"]) for row in keys),
         )
 
     def _sql_name(self) -> str:
         return ".".join(quoted(name) for name in (self.schema, self.table) if name is not None)
-
-
-async def _extension(connection: Any) -> tuple[str, str] | None:
-    row = await connection.fetchrow(
-        "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace "
-        "WHERE e.extname = 'vector'"
-    )
-    return None if row is None else (row["nspname"], row["extversion"])
 
 
 async def agreed_size(connection: Any, layout: Layout, model: str, dimensions: int, *, ours: bool) -> int:
@@ -201,36 +197,25 @@ async def agreed_size(connection: Any, layout: Layout, model: str, dimensions: i
     return int(size)
 
 
-@asynccontextmanager
-async def codec(connection: Any, layout: Layout, *, keep: bool) -> AsyncIterator[None]:
-    """Let vectors travel in pgvector's binary format, on a connection that may not know it.
+class RefusedError(Exception):
+    """The server refused the batch for one of its rows. Once more, and carefully: then it is known which."""
+
+
+async def store(
+    connection: Any, layout: Layout, model: str, rows: Mapping[Any, Row], *, carefully: bool
+) -> schema.Refusals:
+    """Write the rows, by converted id and in its order; return those that the table refuses.
 
     Args:
         connection: Inside a transaction.
         layout: Of the table.
-        keep: Whether the connection is ours, and may know it from now on.
+        model: Part of every row's key.
+        rows: By converted id.
+        carefully: Whether to set savepoints, each of which asks the server, so as to give up only the bad rows.
+
+    Raises:
+        RefusedError: The server refused a row, and care was not taken.
     """
-    kind, extension = layout.kind, layout.facts.extension
-    if not isinstance(await connection.fetchval(f"SELECT '[1]'::{quoted(extension)}.{kind}"), str):
-        yield  # whoever made the pool has registered it, or we have before
-        return
-    of: Any = {"vector": Vector, "halfvec": HalfVector}[kind]
-    await connection.set_type_codec(
-        kind, schema=extension, encoder=lambda v: of(v).to_binary(), decoder=of.from_binary, format="binary"
-    )
-    if keep:
-        yield
-        return
-    try:
-        yield
-    except BaseException:
-        connection.terminate()  # in a failed transaction it cannot be taken off
-        raise
-    await connection.reset_type_codec(kind, schema=extension)
-
-
-async def store(connection: Any, layout: Layout, model: str, rows: Mapping[Any, Row]) -> schema.Refusals:
-    """Write the rows, by converted id and in its order; return those that the table refuses."""
     refused: schema.Refusals = {}
     if layout.update_only:
         found = {row[0] for row in await connection.fetch(layout.lock(), list(rows))}
@@ -238,32 +223,42 @@ async def store(connection: Any, layout: Layout, model: str, rows: Mapping[Any, 
             id = rows[key].id
             refused[id] = RowRefusedError(f"row {schema.shown(str(id))} is not in {layout.where}, which is only filled")
         rows = {key: row for key, row in rows.items() if key in found}
-    statement = layout.update() if layout.update_only else layout.insert()
-    return refused | await _store_or_halve(connection, layout, statement, model, list(rows.items()))
-
-
-async def _store_or_halve(
-    connection: Any, layout: Layout, statement: str, model: str, rows: Sequence[tuple[Any, Row]]
-) -> schema.Refusals:
-    """Write the rows; if the server refuses one of them, find out which by halves."""
-    if not rows:
-        return {}
-    parameters = layout.parameters(model)
-    await connection.execute("SAVEPOINT halves")
+    batch = list(rows.items())
+    if carefully:
+        return refused | await _store_by_halves(connection, layout, model, batch)
     try:
-        await connection.executemany(statement, (parameters(key, row) for key, row in rows))
+        await _store_all(connection, layout, model, batch)
+    except Exception as error:
+        if sqlstate_of(error) is not None and verdict_on(error) == "row":
+            raise RefusedError from None  # the server's error may quote the text
+        raise
+    return refused
+
+
+async def _store_all(connection: Any, layout: Layout, model: str, rows: Sequence[tuple[Any, Row]]) -> None:
+    statement = layout.update() if layout.update_only else layout.insert()
+    parameters = layout.parameters(model)
+    await connection.executemany(statement, (parameters(key, row) for key, row in rows))
+
+
+async def _store_by_halves(
+    connection: Any, layout: Layout, model: str, rows: Sequence[tuple[Any, Row]]
+) -> schema.Refusals:
+    await connection.execute("SAVEPOINT half")
+    try:
+        await _store_all(connection, layout, model, rows)
     except Exception as error:
         if sqlstate_of(error) is None or verdict_on(error) != "row":
             raise
-        await connection.execute("ROLLBACK TO SAVEPOINT halves")
+        await connection.execute("ROLLBACK TO SAVEPOINT half")
         if len(rows) == 1:
             return {rows[0][1].id: _refusal(rows[0][1], layout, error)}
     else:
-        await connection.execute("RELEASE SAVEPOINT halves")
+        await connection.execute("RELEASE SAVEPOINT half")
         return {}
     middle = len(rows) // 2
-    first = await _store_or_halve(connection, layout, statement, model, rows[:middle])
-    return first | await _store_or_halve(connection, layout, statement, model, rows[middle:])
+    first = await _store_by_halves(connection, layout, model, rows[:middle])
+    return first | await _store_by_halves(connection, layout, model, rows[middle:])
 
 
 def _refusal(row: Row, layout: Layout, error: Any) -> RowRefusedError:
@@ -340,14 +335,18 @@ async def nearest(
 ) -> list[Hit]:
     """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
     limit = 2 * k + _SPARE
-    settings = f"SET LOCAL hnsw.ef_search = {min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])}"
-    if layout.facts.version >= (0, 8):  # else an index looks at ef_search rows and leaves out what `where` refuses
+    ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
+    # planned for this very vector: a pool's cached plan would read it anew for every row, and use no model's index
+    settings = f"SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL hnsw.ef_search = {ef_search}"
+    if layout.facts.extension.version >= (
+        0,
+        8,
+    ):  # else an index looks at ef_search rows and leaves out what `where` refuses
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
     by_index = len(query) > MAX_INDEXED[layout.kind] and await _has_half_index(connection, layout, len(query))
-    condition = f" AND ({where})" if where else ""
     found = await connection.fetch(
-        layout.nearest(len(query), condition, len(args) + 1, by_index=by_index),
+        layout.nearest(len(query), where, len(args) + 1, by_index=by_index),
         *args,
         model,
         json.dumps(query.tolist()),

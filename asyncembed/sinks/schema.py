@@ -50,6 +50,11 @@ def check_name(name: str, what: str = "table") -> str:
     return name
 
 
+def quoted(name: str) -> str:
+    """Return the name as SQL takes it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def check_table(name: str) -> str:
     """Return the name of a table of ours unchanged, or raise SinkConfigError."""
     if name == MODELS_TABLE:

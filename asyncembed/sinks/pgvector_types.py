@@ -1,0 +1,64 @@
+"""pgvector in a database: where it is, and its types on a connection, in their binary format."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pgvector import HalfVector, Vector
+
+from .schema import quoted
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """pgvector as it was found.
+
+    Attributes:
+        schema: The schema it is in; not always one that the search_path names.
+        version: Such as (0, 8).
+    """
+
+    schema: str
+    version: tuple[int, ...]
+
+
+async def find(connection: Any) -> Extension | None:
+    """Return where pgvector is in this database, None if it was not created."""
+    row = await connection.fetchrow(
+        "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace "
+        "WHERE e.extname = 'vector'"
+    )
+    return None if row is None else Extension(row[0], tuple(int(part) for part in row[1].split(".")[:2]))
+
+
+async def teach(connection: Any) -> None:
+    """Let vectors travel in pgvector's binary format on this connection from now on, if there is a pgvector."""
+    extension = await find(connection)
+    if extension is not None:
+        for kind in ("vector", "halfvec") if extension.version >= (0, 7) else ("vector",):
+            await _set_codec(connection, extension.schema, kind)
+
+
+@asynccontextmanager
+async def taught(connection: Any, schema: str, kind: str) -> AsyncIterator[None]:
+    """Let them travel so for a while, on a connection that is not ours; unless whoever made it has seen to that."""
+    if not isinstance(await connection.fetchval(f"SELECT '[1]'::{quoted(schema)}.{kind}"), str):
+        yield
+        return
+    await _set_codec(connection, schema, kind)
+    try:
+        yield
+    except BaseException:
+        connection.terminate()  # in a failed transaction it cannot be untaught
+        raise
+    await connection.reset_type_codec(kind, schema=schema)
+
+
+async def _set_codec(connection: Any, schema: str, kind: str) -> None:
+    of: Any = {"vector": Vector, "halfvec": HalfVector}[kind]
+    await connection.set_type_codec(
+        kind, schema=schema, encoder=lambda v: of(v).to_binary(), decoder=of.from_binary, format="binary"
+    )
