@@ -14,6 +14,7 @@ from .embedder import Embedder
 from .engine import Outcome
 from .errors import AsyncEmbedError, DeadlineError, InputError, InvalidRecordError, SinkError
 from .gathering import reporter
+from .pruning import Pruning
 from .records import AnyIterable, as_record, in_slices
 from .report import IngestReport, ProgressCallback
 from .run import Run
@@ -27,6 +28,7 @@ async def ingest(
     sink: Sink,
     *,
     skip_existing: bool = True,
+    prune: bool = False,
     on_progress: ProgressCallback | None = None,
     deadline: float | None = None,
     stop: asyncio.Event | None = None,
@@ -43,24 +45,30 @@ async def ingest(
         embedder: Stays open.
         sink: Stays open.
         skip_existing: Ask the store, and leave out what it has. With False everything is embedded anew.
+        prune: After a complete pass, delete the model's rows whose ids the source does not have. A failed record
+            is in the source; if one failed without an id, nothing is deleted. What else stores into the same table
+            for the same model is deleted, too.
         on_progress: Called with a `Progress` after every batch and every skipped slice.
         deadline: Seconds for the whole call.
         stop: Setting it ends the run early and well: nothing new is sent, what is under way is stored, and the
             report tells of what was finished. A rerun does the rest.
 
     Raises:
+        ConfigError: prune=True, and the sink cannot list and delete ids; see `pruning.PrunableSink`.
         FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
         SinkError: The store cannot take more. What it took is stored, `.report` tells.
         DeadlineError: The deadline passed; likewise.
     """
     run = Run(deadline)
-    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), getattr(records, "__len__", None))
+    pruning = Pruning(sink, embedder.model) if prune else None
+    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), getattr(records, "__len__", None), pruning)
     watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
     try:
         async with asyncio.timeout_at(run.deadline_at):
             await sink.prepare(embedder.model, embedder.dimensions)
             async with aclosing(job.slices(records)) as slices:
                 await embedder.run(slices, run, job.deliver)
+            await job.prune()
     except TimeoutError as error:
         if isinstance(error, AsyncEmbedError) or run.deadline_at is None or run.elapsed_s < (deadline or 0):
             raise  # somebody else's
@@ -69,6 +77,8 @@ async def ingest(
         error.report = job.finish(error)
         raise
     finally:
+        if pruning is not None:
+            pruning.close()
         if watcher is not None:
             watcher.cancel()
             await asyncio.wait([watcher])
@@ -110,6 +120,7 @@ class _Job:
         skip_existing: bool,
         report_progress: ProgressCallback,
         length: Any,
+        pruning: Pruning | None,
     ) -> None:
         self._embedder = embedder
         self._sink = sink
@@ -117,6 +128,7 @@ class _Job:
         self._skip_existing = skip_existing
         self._report_progress = report_progress
         self._total: int | None = None if length is None else length()
+        self._pruning = pruning
         self._report = IngestReport()
         self._count = 0
         self._pending: dict[int, _Pending] = {}
@@ -133,6 +145,9 @@ class _Job:
                 good, bad = await asyncio.to_thread(_checked, self._count, some)
                 self._count += len(some)
                 self._report.failures.extend(bad)
+                if self._pruning is not None:
+                    failed = [failure.id for failure in bad if failure.id is not None]
+                    await self._pruning.see([*(pending.record.id for pending in good), *failed])
                 yield await self._admit(good)
         while self._held or self._released:
             yield ()  # send what they wait for
@@ -193,6 +208,12 @@ class _Job:
                 self._report.failures.append(Failure(index, refused[record.id], record.id))
             else:
                 self._report.success_count += 1
+
+    async def prune(self) -> None:
+        """Delete what the source does not have, if that was asked for; the source has been read to its end."""
+        if self._pruning is not None:
+            unknown = sum(failure.id is None for failure in self._report.failures)
+            self._report.pruned_count = await self._pruning.finish(self._run, unknown)
 
     def _done(self, index: int) -> _Pending:
         pending = self._pending.pop(index)

@@ -120,6 +120,8 @@ class IngestReport:
         retries: Of `requests`, those that repeated one.
         elapsed_s: Seconds the run took.
         cost_usd: List price of `total_tokens`; None if the price or the count is unknown.
+        pruned_count: Rows deleted because the source no longer has them; None unless that was asked for and the
+            pass was complete.
     """
 
     success_count: int = 0
@@ -130,6 +132,7 @@ class IngestReport:
     retries: int = 0
     elapsed_s: float = 0.0
     cost_usd: float | None = None
+    pruned_count: int | None = None
 
     @property
     def failed_count(self) -> int:
@@ -148,8 +151,9 @@ class IngestReport:
 
     def __str__(self) -> str:
         cost = "" if not self.cost_usd else f", ${self.cost_usd:.4f}"
+        pruned = "" if self.pruned_count is None else f", {self.pruned_count:,} pruned"
         return (
-            f"{self.success_count:,} stored, {self.skipped_count:,} skipped, {self.failed_count:,} failed; "
+            f"{self.success_count:,} stored, {self.skipped_count:,} skipped, {self.failed_count:,} failed{pruned}; "
             f"{self.total_tokens:,} tokens in {self.requests:,} requests{cost}, {self.elapsed_s:.1f} s"
         )
 

@@ -278,7 +278,7 @@ def inputs_of(server: EmbeddingServer) -> int:
 def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice: random.Random) -> Figures:
     """Fill one target after the other, until there were so many kills; return the figures."""
     figures = Figures()
-    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.01, keep_texts=False).in_thread() as server:
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.02, keep_texts=False).in_thread() as server:
         for target in targets:
             if figures.kills >= kills:
                 break
@@ -338,7 +338,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="over all stores together")
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--store", choices=["sqlite", "postgres", "both"], default="both")
-    parser.add_argument("--window", type=float, default=0.5, metavar="S", help="the latest a run is killed")
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=1.2,
+        metavar="S",
+        help="the latest a run is killed; it begins to send after about 0.5",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dsn", help="of a database to make schemas kills_0, kills_1, … in")
     parser.add_argument("--job", help=argparse.SUPPRESS)

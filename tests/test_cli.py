@@ -365,6 +365,7 @@ def test_json_is_all_that_is_printed(run: Run, server: EmbeddingServer) -> None:
         "success_count": 1,
         "skipped_count": 0,
         "failed_count": 1,
+        "pruned_count": None,
         "total_tokens": 1,
         "requests": 1,
         "retries": 0,
@@ -372,6 +373,30 @@ def test_json_is_all_that_is_printed(run: Run, server: EmbeddingServer) -> None:
         "stopped_by": None,
         "error": None,
     }
+
+
+# ---- prune ----
+
+
+def test_prune_deletes_what_is_gone_from_the_sources(run: Run, server: EmbeddingServer) -> None:
+    write("docs/a.md", DOCS)
+    write("docs/b.md", DOCS)
+    run("ingest", "docs", "--to", "v.db")
+    Path("docs/a.md").unlink()
+    assert run("ingest", "docs", "--to", "v.db").stdout.startswith("0 stored, 2 skipped, 0 failed; ")
+    assert len(stored()) == 4
+    again = run("ingest", "docs", "--to", "v.db", "--prune", "--json")
+    assert (again.exit_code, json.loads(again.stdout)["pruned_count"]) == (0, 2)
+    assert sorted(stored()) == ["docs/b.md#cats-1", "docs/b.md#rockets-1"]
+
+
+def test_prune_deletes_nothing_where_a_record_is_unreadable_and_says_so(run: Run, server: EmbeddingServer) -> None:
+    run("ingest", records(3), "--to", "v.db")
+    write("records.jsonl", '{"id": 1, "text": "text 1"}\noops\n')
+    result = run("ingest", "records.jsonl", "--to", "v.db", "--prune")
+    assert result.exit_code == 1
+    assert "nothing was pruned: 1 records failed without an id, and any row might be theirs" in result.stderr
+    assert len(stored()) == 3
 
 
 # ---- as a process of its own ----

@@ -29,6 +29,7 @@ ROWS = [
     "records",
     "report",
     "run",
+    "pruning",
     "providers",
     "providers.safety",
     "providers.openai",

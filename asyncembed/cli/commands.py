@@ -77,6 +77,7 @@ def command() -> None:
 @_source_options
 @_provider_options
 @click.option("--concurrency", type=click.IntRange(min=1), help="Requests under way at once.  [default: 8]")
+@click.option("--prune", is_flag=True, help="Then delete what TARGET has of this model and no SOURCE has.")
 @_json_option
 def ingest_command(
     sources: tuple[str, ...],
@@ -88,6 +89,7 @@ def ingest_command(
     base_url: str | None,
     dimensions: int | None,
     concurrency: int | None,
+    prune: bool,
     as_json: bool,
 ) -> None:
     """Embed what SOURCE... holds and store it in TARGET.
@@ -97,7 +99,7 @@ def ingest_command(
     """
     reading = Sources(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
     options = {"base_url": base_url, "dimensions": dimensions, "concurrency": concurrency}
-    _run(_ingest(reading, target, model, options, as_json))
+    _run(_ingest(reading, target, model, options, prune, as_json))
 
 
 @command.command("search")
@@ -141,7 +143,9 @@ def _code(error: AsyncEmbedError) -> int:
     return MISUSED if isinstance(error, ConfigError | SinkConfigError | InputError) else FAILED
 
 
-async def _ingest(sources: Sources, target: str, model: str, options: dict[str, Any], as_json: bool) -> int:
+async def _ingest(
+    sources: Sources, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
+) -> int:
     async with _embedder(model, options) as embedder, open_sink(target) as sink:
         await sources.check(_file_of(target))
         with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
@@ -151,6 +155,7 @@ async def _ingest(sources: Sources, target: str, model: str, options: dict[str, 
                 sources,
                 embedder,
                 sink,
+                prune=prune,
                 on_progress=lambda progress: shown.update(with_total(progress, sources.expected())),
                 stop=interrupts.stop,
             )

@@ -164,6 +164,7 @@ def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEm
         "success_count": report.success_count,
         "skipped_count": report.skipped_count,
         "failed_count": report.failed_count,
+        "pruned_count": report.pruned_count,
         "failures": [_failure_document(failure) for failure in report.failures],
         "total_tokens": report.total_tokens,
         "requests": report.requests,

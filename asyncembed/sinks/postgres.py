@@ -328,6 +328,12 @@ class PostgresSink:
 
         return await self._run(work)
 
+    def stored_id(self, id: RecordId) -> str:
+        """Return the id as `ids` yields it, once `prepare` has told the type of the column: "007" may be "7"."""
+        with suppress(ValueError):
+            return str(id) if self._layout is None else str(self._layout.convert(str(id)))
+        return str(id)  # no row has it
+
     async def ids(self, model: str) -> AsyncIterator[str]:
         """Yield the ids stored for the model, in the order of their column; a page of them is held in memory."""
         last: Any = None

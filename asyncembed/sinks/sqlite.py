@@ -269,6 +269,10 @@ class SQLiteSink:
         """Return the number of rows, of one model or of all."""
         return await self._read(lambda connection: self._table.count(connection, model))
 
+    def stored_id(self, id: RecordId) -> str:
+        """Return the id as `ids` yields it."""
+        return str(id)
+
     async def ids(self, model: str) -> AsyncIterator[str]:
         """Yield the ids stored for the model, in order; one page of them is held in memory."""
         after = ""
