@@ -10,13 +10,15 @@ from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 from . import models
+from .coalescing import Coalescer
 from .engine import Deliver, Engine, portions
-from .errors import AllFailedError, ConfigError, DeadlineError, InputError
+from .errors import ConfigError, DeadlineError, InputError
 from .gathering import Order, Results, readable
 from .pacing import Slots, shared_pace
 from .packing import Limits, Packer
 from .providers.local import LocalCounter, LocalProvider
-from .providers.openai import OFFICIAL_HOST, ApiKey, OpenAIProvider
+from .providers.openai import OFFICIAL_HOST, OpenAIProvider
+from .providers.safety import ApiKey
 from .records import AnyIterable, in_slices
 from .report import EmbeddingResult, Plan, ProgressCallback, failed
 from .run import Run
@@ -107,6 +109,7 @@ class Embedder:
         self._too_long = too_long
         self._per_minute = (requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
+        self._coalescers: WeakKeyDictionary[asyncio.AbstractEventLoop, Coalescer] = WeakKeyDictionary()
         self._engines: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
@@ -143,7 +146,11 @@ class Embedder:
 
     async def aclose(self) -> None:
         """Close the connections that were opened here; clients that were handed in stay open."""
-        self._engines.pop(asyncio.get_running_loop(), None)
+        loop = asyncio.get_running_loop()
+        coalescer = self._coalescers.pop(loop, None)
+        if coalescer is not None:
+            await coalescer.aclose()
+        self._engines.pop(loop, None)
         await self._provider.aclose()
 
     @property
@@ -184,11 +191,9 @@ class Embedder:
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
 
-        counter = await self._counter_for(waiting)
         try:
             async with asyncio.timeout_at(run.deadline_at):
-                async with aclosing(_once(waiting)) as slices:
-                    await self._engine().run(slices, counter, run, results.deliver)
+                await self._send(waiting, run, results.deliver)
         except TimeoutError:
             run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
@@ -200,17 +205,30 @@ class Embedder:
         return result
 
     async def embed_one(self, text: str, *, deadline: float | None = None) -> Vectors:
-        """Return the vector float32[d] of one text.
+        """Return the vector float32[d] of one text. Concurrent calls share requests, equal texts one input.
+
+        A lone call is sent at once; what is asked for while two shared requests are under way travels together.
+        Cancelling one call harms no other.
+
+        Args:
+            text: Not empty.
+            deadline: Seconds for this call, waiting included.
 
         Raises:
-            AsyncEmbedError: Why this text failed; what else `embed` raises.
+            DeadlineError: The deadline passed.
+            AsyncEmbedError: Why this text failed; an object of this call's own.
         """
         try:
-            result = await self.embed([text], deadline=deadline)
-        except AllFailedError as error:
-            raise error.result.failures[0].error from None
-        vector: Vectors = result.embeddings[0]
-        return vector
+            check_text(text)
+        except InputError as error:
+            raise type(error)(f"text {error}") from None
+        try:
+            async with asyncio.timeout(deadline) as scope:
+                return await self._coalescer().get(text)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineError(f"the deadline of {deadline:g} s passed") from None
 
     async def stream(self, records: AnyIterable) -> AsyncGenerator[EmbeddedRecord, None]:
         """Yield each record with its vector or its error, in order, while the source is still being read.
@@ -312,6 +330,18 @@ class Embedder:
                 max_retries=self._max_retries,
             )
         return engine
+
+    def _coalescer(self) -> Coalescer:
+        loop = asyncio.get_running_loop()
+        coalescer = self._coalescers.get(loop)
+        if coalescer is None:
+            coalescer = self._coalescers[loop] = Coalescer(self._send, self._limits.inputs)
+        return coalescer
+
+    async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:
+        counter = await self._counter_for(texts)
+        async with aclosing(_once(texts)) as slices:
+            await self._engine().run(slices, counter, run, deliver)
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):

@@ -266,7 +266,8 @@ class PostgresSink:
                 if self._pool.is_given
                 else nullcontext()
             ):
-                refused |= await postgres_table.store(connection, layout, model, admitted, carefully=carefully)
+                unfit = await postgres_table.store(connection, layout, model, admitted, carefully=carefully)
+                refused = refused | unfit
         return size, refused
 
     async def search(
