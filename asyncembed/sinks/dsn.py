@@ -7,9 +7,12 @@ from urllib.parse import parse_qs
 
 from ..errors import SinkConfigError
 
-# Everything between the slashes is percent-encoded, or asyncpg takes a part of the password for host or port, and
-# shows it in its error.
-_DSN = re.compile(r"postgres(?:ql)?://(?:[^:@/?#]*(?::[^:@/?#]*)?@)?([^@/?#]*)(?:/([^@/?#]*))?(?:\?([^#]*))?")
+# Users and passwords are percent-encoded, or asyncpg takes a part of the password for host or port, and shows it in
+# its error. So nothing is an address here that could be read in two ways.
+_HOST = r"(?:[^@:/?#,\[\]]*|\[[0-9A-Fa-f:.%]+\])(?::[0-9]+)?"
+_DSN = re.compile(
+    rf"postgres(?:ql)?://(?:[^:@/?#]*(?::[^@/?#]*)?@)?({_HOST}(?:,{_HOST})*)(?:/([^@/?#]*))?(?:\?([^@#]*))?"
+)
 
 
 def described(dsn: str) -> str:
@@ -22,10 +25,10 @@ def described(dsn: str) -> str:
     if parts is None:
         raise SinkConfigError(
             "the address is not postgresql://user:password@host:port/database: in user and password "
-            "write / as %2F, # as %23, ? as %3F, @ as %40 and : as %3A"
+            "write / as %2F, # as %23, ? as %3F and @ as %40"
         )
-    host, database, options = parts.groups()
-    options = parse_qs(options or "")
+    host, database, query = parts.groups()
+    options = parse_qs(query or "")
     host = host or options.get("host", ["localhost"])[0]
     database = database or options.get("dbname", options.get("database", ["the default database"]))[0]
     return f"{database} on {host}"

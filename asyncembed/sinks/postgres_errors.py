@@ -16,7 +16,7 @@ Verdict: TypeAlias = Literal["again", "busy", "row", "config", "fatal"]
 _CODES: dict[str, Verdict] = {
     "40001": "again",  # serialization_failure
     "40P01": "again",  # deadlock_detected
-    "25006": "again",  # read_only_sql_transaction: after a failover the old primary answers for a while
+    "25006": "again",  # read_only_sql_transaction: after a failover the old primary still answers
     "57P01": "again",  # admin_shutdown
     "57P02": "again",  # crash_shutdown
     "57P03": "again",  # cannot_connect_now
@@ -45,6 +45,9 @@ _CLASSES: dict[str, Verdict] = {
     "58": "fatal",  # system error
 }
 
+
+# After a failover only a new connection leads to the new primary.
+NEW_CONNECTION = ("25006",)
 
 # asyncpg has forgotten its statements by the time it raises this (SQLSTATE 0A000), so once more they will do.
 _STALE = "InvalidCachedStatementError"
@@ -91,6 +94,8 @@ def explained(error: Exception, verdict: Verdict, name: str, *, tried_s: float, 
         text = f"no free connection, or no answer on it, within {waited_s:g} s"
     elif isinstance(error, ValueError):
         text = f"{kind} in the driver: look at the address, the values in args=, and the codecs of a pool handed in"
+    elif isinstance(error, OSError):
+        text = f"the server cannot be reached: {kind}: {error}"
     else:
         text = f"{kind}: {error}"
     if verdict in ("again", "busy"):

