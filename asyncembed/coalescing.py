@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias
 
-from .engine import Outcome
+from .batches import Outcome
 from .errors import AsyncEmbedError, TransportError
 from .run import Run
 from .types import Vectors

@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, NoReturn, Self
-from weakref import WeakKeyDictionary
 
 from . import models
 from .coalescing import Coalescer
 from .engine import Deliver, Engine, portions
-from .errors import ConfigError, DeadlineError, InputError
+from .errors import ConfigError, InputError
 from .gathering import Order, Results, readable
+from .loops import PerLoop, ended
 from .pacing import Slots, shared_pace
 from .packing import Limits, Packer
 from .providers.local import LocalCounter, LocalProvider
@@ -81,27 +81,15 @@ class Embedder:
         timeout: float = 60.0,
         allow_insecure_http: bool = False,
     ) -> None:
-        if not isinstance(model, str) or not model:
-            raise ConfigError("model must be the name of a model")
+        _check_model(model, dimensions, too_long)
         _check_range("max_batch_size", max_batch_size, 1, models.MAX_INPUTS)
-        for name, count in (
-            ("max_tokens_per_batch", max_tokens_per_batch),
-            ("max_tokens_per_text", max_tokens_per_text),
-            ("concurrency", concurrency),
-        ):
-            _check_range(name, count, 1)
-        if dimensions is not None:
-            _check_range("dimensions", dimensions, 1)
+        _check_range("max_tokens_per_batch", max_tokens_per_batch, 1)
+        _check_range("max_tokens_per_text", max_tokens_per_text, 1)
+        _check_range("concurrency", concurrency, 1)
         _check_range("max_retries", max_retries, 0)
-        for name, amount in (
-            ("timeout", timeout),
-            ("requests_per_minute", requests_per_minute),
-            ("tokens_per_minute", tokens_per_minute),
-        ):
-            if amount is not None and not amount > 0:
-                raise ConfigError(f"{name}={amount!r}; it must be more than 0")
-        if too_long not in ("error", "truncate", "mean"):
-            raise ConfigError(f'too_long={too_long!r}; it must be "error", "truncate" or "mean"')
+        _check_amount("timeout", timeout)
+        _check_amount("requests_per_minute", requests_per_minute)
+        _check_amount("tokens_per_minute", tokens_per_minute)
         self.model = model
         self.concurrency = concurrency
         self._facts = models.lookup(model)
@@ -109,8 +97,8 @@ class Embedder:
         self._too_long = too_long
         self._per_minute = (requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
-        self._coalescers: WeakKeyDictionary[asyncio.AbstractEventLoop, Coalescer] = WeakKeyDictionary()
-        self._engines: WeakKeyDictionary[asyncio.AbstractEventLoop, Engine] = WeakKeyDictionary()
+        self._engines = PerLoop(self._new_engine)
+        self._coalescers = PerLoop(lambda: Coalescer(self._send, self._limits.inputs))
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
             LocalProvider(dimensions)
@@ -127,8 +115,6 @@ class Embedder:
                 allow_insecure_http=allow_insecure_http,
             )
         )
-        if dimensions is not None and not self._facts.shortens:
-            raise ConfigError(f"dimensions={dimensions}; {model} does not shorten its vectors")
 
     def __repr__(self) -> str:
         return f"<Embedder {self.model!r} concurrency={self.concurrency}>"
@@ -146,12 +132,13 @@ class Embedder:
 
     async def aclose(self) -> None:
         """Close the connections that were opened here; clients that were handed in stay open."""
-        loop = asyncio.get_running_loop()
-        coalescer = self._coalescers.pop(loop, None)
-        if coalescer is not None:
-            await coalescer.aclose()
-        self._engines.pop(loop, None)
-        await self._provider.aclose()
+        coalescer = self._coalescers.pop()
+        self._engines.pop()
+        try:
+            if coalescer is not None:
+                await coalescer.aclose()
+        finally:
+            await self._provider.aclose()
 
     @property
     def dimensions(self) -> int | None:
@@ -187,15 +174,11 @@ class Embedder:
             DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
         """
         contents = _listed(texts)
-        waiting = await in_thread_if(len(contents) > WORTH_A_THREAD, _checked, contents)
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
-
-        try:
-            async with asyncio.timeout_at(run.deadline_at):
-                await self._send(waiting, run, results.deliver)
-        except TimeoutError:
-            run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
+        async with run.until_deadline():
+            waiting = await in_thread_if(len(contents) > WORTH_A_THREAD, _checked, contents)
+            await self._send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
         if run.stopped_by is not None:
             run.stopped_by.result = result
@@ -222,15 +205,16 @@ class Embedder:
             check_text(text)
         except InputError as error:
             raise type(error)(f"text {error}") from None
-        try:
-            async with asyncio.timeout(deadline) as scope:
-                return await self._coalescer().get(text)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise DeadlineError(f"the deadline of {deadline:g} s passed") from None
+        run = Run(deadline)
+        async with run.until_deadline():
+            vector = await self._coalescers.get().get(text)
+        if run.stopped_by is not None:
+            raise run.stopped_by
+        return vector
 
-    async def stream(self, records: AnyIterable) -> AsyncGenerator[EmbeddedRecord, None]:
+    async def stream(
+        self, records: AnyIterable, *, deadline: float | None = None
+    ) -> AsyncGenerator[EmbeddedRecord, None]:
         """Yield each record with its vector or its error, in order, while the source is still being read.
 
         Memory is bounded by what is under way: the source is read only so far ahead. Leaving the loop early ends
@@ -239,28 +223,29 @@ class Embedder:
         Args:
             records: Any sync or async iterable of records, in all their forms, or of plain texts, whose id is
                 then their position.
+            deadline: Seconds for the whole stream, waiting included.
 
         Raises:
             FatalProviderError: Going on is pointless. What was done has been yielded.
+            DeadlineError: The deadline passed; likewise.
+            Exception: What the source raised, as it is; likewise.
         """
-        run = Run()
+        run = Run(deadline)
         order = Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
-        counter = await self._counter()
-        running = asyncio.create_task(self._feed(order, records, counter, run))
+        running = asyncio.create_task(self._feed(order, records, run))
         running.add_done_callback(lambda _: order.end())
         try:
             async for item in order.items():
                 yield item
             await running
         finally:
-            running.cancel()
-            await asyncio.wait([running])
+            await ended(running)
         if run.stopped_by is not None:
             raise run.stopped_by
 
-    async def _feed(self, order: Order, records: AnyIterable, counter: TokenCounter, run: Run) -> None:
-        async with aclosing(order.slices(records)) as slices:
-            await self._engine().run(slices, counter, run, order.deliver, open_batches=1)
+    async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
+        async with run.until_deadline(), aclosing(order.slices(records)) as slices:
+            await self._engines.get().run(slices, await self._counter(), run, order.deliver, open_batches=1)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -299,7 +284,7 @@ class Embedder:
 
     async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
         """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
-        await self._engine().run(slices, await self._counter(), run, deliver)
+        await self._engines.get().run(slices, await self._counter(), run, deliver)
 
     def cost_usd(self, run: Run) -> float | None:
         """The list price of what a run was billed; None if price or count is unknown."""
@@ -313,35 +298,24 @@ class Embedder:
         amounts = zip((requests, tokens), self._per_minute, strict=True)
         return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
 
-    def _engine(self) -> Engine:
-        loop = asyncio.get_running_loop()
-        engine = self._engines.get(loop)
-        if engine is None:
-            # The provider counts limits per address, key and model; a provider of the user's own is its own place.
-            place = getattr(self._provider, "identity", None) or self._provider
-            pace = shared_pace((place, self.model))
-            pace.limit(*self._per_minute)
-            engine = self._engines[loop] = Engine(
-                self._provider,
-                Slots(pace, self.concurrency),
-                self._limits,
-                concurrency=self.concurrency,
-                too_long=self._too_long,
-                max_retries=self._max_retries,
-            )
-        return engine
-
-    def _coalescer(self) -> Coalescer:
-        loop = asyncio.get_running_loop()
-        coalescer = self._coalescers.get(loop)
-        if coalescer is None:
-            coalescer = self._coalescers[loop] = Coalescer(self._send, self._limits.inputs)
-        return coalescer
+    def _new_engine(self) -> Engine:
+        # The provider counts limits per address, key and model; a provider of the user's own is its own place.
+        place = getattr(self._provider, "identity", None) or id(self._provider)
+        pace = shared_pace((place, self.model))
+        pace.limit(*self._per_minute)
+        return Engine(
+            self._provider,
+            Slots(pace, self.concurrency),
+            self._limits,
+            concurrency=self.concurrency,
+            too_long=self._too_long,
+            max_retries=self._max_retries,
+        )
 
     async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:
         counter = await self._counter_for(texts)
         async with aclosing(_once(texts)) as slices:
-            await self._engine().run(slices, counter, run, deliver)
+            await self._engines.get().run(slices, counter, run, deliver)
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):
@@ -351,15 +325,27 @@ class Embedder:
     async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
         # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough
         # for one text and, all together, for one request, needs no tokenizer.
-        longest = max(len(text.content) for text in texts)
-        total = sum(len(text.content) for text in texts)
-        if 4 * longest <= self._limits.tokens_per_text and 4 * total <= self._limits.tokens:
-            return ByteBound()
+        characters = self._limits.tokens // 4
+        if len(texts) <= characters and sum(len(text.content) for text in texts) <= characters:
+            longest = max(len(text.content) for text in texts)
+            if 4 * longest <= self._limits.tokens_per_text:
+                return ByteBound()
         return await self._counter()
 
 
 async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
     yield texts
+
+
+def _check_model(model: object, dimensions: int | None, too_long: object) -> None:
+    if not isinstance(model, str) or not model:
+        raise ConfigError("model must be the name of a model")
+    if dimensions is not None:
+        _check_range("dimensions", dimensions, 1)
+        if not models.lookup(model).shortens:
+            raise ConfigError(f"dimensions={dimensions}; {model} does not shorten its vectors")
+    if too_long not in ("error", "truncate", "mean"):
+        raise ConfigError(f'too_long={too_long!r}; it must be "error", "truncate" or "mean"')
 
 
 def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
@@ -368,6 +354,13 @@ def _check_range(name: str, value: int, least: int, most: int | None = None) -> 
     if value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"{least:,} to {most:,}"
         raise ConfigError(f"{name}={value:,}; it must be {allowed}")
+
+
+def _check_amount(name: str, amount: object) -> None:
+    if amount is None:
+        return
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
+        raise ConfigError(f"{name}={amount!r}; it must be a number of more than 0")
 
 
 def _listed(texts: Iterable[str]) -> list[str]:

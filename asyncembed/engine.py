@@ -10,11 +10,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeAlias
 
-import numpy as np
-
+from .batches import Batch, Outcome, failed, settled
 from .errors import (
     AsyncEmbedError,
     BadRequestError,
@@ -26,10 +25,10 @@ from .errors import (
 )
 from .pacing import Pace, Slots
 from .packing import OPEN_BATCHES, Limits, Packer
-from .retry import History, Reject, Retry, Split, decide, is_overload
-from .run import Run
+from .retry import Action, History, Probe, Reject, Retry, Split, Stop, decide, is_overload
+from .run import Run, StoppedError
 from .tokens import TokenCounter
-from .types import Provider, Reply, Vectors
+from .types import Provider
 from .weighing import Item, Text, TooLong, weigh_texts
 from .workers import Workers
 
@@ -43,57 +42,16 @@ SLICE_CHARACTERS = 512 * 1024
 # keep the others from being sent; more of them would only hold more texts in memory.
 SPARE_WORKERS = 8
 
+# So long a limit that the provider named is kept before the larger requests are tried again. That costs one refusal a
+# slot, and a limit that was one server's of many, or a mistake, does no harm for ever.
+REMEMBERED_S = 900.0
+
 # After a fatal answer the requests under way are paid for already; they get this long to bring what they can.
 GRACE_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Texts that are done: row i of `vectors`, float32[n, d], belongs to `texts[i]`; `failed` ones have an error."""
-
-    texts: Sequence[Text] = ()
-    vectors: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    failed: Sequence[tuple[Text, AsyncEmbedError]] = ()
-
-
 Deliver: TypeAlias = Callable[[Outcome], Awaitable[None]]
 """Takes an outcome, while the slot is held: what is not stored yet counts as in flight."""
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """What one request carries, and its past."""
-
-    items: list[Item]
-    sent: bool = False
-    failures: int = 0
-    alone: int = 0
-    probed: bool = False
-    successes_at_first: int | None = None
-    """The provider's count of successes when these texts first failed,"""
-    successes_at_last: int | None = None
-    """and when they last did."""
-
-    @property
-    def weight(self) -> int:
-        return sum(item.weight for item in self.items)
-
-    def failed(self, successes: int) -> None:
-        """Note that an attempt failed, when the provider had had so many successes with anybody."""
-        if self.successes_at_first is None:
-            self.successes_at_first = successes
-        self.alone = self.alone + 1 if successes == self.successes_at_last else 1
-        self.failures += 1
-        self.successes_at_last = successes
-
-    def part(self, items: list[Item]) -> Batch:
-        # A part of a batch that failed keeps its past, but a single text is given all its attempts before it is
-        # called the culprit.
-        return replace(self, items=items, failures=self.failures if len(items) > 1 else 0)
-
-    def halves(self) -> list[Batch]:
-        middle = (len(self.items) + 1) // 2
-        return [self.part(self.items[:middle]), self.part(self.items[middle:])]
 
 
 class Engine:
@@ -111,10 +69,19 @@ class Engine:
     ) -> None:
         self._provider = provider
         self._slots = slots
-        self.limits = limits
+        self._given = limits
+        self._learned: Limits | None = None
+        self._forgotten_at = 0.0
         self._workers = concurrency + min(concurrency, SPARE_WORKERS)
         self._too_long = too_long
         self._max_retries = max_retries
+
+    @property
+    def limits(self) -> Limits:
+        """What a request may hold: as it was given, or less if the provider has said so."""
+        if self._learned is not None and asyncio.get_running_loop().time() >= self._forgotten_at:
+            self._learned = None
+        return self._learned or self._given
 
     @property
     def _pace(self) -> Pace:
@@ -135,29 +102,47 @@ class Engine:
         A slice without texts means that none will come for a while: what waits for company is sent.
 
         Raises:
-            Exception: What `deliver` or `slices` raised, as it is; nothing is left running.
+            Exception: What `slices` raised, after what it gave before was delivered; or what `deliver` raised, at
+                once. Nothing is left running.
         """
+        packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
         error: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 work = Workers(group, self._workers, lambda batch: self._step(batch, run, deliver))
-                packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
-                async with aclosing(_until_stopped(slices, run)) as taken:
-                    async for texts in taken:
-                        for some in portions(texts):
-                            for batch in await self._pack(some, counter, packer, deliver):
-                                await work.put(batch)
-                        if not texts:
-                            for items in packer.flush():
-                                await work.put(Batch(items))
+                try:
+                    await self._feed(work, packer, slices, counter, run, deliver)
+                except Exception as broken:
+                    error = broken
                 for items in packer.flush():
                     await work.put(Batch(items))
                 await work.close()
         except BaseExceptionGroup as errors:
-            # One thing went wrong first; what else is in the group is its consequence.
-            error = _first(errors)
+            # What came first counts, the rest is its consequence. Only the outermost group is the task group's own.
+            error = error or errors.exceptions[0]
         if error is not None:
             raise error
+
+    async def _feed(
+        self,
+        work: Workers[Batch],
+        packer: Packer[Item],
+        slices: AsyncIterable[Sequence[Text]],
+        counter: TokenCounter,
+        run: Run,
+        deliver: Deliver,
+    ) -> None:
+        async with aclosing(_until_stopped(slices, run)) as taken:
+            async for texts in taken:
+                for some in portions(texts):
+                    if run.stopped_by is not None:
+                        await deliver(Outcome(failed=[(text, run.stopped_by) for text in some]))
+                        continue
+                    for batch in await self._pack(some, counter, packer, deliver):
+                        await work.put(batch)
+                if not texts:
+                    for items in packer.flush():
+                        await work.put(Batch(items))
 
     async def _pack(
         self, texts: Sequence[Text], counter: TokenCounter, packer: Packer[Item], deliver: Deliver
@@ -170,13 +155,23 @@ class Engine:
 
     async def _step(self, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
         """Send a batch once; return what is left of it to be sent."""
+        if run.deadline_at is not None and self._pace.paused_until > run.deadline_at:
+            run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
         if run.stopped_by is not None:
-            await deliver(_failed(batch, run.stopped_by))
+            await deliver(failed(batch, run.stopped_by))
             return []
         if len(batch.items) > 1 and (len(batch.items) > self.limits.inputs or batch.weight > self.limits.tokens):
             return self._repack(batch)
-        error = await self._send(batch, run, deliver)
-        return [] if error is None else await self._after(error, batch, run, deliver)
+        try:
+            if batch.in_doubt:
+                error = await self._probe(batch, run, deliver)
+                left = [Batch(batch.items, sent=True)]
+            else:
+                error = await self._send(batch, run, deliver)
+                left = []
+            return left if error is None else await self._after(error, batch, run, deliver)
+        except StoppedError:
+            return [batch]  # the next step fails it with the reason
 
     def _repack(self, batch: Batch) -> list[Batch]:
         # It was packed before the provider's smaller limits were learned.
@@ -185,116 +180,126 @@ class Engine:
         return [batch.part(items) for items in (*full, *packer.flush())]
 
     async def _send(self, batch: Batch, run: Run, deliver: Deliver) -> ProviderError | None:
-        """Send a batch once and deliver what comes; return the error if none does."""
+        """Send a batch once and deliver what comes; return the error if none does.
+
+        Raises:
+            StoppedError: The run was stopped before an answer came. Nothing was delivered.
+        """
         async with AsyncExitStack() as slot:
-            try:
-                async with run.unless_stopped():
-                    ticket = await slot.enter_async_context(self._slots.slot(batch.weight))
-            except TimeoutError:
-                return _StoppedError("the run was stopped")
-            run.requests += 1
-            run.retries += batch.sent
-            batch.sent = True
-            try:
-                async with run.unless_stopped(GRACE_S):
+            async with run.unless_stopped():
+                ticket = await slot.enter_async_context(self._slots.slot(batch.weight))
+            async with run.unless_stopped(GRACE_S):
+                run.requests += 1
+                run.retries += batch.sent
+                batch.sent = True
+                try:
                     reply = await self._provider.embed([item.content for item in batch.items])
-            except TimeoutError:
-                return _StoppedError("no answer came before the run was stopped")
-            except ProviderError as error:
-                self._pace.observe(ticket, error.rates)
-                self._pace.failed()
-                if is_overload(error):
-                    self._pace.refused(ticket)
-                return error
+                except ProviderError as error:
+                    self._pace.observe(ticket, error.rates)
+                    self._pace.failed()
+                    if is_overload(error):
+                        self._pace.refused(ticket)
+                    return error
             self._pace.observe(ticket, reply.rates)
             self._pace.succeeded()
             run.successes += 1
             run.tokens += reply.tokens or 0
             run.tokens_known &= reply.tokens is not None
-            await deliver(_settled(batch, reply))
+            if run.canary is None:
+                run.canary = min(batch.items, key=_length)
+            await deliver(settled(batch, reply))
             return None
 
     async def _after(self, error: ProviderError, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
         """Do what has to be done after a failed attempt; return what is left to be sent."""
-        if isinstance(error, _StoppedError):
-            return [batch]  # the next step fails it with the reason
         batch.failed(self._pace.successes)
-        action = decide(error, self._history(error, batch, run), self._max_retries)
-        if isinstance(action, Split) and action.probe:
-            if left := await self._probe(batch, run, deliver):
-                return left
-            action = decide(error, self._history(error, batch, run), self._max_retries)
-        logger.debug("batch of %d failed: %s, %s", len(batch.items), type(error).__name__, action)
+        action = self._decide(error, batch, run)
+        if isinstance(action, Probe):
+            await self._doubt(batch, run, deliver)
+            action = self._decide(error, batch, run)
+        logger.debug("batch of %d failed: %s, %s", len(batch.items), type(error).__name__, type(action).__name__)
         if isinstance(action, Retry):
             return await self._wait(action, batch, run)
         if isinstance(action, Split):
             if isinstance(error, TooLargeError):
                 self._learn(error, batch)
-            return batch.halves()
+            return batch.parts()
         if isinstance(action, Reject):
             run.rejections += 1
-            await deliver(_failed(batch, _rejected(error)))
+            await deliver(failed(batch, _rejected(error)))
             return []
+        assert isinstance(action, Stop)
         logger.warning("the run is stopped: %s", type(action.error).__name__)
         run.stop(action.error)
         return [batch]
 
-    def _history(self, error: ProviderError, batch: Batch, run: Run) -> History:
-        rounds = self._pace.refusals if isinstance(error, RateLimitedError) else 0
+    def _decide(self, error: ProviderError, batch: Batch, run: Run) -> Action:
         pace = self._pace
-        return History(
+        rounds = pace.refusals if isinstance(error, RateLimitedError) else 0
+        history = History(
             inputs=len(batch.items),
             failures=max(batch.failures, rounds),
             alone=batch.alone,
-            healthy=pace.successes > (batch.successes_at_first or 0) and not pace.looks_down,
-            probed=batch.probed,
+            healthy=batch.passed_since(pace.successes) and not pace.looks_down,
+            probed=batch.in_doubt,
+            canary=run.canary is not None,
             rejections=0 if run.successes else run.rejections,
         )
+        return decide(error, history, self._max_retries)
 
     async def _wait(self, action: Retry, batch: Batch, run: Run) -> list[Batch]:
         loop = asyncio.get_running_loop()
-        if run.deadline_at is not None and loop.time() + action.after_s > run.deadline_at:
+        if action.shared:
+            if self._pace.pause(action.after_s):
+                logger.warning("pausing for %.1f s, as the provider asks", action.after_s)
+        elif run.deadline_at is not None and loop.time() + action.after_s > run.deadline_at:
             run.stop(
                 DeadlineError(f"the next attempt would be in {action.after_s:.1f} s, which is beyond the deadline")
             )
-        elif action.shared:
-            logger.warning("pausing for %.1f s, as the provider asks", action.after_s)
-            self._pace.pause(action.after_s)  # the next slot is given out after it
         else:
-            try:
-                async with run.unless_stopped():
-                    await asyncio.sleep(action.after_s)
-            except TimeoutError:
-                pass
+            async with run.unless_stopped():
+                await asyncio.sleep(action.after_s)
         return [batch]
 
-    async def _probe(self, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
-        """Tell an outage from a text that breaks its batch: does the provider take a single text of it?
+    async def _doubt(self, batch: Batch, run: Run, deliver: Deliver) -> None:
+        """Find out whether the provider takes a single text; if it does not, the batch is in doubt."""
+        probes = 1 if run.canary is not None else 2  # of its own, one may be the very text that breaks it
+        for _ in range(probes):
+            if await self._probe(batch, run, deliver) is None:
+                return
+        batch.in_doubt = True
 
-        Returns:
-            What is left to be sent if it does; nothing if it does not.
+    async def _probe(self, batch: Batch, run: Run, deliver: Deliver) -> ProviderError | None:
+        """Send one text in the batch's place: one that has passed before, else one of its own, each time another.
+
+        What passes of its own is delivered, and no longer part of it.
         """
-        batch.probed = True
-        for index in (0, -1):
-            if await self._send(batch.part([batch.items[index]]), run, deliver) is None:
-                rest = batch.part(batch.items[1:] if index == 0 else batch.items[:-1])
-                return rest.halves() if len(rest.items) > 1 else [rest]
-        return []
+        if run.canary is not None:
+            known = Item(Text(run.canary.content, []), run.canary.content, run.canary.tokens, run.canary.weight)
+            return await self._send(Batch([known], sent=True), run, _to_nobody)
+        item = batch.to_probe()
+        error = await self._send(Batch([item], sent=True), run, deliver)
+        if error is None:
+            batch.items.remove(item)
+        else:
+            batch.suspect = item
+        return error
 
     def _learn(self, error: TooLargeError, batch: Batch) -> None:
+        known = self.limits
+        learned = known
         if error.max_inputs is not None and 0 < error.max_inputs < len(batch.items):
-            self.limits = replace(self.limits, inputs=min(self.limits.inputs, error.max_inputs))
-            logger.warning("the provider takes %d inputs a request; remembered", error.max_inputs)
+            learned = replace(known, inputs=min(known.inputs, error.max_inputs))
         elif error.max_tokens is not None and error.max_tokens > 0:
             # The server counts otherwise than we do: keep to its limit in its own measure if it told us both.
             requested = max(error.requested_tokens or 0, 1.02 * error.max_tokens)
             tokens = int(batch.weight * error.max_tokens / requested)
-            self.limits = replace(self.limits, tokens=max(1, min(self.limits.tokens, tokens)))
-            logger.warning("the provider takes fewer tokens a request than %d; remembered", batch.weight)
-
-
-class _StoppedError(ProviderError):
-    """Not an answer: the run ended while this was waited for."""
+            learned = replace(known, tokens=max(1, min(known.tokens, tokens)))
+        if learned != known:
+            self._learned, self._forgotten_at = learned, asyncio.get_running_loop().time() + REMEMBERED_S
+            logger.warning(
+                "the provider takes %d inputs and %d tokens a request; remembered", learned.inputs, learned.tokens
+            )
 
 
 def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
@@ -315,46 +320,16 @@ async def _until_stopped(slices: AsyncIterable[Sequence[Text]], run: Run) -> Asy
         try:
             async with run.unless_stopped():
                 texts = await anext(iterator)
-        except (StopAsyncIteration, TimeoutError) as end:
-            if isinstance(end, TimeoutError) and run.stopped_by is None:
-                raise  # the source's own
+        except (StopAsyncIteration, StoppedError):
             return
         yield texts
 
 
-def _settled(batch: Batch, reply: Reply) -> Outcome:
-    """Return what a reply finishes: whole texts, and long ones whose last piece this was."""
-    if all(item.text.mean is None for item in batch.items):
-        return Outcome([item.text for item in batch.items], reply.vectors)
-    texts: list[Text] = []
-    rows: list[Vectors] = []
-    failed: list[tuple[Text, AsyncEmbedError]] = []
-    for item, vector in zip(batch.items, reply.vectors, strict=True):
-        mean = item.text.mean
-        if mean is None:
-            texts.append(item.text)
-            rows.append(vector)
-            continue
-        mean.add(vector, item.tokens)
-        if mean.missing == 0 and mean.error is not None:
-            failed.append((item.text, mean.error))
-        elif mean.missing == 0:
-            texts.append(item.text)
-            rows.append(mean.vector())
-    vectors = np.stack(rows) if rows else np.empty((0, reply.vectors.shape[1]), np.float32)
-    return Outcome(texts, vectors, failed)
+async def _to_nobody(outcome: Outcome) -> None: ...
 
 
-def _failed(batch: Batch, error: AsyncEmbedError) -> Outcome:
-    """Fail a batch's texts; a long one when its last piece is done, so that it is delivered once."""
-    failed: list[tuple[Text, AsyncEmbedError]] = []
-    for item in batch.items:
-        mean = item.text.mean
-        if mean is not None:
-            mean.fail(error)
-        if mean is None or mean.missing == 0:
-            failed.append((item.text, error if mean is None else mean.error or error))
-    return Outcome(failed=failed)
+def _length(item: Item) -> int:
+    return len(item.content)
 
 
 def _rejected(error: ProviderError) -> AsyncEmbedError:
@@ -363,8 +338,3 @@ def _rejected(error: ProviderError) -> AsyncEmbedError:
     rejected = RejectedTextError(f"the provider refused it: {error}")
     rejected.__cause__ = error
     return rejected
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -206,7 +206,9 @@ class ServerError(ProviderError):
 
 
 class TransportError(ProviderError):
-    """No whole answer came: refused, lost, cut, or not in time."""
+    """No whole answer came: refused, lost, cut, or, if `timed_out`, not in time."""
+
+    timed_out = False
 
 
 class ProtocolError(ProviderError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Outcome
+from .batches import Outcome
 from .errors import AsyncEmbedError, InputError
 from .records import SLICE_RECORDS, AnyIterable, as_record, in_slices
 from .report import EmbeddingResult, Progress, ProgressCallback
@@ -35,30 +35,36 @@ class Results:
         self._embeddings: Vectors | None = None
         self._errors: dict[int, AsyncEmbedError] = {}
         self._done = np.zeros(count, np.bool_)
+        self._placed = 0
 
     async def deliver(self, outcome: Outcome) -> None:
+        """Put the vectors into their rows, and count."""
         if outcome.texts:
-            await in_thread_if(outcome.vectors.nbytes > WORTH_A_THREAD_BYTES, self._place, outcome)
+            if self._embeddings is None:  # here and not in a thread, where two outcomes would each make their own
+                self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
+            await in_thread_if(outcome.vectors.nbytes > WORTH_A_THREAD_BYTES, self._place, self._embeddings, outcome)
+            self._placed += sum(len(text.indices) for text in outcome.texts)
         for text, error in outcome.failed:
             self._errors.update(dict.fromkeys(text.indices, error))
-        done = int(self._done.sum()) + len(self._errors)
+        done = self._placed + len(self._errors)
         self._report(self._run.progress(done, self._count, len(self._errors)))
 
-    def _place(self, outcome: Outcome) -> None:
-        if self._embeddings is None:
-            self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
+    def _place(self, embeddings: Vectors, outcome: Outcome) -> None:
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
             for index in text.indices:
-                self._embeddings[index] = vector
+                embeddings[index] = vector
                 self._done[index] = True
 
     def finish(
         self, dimensions: int | None, cost_usd: float | None, stopped_by: AsyncEmbedError | None
     ) -> EmbeddingResult:
+        """Return the result; rows that did not come are NaN and failed, for the reason the run was stopped."""
+        missing = np.flatnonzero(~self._done)
         embeddings = self._embeddings
         if embeddings is None:
             embeddings = np.empty((self._count, dimensions or 0), np.float32)
-        missing = np.flatnonzero(~self._done)
+        elif stopped_by is not None:
+            embeddings = embeddings.copy()  # a thread that nobody waits for may still be placing rows in the other
         embeddings[missing] = np.nan
         unfinished = stopped_by or AsyncEmbedError("it was not finished")
         run = self._run
@@ -108,7 +114,8 @@ class Order:
     async def deliver(self, outcome: Outcome) -> None:
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
             for index in text.indices:
-                self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
+                # a copy, since who keeps one vector would with a view of it keep those of the whole request
+                self._finish(index, EmbeddedRecord(self._records.pop(index), vector.copy()))
         for text, error in outcome.failed:
             for index in text.indices:
                 self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))

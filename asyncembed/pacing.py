@@ -124,8 +124,8 @@ class Pace:
 
     requests: Bucket | None = None
     tokens: Bucket | None = None
-    own: list[tuple[Bucket, bool]] = field(default_factory=list)
-    """The user's limits: each bucket, and whether it counts tokens (else requests)."""
+    own: dict[tuple[float, bool], Bucket] = field(default_factory=dict)
+    """The user's limits: a bucket for each number a minute, and whether it counts tokens (else requests)."""
     paused_until: float = 0.0
     refusals: int = 0
     """Rounds of refusals since the last success; a round is all that was under way together."""
@@ -141,11 +141,11 @@ class Pace:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
-        """Keep below these limits too; of several the lowest counts."""
+        """Keep below these limits too; of several the lowest counts, and of equal ones there is one."""
         now = asyncio.get_running_loop().time()
         for per_minute, counts_tokens in ((requests_per_minute, False), (tokens_per_minute, True)):
             if per_minute is not None:
-                self.own.append((Bucket(per_minute / 60, per_minute, per_minute, now), counts_tokens))
+                self.own.setdefault((per_minute, counts_tokens), Bucket(per_minute / 60, per_minute, per_minute, now))
 
     async def enter(self, tokens: int) -> Ticket:
         """Wait until a request of so many tokens may go; first come, first served."""
@@ -218,14 +218,16 @@ class Pace:
         self.refusals += 1
         if self.tokens is None and self.requests is None:  # no headers tell, so feel the way
             self.cap = max(1.0, min(self.cap, len(self.in_flight)) / 2)
-        for bucket, _ in self.own:
+        for bucket in self.own.values():
             bucket.take(max(0.0, bucket.level), self.round_began_at)
 
-    def pause(self, seconds: float) -> None:
-        """Let nobody send for so many seconds."""
-        now = asyncio.get_running_loop().time()
-        self.paused_until = max(self.paused_until, now + seconds * (1 + random.uniform(0, PAUSE_JITTER)))
+    def pause(self, seconds: float) -> bool:
+        """Let nobody send for so many seconds; return whether that is news, and not what others were told too."""
+        until = asyncio.get_running_loop().time() + seconds * (1 + random.uniform(0, PAUSE_JITTER))
+        is_news = until > self.paused_until + seconds / 2
+        self.paused_until = max(self.paused_until, until)
         self._changed.set()
+        return is_news
 
     def _wait_s(self, tokens: int, now: float) -> float:
         if self.in_flight and self._crowded(tokens):
@@ -235,7 +237,7 @@ class Pace:
             waits.append(self.tokens.wait_s(tokens, now))
         if self.requests is not None:
             waits.append(self.requests.wait_s(1, now))
-        waits.extend(bucket.wait_s(tokens if of_tokens else 1, now) for bucket, of_tokens in self.own)
+        waits.extend(bucket.wait_s(tokens if of_tokens else 1, now) for (_, of_tokens), bucket in self.own.items())
         return max(waits)
 
     def _crowded(self, tokens: int) -> bool:
@@ -248,7 +250,7 @@ class Pace:
         for bucket, amount in ((self.tokens, tokens), (self.requests, 1)):
             if bucket is not None:
                 bucket.take(amount, now)
-        for bucket, of_tokens in self.own:
+        for (_, of_tokens), bucket in self.own.items():
             bucket.take(tokens if of_tokens else 1, now)
         self._numbers += 1
         ticket = Ticket(self._numbers, tokens, now)

@@ -10,10 +10,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .batches import Outcome
 from .embedder import Embedder
-from .engine import Outcome
-from .errors import AsyncEmbedError, DeadlineError, InputError, InvalidRecordError, SinkError
+from .errors import AsyncEmbedError, InputError, InvalidRecordError, SinkError
 from .gathering import reporter
+from .loops import ended
 from .pruning import Pruning
 from .records import AnyIterable, as_record, in_slices
 from .report import IngestReport, ProgressCallback
@@ -64,15 +65,11 @@ async def ingest(
     job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), getattr(records, "__len__", None), pruning)
     watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
     try:
-        async with asyncio.timeout_at(run.deadline_at):
+        async with run.until_deadline():
             await sink.prepare(embedder.model, embedder.dimensions)
             async with aclosing(job.slices(records)) as slices:
                 await embedder.run(slices, run, job.deliver)
             await job.prune()
-    except TimeoutError as error:
-        if isinstance(error, AsyncEmbedError) or run.deadline_at is None or run.elapsed_s < (deadline or 0):
-            raise  # somebody else's
-        run.stop(DeadlineError(f"the deadline of {deadline:g} s passed"))
     except SinkError as error:
         error.report = job.finish(error)
         raise
@@ -80,8 +77,7 @@ async def ingest(
         if pruning is not None:
             pruning.close()
         if watcher is not None:
-            watcher.cancel()
-            await asyncio.wait([watcher])
+            await ended(watcher)
     report = job.finish(run.stopped_by)
     if run.stopped_by is not None and not isinstance(run.stopped_by, _EndedEarlyError):
         run.stopped_by.report = report

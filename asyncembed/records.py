@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from .errors import InputError, InvalidRecordError, WrongTypeError
+from .loops import ended
 from .types import Record, RecordId
 
 AnyIterable: TypeAlias = Iterable[Any] | AsyncIterable[Any]
@@ -76,7 +77,7 @@ async def in_slices(source: AnyIterable, most: int = SLICE_RECORDS) -> AsyncGene
     """Yield what the source yields, in lists of at most so many; an empty list when it has been silent for IDLE_S.
 
     A sync iterable is drawn from on the event loop, an async one in a task of its own that is never more than
-    one slice ahead. Closing this closes the source.
+    one slice ahead. Closing this closes an async source.
 
     Raises:
         TypeError: The source is one str, or has no order.
@@ -112,12 +113,13 @@ def _take(iterator: Any, most: int) -> tuple[list[Any], Exception | None]:
 
 
 async def _read_ahead(source: AsyncIterable[Any], most: int) -> AsyncGenerator[list[Any], None]:
+    iterator = aiter(source)
     waiting: list[Any] = []
     room, news = asyncio.Event(), asyncio.Event()
 
     async def read() -> None:
         try:
-            async for item in source:
+            async for item in iterator:
                 waiting.append(item)
                 news.set()
                 if len(waiting) >= most:
@@ -139,11 +141,12 @@ async def _read_ahead(source: AsyncIterable[Any], most: int) -> AsyncGenerator[l
                 yield some
         await reader  # raises what the source raised
     finally:
-        reader.cancel()
-        await asyncio.wait([reader])
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            await close()
+        try:
+            await ended(reader)
+        finally:
+            close = getattr(iterator, "aclose", None)
+            if close is not None:
+                await close()
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:

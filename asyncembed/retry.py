@@ -1,8 +1,8 @@
 """What to do after a failed attempt. Pure: decides, never sleeps, sends nothing.
 
-An error and the batch's history become one of four actions: `Retry` after a while, `Split` the batch, `Reject` its
-only text, `Stop` the run. Any refusal that is not known is split if it can be, so that providers nobody has heard of
-work too.
+An error and the batch's history become one of five actions: `Retry` after a while, `Probe` whether the provider is
+down, `Split` the batch, `Reject` its only text, `Stop` the run. Any refusal that is not known is split if it can be,
+so that providers nobody has heard of work too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .errors import (
     RequestError,
     ServerError,
     TooLargeError,
+    TransportError,
 )
 
 # 0.5, 1, 2, 4, 8, 16, 30, 30 seconds, each times a random factor between 0.5 and 1: the first is what the
@@ -51,14 +52,17 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Send the texts of the batch in smaller requests; with `probe` its first and last text alone, first."""
-
-    probe: bool = False
+    """Send the texts of the batch in smaller requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
     """The only text of the batch fails; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out whether this batch is to blame, or the provider is down: send a single text, and decide again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Stop:
     error: FatalProviderError
 
 
-Action: TypeAlias = Retry | Split | Reject | Stop
+Action: TypeAlias = Retry | Probe | Split | Reject | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,10 @@ class History:
         inputs: Texts in the batch.
         failures: Attempts of this batch that failed, this one included.
         alone: Of `failures`, the last ones in a row during which nobody else got through either.
-        healthy: Whether the provider has answered well since this batch first failed, and is not failing everybody.
-        probed: Whether single texts of it were tried, and failed too.
+        healthy: Whether the provider answers others well: since this batch first failed, or, since calling a single
+            text the culprit loses it, between its last two failures or after the last one.
+        probed: Whether single texts were sent in its place, and failed too.
+        canary: Whether a text is known that this provider has taken.
         rejections: Single texts the provider refused in this run before it took a first one.
     """
 
@@ -89,6 +95,7 @@ class History:
     alone: int
     healthy: bool
     probed: bool = False
+    canary: bool = False
     rejections: int = 0
 
 
@@ -112,10 +119,14 @@ def decide(error: ProviderError, history: History, max_retries: int) -> Action:
     if isinstance(error, (BadRequestError, TooLargeError)):
         if history.inputs > 1:
             return Split()
-        if history.rejections >= REJECTIONS_BEFORE_STOP:
-            return Stop(_refused(error, history.rejections))
-        return Reject()
+        return _reject(error, history)
     return _after_fault(error, history, max_retries)
+
+
+def _reject(error: ProviderError, history: History) -> Action:
+    if history.rejections >= REJECTIONS_BEFORE_STOP:
+        return Stop(_refused(error, history.rejections))
+    return Reject()
 
 
 def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
@@ -133,13 +144,15 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
         suspect_after = max_retries + 1
     if history.failures >= min(suspect_after, max_retries + 1):
         if history.healthy:
-            return Split() if history.inputs > 1 else Reject()
-        if history.inputs > 1 and not history.probed:
-            return Split(probe=True)
+            return Split() if history.inputs > 1 else _reject(error, history)
+        if not history.probed and (history.canary or (history.inputs > 1 and max_retries > 0)):
+            return Probe()
     # An answer that is malformed every time stays so; an overloaded server or a cut line may come back.
     limit = min(max_retries, suspect_after - 1) if isinstance(error, ProtocolError) else max_retries
     if history.alone > limit:
         return Stop(_down(error, history.alone))
+    if isinstance(error, TransportError) and not error.timed_out and history.failures == 1:
+        return Retry(0.0)  # most often a kept connection that the server had closed: a new one will do
     stated = error.retry_after_s if isinstance(error, ServerError) else None
     return Retry(max(stated or 0.0, backoff_s(history.failures)), shared=stated is not None)
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from .errors import AsyncEmbedError
+from .errors import AsyncEmbedError, ConfigError, DeadlineError
 from .report import Progress
+from .weighing import Item
+
+
+class StoppedError(Exception):
+    """The run was stopped while something was waited for. Never leaves the engine."""
 
 
 class Run:
-    """One call: what it has cost so far, and whether it goes on."""
+    """One call: what it has cost so far, and whether it goes on.
+
+    Args:
+        deadline_s: Seconds the call may take; None for as long as it needs.
+
+    Raises:
+        ConfigError: The deadline is not a number.
+    """
 
     def __init__(self, deadline_s: float | None = None) -> None:
+        if deadline_s is not None and math.isnan(deadline_s):
+            raise ConfigError("deadline=nan; it must be a number of seconds, or None")
         self.began_at = asyncio.get_running_loop().time()
+        self._deadline_s = deadline_s
         self.deadline_at = None if deadline_s is None else self.began_at + deadline_s
         self.requests = 0
         self.retries = 0
@@ -22,6 +38,8 @@ class Run:
         self.tokens_known = True
         self.successes = 0
         self.rejections = 0
+        self.canary: Item | None = None
+        """A short text that the provider has taken: if it takes it no more, it is down."""
         self.stopped_by: AsyncEmbedError | None = None
         self._scopes: dict[asyncio.Timeout, float] = {}
 
@@ -42,17 +60,39 @@ class Run:
                 scope.reschedule(now + grace_s)
 
     @asynccontextmanager
+    async def until_deadline(self) -> AsyncIterator[None]:
+        """Cancel what is inside when the deadline passes, and stop the run with a `DeadlineError`.
+
+        Raises nothing then: whoever comes after it looks at `stopped_by`. Other TimeoutErrors go their way.
+        """
+        passed = DeadlineError(f"the deadline of {self._deadline_s or 0:g} s passed")
+        if self.deadline_at is not None and self.deadline_at <= asyncio.get_running_loop().time():
+            self.stop(passed)  # before anything is sent
+        try:
+            async with asyncio.timeout_at(self.deadline_at) as scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            self.stop(passed)
+
+    @asynccontextmanager
     async def unless_stopped(self, grace_s: float = 0.0) -> AsyncIterator[None]:
         """Wait for something only as long as the run goes on, and `grace_s` seconds beyond.
 
         Raises:
-            TimeoutError: The run was stopped.
+            StoppedError: The run was stopped.
         """
         if self.stopped_by is not None:
-            raise TimeoutError
-        async with asyncio.timeout(None) as scope:
-            self._scopes[scope] = grace_s
-            try:
-                yield
-            finally:
-                del self._scopes[scope]
+            raise StoppedError
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._scopes[scope] = grace_s
+                try:
+                    yield
+                finally:
+                    del self._scopes[scope]
+        except TimeoutError:
+            if not scope.expired():
+                raise  # of what was waited for
+            raise StoppedError from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+
+from .loops import PerLoop
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LANES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+_lanes = PerLoop(asyncio.Lock)
 
 
 async def in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -22,6 +23,5 @@ async def in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kw
     """
     if not worth_it:
         return work(*args, **kwargs)
-    lane = _LANES.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-    async with lane:
+    async with _lanes.get():
         return await asyncio.to_thread(work, *args, **kwargs)

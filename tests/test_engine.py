@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from asyncembed import Embedder
+from asyncembed.engine import REMEMBERED_S
 from asyncembed.errors import (
     AllFailedError,
     AsyncEmbedError,
     AuthenticationError,
     BadRequestError,
+    ConfigError,
     DeadlineError,
     ProtocolError,
     ProviderDownError,
@@ -27,6 +29,8 @@ from asyncembed.errors import (
     TooLargeError,
     TransportError,
 )
+from asyncembed.tokens import ByteBound
+from asyncembed.types import Reply
 from tests.fakes import FakeProvider, Script, vector_of
 
 pytestmark = pytest.mark.virtual_time
@@ -122,6 +126,16 @@ async def test_a_server_error_is_retried_after_a_backoff() -> None:
     assert 1.5 <= third - second <= 2.01
 
 
+async def test_a_lost_connection_is_replaced_at_once_and_only_then_waited_for() -> None:
+    embedder, provider = make(lambda number, _: TransportError("lost") if number < 2 else None)
+
+    await embedder.embed(["a"])
+
+    first, second, third = provider.sent_at
+    assert second - first == pytest.approx(1.0, abs=1e-3)  # the latency alone
+    assert 1.5 <= third - second <= 2.01
+
+
 async def test_after_a_refusal_nobody_sends_before_its_time() -> None:
     # the second of four concurrent requests is refused for 30 seconds
     embedder, provider = make(
@@ -191,13 +205,36 @@ async def test_in_an_outage_the_load_decays() -> None:
     assert len(provider.sent_at) <= 16 * 9
 
 
-async def test_without_retries_the_first_failure_counts() -> None:
-    embedder, provider = make(lambda *_: ServerError("HTTP 500", status=500), max_retries=0)
+@pytest.mark.parametrize("error", [ServerError("HTTP 500", status=500), TransportError("lost"), ProtocolError("?")])
+@pytest.mark.parametrize(
+    ("count", "max_retries", "requests"),
+    [
+        pytest.param(1, 0, 1, id="one text, no retry"),
+        pytest.param(100, 0, 1, id="many texts, no retry"),
+        pytest.param(1, 1, 2, id="one text, one retry"),
+        pytest.param(100, 1, 2 + 2, id="many texts, one retry, and two alone"),
+        pytest.param(1, 2, 3, id="one text, two retries"),
+        pytest.param(100, 2, 3 + 2, id="many texts, two retries, and two alone"),
+    ],
+)
+async def test_retries_are_counted(error: AsyncEmbedError, count: int, max_retries: int, requests: int) -> None:
+    embedder, provider = make(lambda *_: error, max_retries=max_retries)
 
-    with pytest.raises(ProviderDownError):
-        await embedder.embed(["a"])
+    with pytest.raises(ProviderDownError) as caught:
+        await embedder.embed(texts(count))
 
-    assert len(provider.requests) == 1
+    assert len(provider.requests) == caught.value.result.requests == requests
+
+
+async def test_a_pause_is_logged_once_and_not_by_every_task(caplog: pytest.LogCaptureFixture) -> None:
+    embedder, _ = make(
+        lambda number, _: RateLimitedError("HTTP 429", status=429, retry_after_s=3_600.0) if number < 8 else None,
+        max_batch_size=1,
+    )
+
+    await embedder.embed(texts(20))
+
+    assert [record.getMessage() for record in caplog.records] == ["pausing for 3600.0 s, as the provider asks"]
 
 
 # ---- isolating
@@ -224,6 +261,63 @@ async def test_one_poison_among_2048_costs_one_text_and_few_requests(position: i
     assert_right(result.embeddings, expected, failed=[position])
     # a 400 is split at once: 2·log2(2048) = 22. The others: 2 more attempts, 2 probes, 22 parts, 4 for the culprit.
     assert len(provider.requests) - 1 <= (22 if isinstance(error, BadRequestError) else 30)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("one_in", [100, 20, 4])
+@pytest.mark.parametrize(
+    "error", [ServerError("HTTP 500", status=500), ProtocolError("expected finite numbers")], ids=["500", "NaN"]
+)
+async def test_many_texts_that_break_their_requests_fail_alone(
+    error: AsyncEmbedError, one_in: int, concurrency: int
+) -> None:
+    expected = texts(2_048)
+    poisons = {text for index, text in enumerate(expected) if index % one_in == one_in // 2}
+    embedder, provider = make(
+        lambda _, sent: error if poisons & set(sent) else None, latency_s=0.01, concurrency=concurrency
+    )
+
+    result = await embedder.embed(expected)
+
+    failed = [index for index, text in enumerate(expected) if text in poisons]
+    assert result.failed_indices == failed
+    assert_right(result.embeddings, expected, failed=failed)
+    # each is searched for by halves (22 requests, shared with its neighbours) and asked five times
+    assert len(provider.requests) < 4 * 2_048
+    assert len(provider.requests) < len(poisons) * (22 + 5)
+
+
+async def test_an_outage_while_a_culprit_is_searched_for_loses_no_good_text() -> None:
+    start = now()
+    expected = texts(256)
+
+    def script(_: int, sent: Sequence[str]) -> AsyncEmbedError | None:
+        # the search is down to single texts after some seconds; then nothing passes for most of a minute
+        down = 4 < now() - start < 50
+        return ServerError("HTTP 500", status=500) if down or "text 77" in sent else None
+
+    embedder, _ = make(script, latency_s=0.1, concurrency=2)
+
+    result = await embedder.embed(expected)
+
+    assert result.failed_indices == [77]
+
+
+async def test_all_texts_of_a_call_break_the_server_while_another_call_goes_well() -> None:
+    embedder, provider = make(
+        lambda _, sent: ServerError("HTTP 500", status=500) if "bad" in sent[0] else None, max_batch_size=100
+    )
+    bad = [f"bad {number}" for number in range(200)]
+
+    async with asyncio.TaskGroup() as group:
+        good = group.create_task(embedder.embed(texts(10_000)))
+        with pytest.raises(RuntimeError) as caught:
+            await embedder.embed(bad)
+
+    assert good.result().failures == ()
+    assert len(caught.value.result.failures) == 200  # type: ignore[attr-defined]
+    # it is found out after some texts that it is all of them
+    assert sum("bad" in sent[0] for sent in provider.requests) < 200
 
 
 async def test_many_poisons_fail_alone() -> None:
@@ -303,6 +397,27 @@ async def test_a_cap_on_inputs_is_learned_and_remembered() -> None:
     assert len(provider.requests) - first <= 10
 
 
+async def test_a_cap_is_forgotten_after_a_while_so_that_a_mistake_does_no_lasting_harm() -> None:
+    def script(number: int, sent: Sequence[str]) -> AsyncEmbedError | None:
+        return TooLargeError("HTTP 413", status=413, max_inputs=2) if number == 0 else None
+
+    embedder, _ = make(script)
+
+    assert (await embedder.embed(texts(100))).requests == 51
+    await asyncio.sleep(REMEMBERED_S)
+    assert (await embedder.embed(texts(100))).requests == 1
+
+
+async def test_a_cap_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    embedder, _ = make(
+        lambda _, sent: None if len(sent) <= 32 else TooLargeError("HTTP 413", status=413, max_inputs=32)
+    )
+    await embedder.embed(texts(20_000))
+    assert [record.getMessage() for record in caplog.records] == [
+        "the provider takes 32 inputs and 300000 tokens a request; remembered"
+    ]
+
+
 async def test_a_cap_that_is_not_named_is_found_by_splitting() -> None:
     embedder, provider = make(lambda _, sent: None if len(sent) <= 32 else BadRequestError("HTTP 422", status=422))
 
@@ -378,6 +493,82 @@ async def test_a_wait_beyond_the_deadline_fails_now() -> None:
         await embedder.embed(["a"], deadline=10.0)
 
     assert now() - started == pytest.approx(1.0, abs=1e-3)
+
+
+async def test_a_pause_beyond_the_deadline_of_one_call_holds_for_the_others() -> None:
+    embedder, provider = make(
+        lambda number, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if number == 0 else None
+    )
+    with pytest.raises(DeadlineError):
+        await embedder.embed(["a"], deadline=10.0)
+
+    refused_at = now()
+    with pytest.raises(DeadlineError):
+        await embedder.embed(["a"], deadline=10.0)  # nothing to wait for
+    assert now() - refused_at < 0.1
+
+    await embedder.embed(["a"])
+    assert provider.sent_at[1] - refused_at >= 60.0
+
+
+async def test_a_timeout_of_the_providers_own_is_raised_as_it_is() -> None:
+    class Foreign(FakeProvider):
+        async def embed(self, texts: Sequence[str]) -> Reply:
+            raise TimeoutError("the provider's own")
+
+    embedder = Embedder("fake", provider=Foreign())
+    for deadline in (None, 10.0):
+        with pytest.raises(TimeoutError, match="the provider's own"):
+            await embedder.embed(["a"], deadline=deadline)
+
+
+async def test_the_deadline_counts_the_loading_of_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(_: str | None) -> ByteBound:
+        await asyncio.sleep(100)
+        return ByteBound()
+
+    monkeypatch.setattr("asyncembed.embedder.load_counter", hang)
+    embedder, _ = make()
+    started = now()
+    with pytest.raises(DeadlineError):
+        await embedder.embed(["long " * 100_000], deadline=5)
+    assert now() - started == pytest.approx(5, abs=1e-3)
+
+
+@pytest.mark.parametrize("deadline", [0, -1.0])
+async def test_a_deadline_that_has_passed_already_sends_nothing(deadline: float) -> None:
+    embedder, provider = make()
+    with pytest.raises(DeadlineError):
+        await embedder.embed(["a"], deadline=deadline)
+    assert provider.requests == []
+
+
+async def test_a_deadline_that_is_no_number_is_refused() -> None:
+    embedder, _ = make()
+    with pytest.raises(ConfigError, match="deadline=nan"):
+        await embedder.embed(["a"], deadline=math.nan)
+
+
+async def test_a_fatal_answer_ends_the_counting_too() -> None:
+    embedder, _ = make(lambda *_: QuotaError("no money", status=429), latency_s=0)
+    expected = [f"{number} " + "long " * 200_000 for number in range(50)]
+    counted: list[str] = []
+
+    class Counting(ByteBound):
+        def count(self, texts: Sequence[str]) -> list[int]:
+            counted.extend(texts)
+            return [1] * len(texts)
+
+    async def load(_: str | None) -> ByteBound:
+        return Counting()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncembed.embedder.load_counter", load)
+        with pytest.raises(QuotaError) as caught:
+            await embedder.embed(expected)
+
+    assert len(caught.value.result.failures) == 50
+    assert len(counted) < 30
 
 
 async def test_all_texts_failing_is_an_error_with_their_reasons() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from asyncembed.errors import (
@@ -28,6 +30,7 @@ from asyncembed.retry import (
     REJECTIONS_BEFORE_STOP,
     SUSPECT_AFTER,
     History,
+    Probe,
     Reject,
     Retry,
     Split,
@@ -125,9 +128,7 @@ def kind(error: ProviderError, history: History, max_retries: int = MAX_RETRIES)
         assert isinstance(action.error, ProviderDownError)
         assert action.error.__cause__ is error
         return DOWN
-    if isinstance(action, Split):
-        return PROBE if action.probe else SPLIT
-    return RETRY if isinstance(action, Retry) else REJECT
+    return {Retry: RETRY, Probe: PROBE, Split: SPLIT, Reject: REJECT}[type(action)]
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
@@ -163,7 +164,7 @@ def test_an_outage_is_waited_for_and_a_reply_that_stays_malformed_is_not() -> No
 def test_few_retries_are_kept_to(error: ProviderError, max_retries: int) -> None:
     last = max_retries + 1
     assert [kind(error, past(failures=n), max_retries) for n in range(1, last)] == [RETRY] * max_retries
-    assert kind(error, past(failures=last), max_retries) == PROBE
+    assert kind(error, past(failures=last), max_retries) == (PROBE if max_retries else DOWN)
     assert kind(error, past(failures=last, probed=True), max_retries) == DOWN
     assert kind(error, past(failures=last, healthy=True), max_retries) == SPLIT
     assert kind(error, past(1, last, healthy=True), max_retries) == REJECT
@@ -196,11 +197,36 @@ def test_an_overloaded_server_says_nothing_about_the_text() -> None:
         assert {kind(error, past(inputs, n, healthy=True)) for n in range(1, MAX_RETRIES + 1)} == {RETRY}
 
 
-def test_a_lost_line_keeps_nobody_else_from_sending() -> None:
-    action = decide(TransportError("x"), past(), MAX_RETRIES)
+def test_after_a_lost_connection_the_first_repetition_is_immediate_and_the_next_backs_off() -> None:
+    assert decide(TransportError("x"), past(), MAX_RETRIES) == Retry(0.0)
+    action = decide(TransportError("x"), past(failures=2), MAX_RETRIES)
+    assert isinstance(action, Retry)
+    assert not action.shared
+    assert 0.5 <= action.after_s <= 1.0
+
+
+def test_after_a_timeout_the_first_repetition_backs_off() -> None:
+    late = TransportError("x")
+    late.timed_out = True
+    action = decide(late, past(), MAX_RETRIES)
     assert isinstance(action, Retry)
     assert not action.shared
     assert 0.25 <= action.after_s <= 0.5
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_single_text_is_called_the_culprit_only_when_another_passes(error: ProviderError) -> None:
+    history = History(inputs=1, failures=REJECT_AFTER, alone=REJECT_AFTER, healthy=False, canary=True)
+    assert kind(error, history) == PROBE
+    assert kind(error, replace(history, healthy=True)) == REJECT
+    assert kind(error, replace(history, probed=True)) == (DOWN if isinstance(error, ProtocolError) else RETRY)
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_provider_that_fails_every_text_of_a_run_is_not_asked_for_all_of_them(error: ProviderError) -> None:
+    action = decide(error, past(1, REJECT_AFTER, healthy=True, rejections=REJECTIONS_BEFORE_STOP), MAX_RETRIES)
+    assert isinstance(action, Stop)
+    assert isinstance(action.error, RequestError)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,9 @@ class OpenAIProvider:
             async with asyncio.timeout(self._timeout):
                 return await self._embed(client, texts)
         except TimeoutError:
-            raise TransportError(f"no whole answer within {self._timeout:g} s") from None
+            late = TransportError(f"no whole answer within {self._timeout:g} s")
+            late.timed_out = True
+            raise late from None
 
     async def _embed(self, client: _Client, texts: Sequence[str]) -> Reply:
         for encoding in range(self._encoding, len(_ENCODINGS)):
