@@ -11,11 +11,13 @@ import asyncio
 import copy
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
 from .batches import Outcome
 from .errors import AsyncEmbedError, TransportError
+from .loops import ended
 from .run import Run
 from .types import Vectors
 from .weighing import Text
@@ -82,17 +84,14 @@ class Coalescer:
         finally:
             wanted.waiting.discard(future)
             if not future.done() or future.cancelled():
-                self._left(wanted)
+                await self._left(wanted)
 
     async def aclose(self) -> None:
         """End what is under way; whoever still waits gets an error."""
-        tasks = [request.task for request in self._requests if request.task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        self._gathering.clear()
         for wanted in list(self._all.values()):
             self._fail(wanted, TransportError("the embedder was closed before the answer came"))
+        await ended(*(request.task for request in self._requests if request.task is not None))
 
     def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # not at once: whoever else asks in this turn of the loop travels along
@@ -109,10 +108,10 @@ class Coalescer:
                 wanted.request = request
             self._requests.add(request)
             request.task = asyncio.create_task(self._run(request))
+            request.task.add_done_callback(partial(self._done, request))
 
     async def _run(self, request: _Request) -> None:
         texts = [Text(wanted.content, [index]) for index, wanted in enumerate(request.wanted)]
-        error: BaseException | None = None
 
         async def deliver(outcome: Outcome) -> None:
             for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
@@ -120,21 +119,19 @@ class Coalescer:
             for text, failure in outcome.failed:
                 self._fail(request.wanted[text.indices[0]], failure)
 
-        try:
-            await self._send(texts, Run(), deliver)
-        except BaseException as raised:
-            error = raised
-        finally:
-            self._requests.discard(request)
-            for wanted in request.wanted:  # those that were not delivered
-                if self._all.get(wanted.content) is wanted:
-                    self._fail(wanted, error if isinstance(error, Exception) else TransportError("the call was ended"))
-            self._leave()
-        if error is not None and not isinstance(error, Exception):
-            raise error
+        await self._send(texts, Run(), deliver)
 
-    def _left(self, wanted: _Wanted) -> None:
-        """Somebody was cancelled; end what nobody waits for any more."""
+    def _done(self, request: _Request, task: asyncio.Task[None]) -> None:
+        # a callback, since of a task that is cancelled before its first step nothing runs, no `finally` either
+        self._requests.discard(request)
+        error = None if task.cancelled() else task.exception()
+        for wanted in request.wanted:  # those that were not delivered
+            if self._all.get(wanted.content) is wanted:
+                self._fail(wanted, error if isinstance(error, Exception) else TransportError("the call was ended"))
+        self._leave()
+
+    async def _left(self, wanted: _Wanted) -> None:
+        """Somebody was cancelled; end what nobody waits for any more. The last one to leave waits for that end."""
         if wanted.waiting:
             return
         request = wanted.request
@@ -142,9 +139,9 @@ class Coalescer:
             self._gathering.pop(wanted.content, None)
             self._forget(wanted)
         elif not request.is_wanted() and request.task is not None:
-            request.task.cancel()
             for unwanted in request.wanted:  # who asks for them from now on needs a request that is not ending
                 self._forget(unwanted)
+            await ended(request.task)
 
     def _give(self, wanted: _Wanted, vector: Vectors) -> None:
         self._forget(wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -34,15 +34,30 @@ class PerLoop(Generic[T]):
         return self._values.pop(asyncio.get_running_loop(), None)
 
 
-async def ended(task: asyncio.Task[Any]) -> None:
-    """Cancel the task and wait for its end, even if the caller is cancelled meanwhile. What it raised is dropped."""
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel the tasks and wait for their end, even if the caller is cancelled meanwhile; drop what they raise."""
+    for task in tasks:
+        task.cancel()
+    try:
+        await _all_done(tasks)
+    finally:
+        for task in tasks:
+            task.cancelled() or task.exception()  # seen, or asyncio would log it as lost
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """Do the work to its end, even if the caller is cancelled meanwhile; that is then cancelled afterwards."""
+    task = asyncio.create_task(work)
+    await _all_done([task])
+    return task.result()
+
+
+async def _all_done(tasks: Sequence[asyncio.Task[Any]]) -> None:
     cancelled: asyncio.CancelledError | None = None
-    task.cancel()
-    while not task.done():
+    while running := [task for task in tasks if not task.done()]:
         try:
-            await asyncio.wait([task])
+            await asyncio.wait(running)
         except asyncio.CancelledError as error:
             cancelled = error
-    task.cancelled() or task.exception()  # seen, or asyncio would log it as lost
     if cancelled is not None:
         raise cancelled

@@ -35,6 +35,7 @@ from ..errors import (
     RequestError,
     TransportError,
 )
+from ..loops import finished
 from ..threads import in_thread_if
 from ..types import Reply
 from .safety import ApiKey, check_base_url, check_key, usable_key, veil
@@ -285,7 +286,7 @@ class OpenAIProvider:
         """Close the connections of this loop; clients that were handed in stay open."""
         client = self._clients.pop((os.getpid(), asyncio.get_running_loop()), None)
         if client is not None and client.closing is not None:
-            await client.closing.aclose()
+            await finished(client.closing.aclose())  # half closed, its connections would be lost
 
 
 class _Client:
