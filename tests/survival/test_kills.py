@@ -1,0 +1,58 @@
+"""Processes that are killed with SIGKILL, and the run after them: every id once, and how much was paid twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import threading
+from typing import Any
+
+import pytest
+
+from asyncembed.testing import EmbeddingServer
+from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, run_and_kill, start, work
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+
+
+def test_killed_at_any_instant_every_id_is_stored_once_and_little_is_paid_twice(target: str) -> None:
+    dice = random.Random(4)
+    requests = threading.Semaphore(0)
+
+    def wait(child: subprocess.Popen[str]) -> None:
+        for _ in range(dice.randrange(60)):  # five of these are less than the 300 requests that the job takes
+            assert requests.acquire(timeout=30)
+
+    def tell(request: Any) -> None:
+        requests.release()
+
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005, faults=tell, keep_texts=False).in_thread() as server:
+        job = Job(target, server.base_url, 3_000, max_batch_size=10)
+        figures = Figures()
+        kills = run_and_kill(job, 5, wait)
+        figures.add(job, Store(target), inputs_of(server), kills)
+
+    assert figures == Figures(jobs=1, kills=5, repaid=figures.repaid, bound=5 * 8 * 10)
+    assert 0 <= figures.repaid <= figures.bound
+
+
+@pytest.mark.parametrize(
+    ("die", "paid_twice"),
+    [
+        pytest.param("before", 50, id="between reply and transaction"),
+        pytest.param("inside", 50, id="inside the transaction"),
+        pytest.param("after", 0, id="after the commit"),
+    ],
+)
+def test_a_batch_is_paid_twice_only_if_it_was_not_committed(target: str, die: str, paid_twice: int) -> None:
+    with EmbeddingServer(dimensions=DIMENSIONS, keep_texts=False).in_thread() as server:
+        job = Job(target, server.base_url, 500, concurrency=1, die=die, die_at=3)
+        assert finish(start(job)) == -signal.SIGKILL
+        assert len(Store(target).rows()) == (150 if die == "after" else 100)
+        assert asyncio.run(work(Job(target, server.base_url, 500, concurrency=1))) == 0
+        figures = Figures()
+        figures.add(job, Store(target), inputs_of(server), kills=1)
+    assert figures == Figures(jobs=1, kills=1, repaid=paid_twice, bound=50)

@@ -1,0 +1,87 @@
+"""The command and signals, and several processes on one store; on every store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asyncembed.testing import EmbeddingServer, script
+from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, start, text_of
+from tests.test_cli import Held, process
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddingServer]:
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005).in_thread() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "test")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        yield server
+
+
+def checked(job: Job, server: EmbeddingServer, kills: int = 0) -> Figures:
+    figures = Figures()
+    figures.add(job, Store(job.target), inputs_of(server), kills)
+    return figures
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stores_what_is_under_way_and_the_same_command_does_the_rest(
+    target: str, server: EmbeddingServer, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(json.dumps({"id": n, "text": text_of(n)}) for n in range(9_000)))
+    arguments = ["ingest", str(file), "--to", target, "--concurrency", "2"]
+    held = Held(wanted=2)
+    server.faults = script([], then=held)
+    try:
+        with process(*arguments) as child:
+            held.wait()
+            child.send_signal(number)
+            assert child.stderr is not None
+            assert child.stderr.readline().startswith("asyncembed: finishing what is under way")
+            held.released.set()
+            out, _ = child.communicate(timeout=30)
+    finally:
+        held.released.set()
+    assert (child.returncode, out.partition(";")[0]) == (code, "4,096 stored, 0 skipped, 0 failed")
+    assert inputs_of(server) == len(Store(target).rows()) == 4_096
+
+    with process(*arguments) as child:
+        out, _ = child.communicate(timeout=30)
+    assert (child.returncode, out.partition(";")[0]) == (0, "4,904 stored, 4,096 skipped, 0 failed")
+    assert checked(Job(target, "", 9_000), server) == Figures(jobs=1)
+
+
+def test_two_processes_on_one_job_and_one_store_store_every_id_once(target: str, server: EmbeddingServer) -> None:
+    job = Job(target, server.base_url, 2_000)
+    children = [start(job), start(job)]
+    assert [finish(child) for child in children] == [0, 0]
+    figures = checked(job, server)
+    assert figures == Figures(jobs=1, repaid=figures.repaid, over_bound=figures.over_bound)
+    assert 0 <= figures.repaid <= 2_000  # at worst each of them pays for everything
+
+
+def test_processes_whose_jobs_overlap_store_the_rows_of_all(target: str, server: EmbeddingServer) -> None:
+    jobs = [Job(target, server.base_url, 1_000, first) for first in (0, 400, 800)]
+    children = [start(job) for job in jobs]
+    assert [finish(child) for child in children] == [0, 0, 0]
+    figures = checked(Job(target, "", 1_800), server)
+    assert figures == Figures(jobs=1, repaid=figures.repaid, over_bound=figures.over_bound)
+    assert 0 <= figures.repaid <= 3 * 1_000 - 1_800
+
+
+def test_a_process_is_not_held_up_by_another_that_was_killed_in_a_transaction(
+    target: str, server: EmbeddingServer
+) -> None:
+    doomed = start(Job(target, server.base_url, 1_000, die="inside", die_at=3))
+    other = start(Job(target, server.base_url, 1_000))
+    assert [finish(doomed), finish(other)] == [-signal.SIGKILL, 0]
+    figures = checked(Job(target, "", 1_000), server, kills=1)
+    assert (figures.lost, figures.doubled, figures.others, figures.wrong, figures.damaged) == (0, 0, 0, 0, 0)
