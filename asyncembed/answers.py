@@ -178,6 +178,11 @@ def _count(value: str | None) -> int | None:
     return int(value) if value is not None and len(value) < 16 and value.strip().isdecimal() else None
 
 
+def is_other_model(asked: str, told: str | None) -> bool:
+    """Tell whether a reply names another model. `openai/x` behind a proxy is x; ada-002 is `…-ada-002-v2`."""
+    return bool(told) and asked.rpartition("/")[2].lower() not in str(told).lower()
+
+
 def scrub(message: str, secrets: Sequence[str] = ()) -> str:
     """Return the message without keys, on one line, no longer than is useful."""
     for secret in secrets:

@@ -86,7 +86,8 @@ def decode(body: bytes, count: int, dimensions: int | None) -> Reply:
     if vectors is None:
         raise ProtocolError("expected embeddings, got none")
     _check_numbers(vectors, guessed=dimensions is None)
-    return Reply(vectors, _tokens(document))
+    model = document.get("model")
+    return Reply(vectors, _tokens(document), model=model if isinstance(model, str) else None)
 
 
 def _take_out_arrays(body: bytes) -> tuple[bytes, dict[str, slice]]:

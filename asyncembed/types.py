@@ -85,11 +85,13 @@ class Reply:
         vectors: float32[n, d], all finite.
         tokens: Tokens billed as the provider said; None if it did not say.
         rates: What the answer told of the provider's limits; None if nothing.
+        model: The model that the provider says it used; None if it did not say.
     """
 
     vectors: Vectors = field(repr=False)
     tokens: int | None
     rates: Rates | None = None
+    model: str | None = None
 
 
 class Provider(Protocol):

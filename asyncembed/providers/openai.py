@@ -19,11 +19,12 @@ import os
 import ssl
 import sys
 from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
-from ..answers import error_of, rates_of
+from ..answers import error_of, is_other_model, rates_of
 from ..decoding import decode, most_bytes
 from ..errors import (
     AuthenticationError,
@@ -97,6 +98,7 @@ class OpenAIProvider:
         self._given_http_client = http_client
         self._connections = connections
         self._encoding = 0
+        self._warned = False
         # By process and loop: what was opened on one of them is no use to any other, and not theirs to close.
         self._clients: dict[tuple[int, asyncio.AbstractEventLoop], _Client] = {}
         if client is None:
@@ -169,7 +171,11 @@ class OpenAIProvider:
         self._expected = self._expected or reply.vectors.shape[1]
         if reply.vectors.shape[1] != self._expected:  # two first replies at once, of different sizes
             raise ProtocolError(f"expected {self._expected} dimensions, got {reply.vectors.shape[1]}")
-        return Reply(reply.vectors, reply.tokens, rates_of(response.headers))
+        # Azure is asked for a deployment, not for a model
+        if not (self._warned or client.is_azure) and is_other_model(self._model, reply.model):
+            self._warned = True
+            logger.warning("%s was asked for the model %r and answers with another one", self.host, self._model)
+        return replace(reply, rates=rates_of(response.headers))
 
     def _encode(self, texts: Sequence[str], encoding: str | None) -> bytes:
         fields: dict[str, Any] = {"model": self._model, "input": list(texts)}
@@ -308,12 +314,12 @@ class _Client:
             OSError,
             *((legacy.RequestError, legacy.StreamError) if legacy else ()),
         )
-        self._azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
+        self.is_azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
         self.sdk = sdk
 
     def path(self, model: str) -> str:
         # The SDK puts the deployment into the path only for bodies that it encodes itself.
-        return f"/deployments/{quote(model, safe='')}/embeddings" if self._azure else "/embeddings"
+        return f"/deployments/{quote(model, safe='')}/embeddings" if self.is_azure else "/embeddings"
 
 
 async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:

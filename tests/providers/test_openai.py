@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 
+from asyncembed.answers import is_other_model
 from asyncembed.errors import (
     AuthenticationError,
     BadRequestError,
@@ -31,6 +32,7 @@ from asyncembed.providers.openai import OpenAIProvider
 from asyncembed.testing import (
     LM_STUDIO,
     OLD_VLLM,
+    Beside,
     BrokenGzip,
     CutBody,
     Disconnect,
@@ -48,6 +50,7 @@ from asyncembed.testing import (
     Reset,
     Status,
     WrongDimensions,
+    every,
 )
 
 from .helpers import MODEL, plain, provider_at
@@ -447,3 +450,31 @@ async def test_dimensions_that_a_server_ignores_are_an_error_naming_both() -> No
     async with EmbeddingServer(dialect=LM_STUDIO, dimensions=DIMENSIONS) as server:
         with pytest.raises(ProtocolError, match=r"4 .*8"):
             await provider_at(server.base_url, dimensions=4).embed(["a"])
+
+
+async def test_another_model_in_the_replies_is_told_once(
+    server: EmbeddingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults = every(1, Beside(values={"model": "another-model"}))
+    provider = provider_at(server.base_url)
+    for _ in range(3):
+        await provider.embed(["a"])
+    await provider.aclose()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert MODEL in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "other"),
+    [
+        ("text-embedding-3-small", "text-embedding-3-small", False),
+        ("text-embedding-ada-002", "text-embedding-ada-002-v2", False),
+        ("openai/text-embedding-3-small", "text-embedding-3-small", False),
+        ("BAAI/bge-m3", "baai/BGE-M3", False),
+        ("bge-m3", None, False),
+        ("bge-m3", "", False),
+        ("text-embedding-3-small", "text-embedding-3-large", True),
+    ],
+)
+def test_a_model_may_be_spelled_in_other_ways(asked: str, told: str | None, other: bool) -> None:
+    assert is_other_model(asked, told) is other
