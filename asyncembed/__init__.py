@@ -37,6 +37,7 @@ from .errors import (
     SinkConfigError,
     SinkError,
     SomeFailedError,
+    SourceError,
     TooLargeError,
     TooLongError,
     TransportError,
@@ -49,6 +50,7 @@ from .types import EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, S
 
 if TYPE_CHECKING:
     from .sinks import PostgresSink, SQLiteSink
+    from .sources import PostgresSource
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,7 @@ __all__ = [
     "PermissionDeniedError",
     "Plan",
     "PostgresSink",
+    "PostgresSource",
     "Progress",
     "ProtocolError",
     "Provider",
@@ -95,6 +98,7 @@ __all__ = [
     "SinkConfigError",
     "SinkError",
     "SomeFailedError",
+    "SourceError",
     "TooLargeError",
     "TooLongError",
     "TransportError",
@@ -109,4 +113,8 @@ def __getattr__(name: str) -> Any:
         from . import sinks
 
         return getattr(sinks, name)
+    if name == "PostgresSource":
+        from . import sources
+
+        return sources.PostgresSource
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

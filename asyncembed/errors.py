@@ -27,6 +27,7 @@ AsyncEmbedError
 ├── SomeFailedError (RuntimeError)      what `EmbeddingResult.raise_for_failures` raises
 │   └── AllFailedError                  not one text was embedded; `.result` tells why
 ├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds what was done
+├── SourceError                         a source broke off; what came before is done, `.report` is not set
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
     ├── SinkBusyError                   somebody else held the lock for too long
@@ -225,6 +226,10 @@ class AllFailedError(SomeFailedError):
 
 class DeadlineError(AsyncEmbedError, TimeoutError):
     """The call's deadline passed. `result` or `report` holds what was done; nothing is left running."""
+
+
+class SourceError(AsyncEmbedError):
+    """A source broke off in the middle, or could not be reached. A rerun skips what was stored."""
 
 
 class SinkError(AsyncEmbedError):

@@ -15,9 +15,8 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
-import asyncpg
-
 from ..errors import AsyncEmbedError, SinkConfigError, SinkError
+from ..postgres import CLOSE_S, FOREIGN, Connection, Pool, create_pool
 from ..types import Hit, RecordId, Row, Vectors
 from . import pgvector_types, postgres_table, schema
 from .dsn import described
@@ -28,26 +27,19 @@ from .transactions import Transactions
 
 T = TypeVar("T")
 
-# Seconds for a connection to be made (asyncpg's own default is 60), and for all to be closed.
-CONNECT_S = 10.0
-CLOSE_S = 5.0
-
 # Ids a page when all are listed.
 IDS_PER_PAGE = 10_000
-
-# What asyncpg raises, and what comes through it.
-_FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ValueError)
 
 
 class _Pool:
     """The pool that was handed in, or one of our own, made anew for every event loop."""
 
-    def __init__(self, dsn_or_pool: str | asyncpg.Pool, size: int, name: str) -> None:
+    def __init__(self, dsn_or_pool: str | Pool, size: int, name: str) -> None:
         self._given = None if isinstance(dsn_or_pool, str) else dsn_or_pool
         self._dsn = dsn_or_pool if isinstance(dsn_or_pool, str) else None
         self._size = size
         self._name = name
-        self._own: asyncpg.Pool | None = None
+        self._own: Pool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keeper: AsyncGenerator[None, None] | None = None
 
@@ -61,7 +53,7 @@ class _Pool:
         """Whether somebody else made it, and will close it."""
         return self._given is not None
 
-    async def open(self) -> asyncpg.Pool:
+    async def open(self) -> Pool:
         """Return the pool for the running loop."""
         if self._given is not None:
             return self._given
@@ -71,15 +63,8 @@ class _Pool:
         if self._own is not None and self._loop is not None and self._loop.is_running():
             raise SinkError(f"{self._name} is in use by another running event loop: make a sink for each")
         self._loop = loop
-        self._own = asyncpg.create_pool(
-            self._dsn,
-            min_size=0,
-            max_size=self._size,
-            timeout=CONNECT_S,
-            statement_cache_size=0,  # so that a pooler may change the backend between transactions
-            init=_first_words,
-            reset=_no_words,
-        )
+        assert self._dsn is not None
+        self._own = create_pool(self._dsn, min_size=0, max_size=self._size, init=_first_words, reset=_no_words)
         await self._own  # connects nothing yet, and so does not wait
         self._keeper = _kept(self._own)
         await anext(self._keeper)
@@ -97,16 +82,16 @@ class _Pool:
             await keeper.aclose()
 
 
-async def _first_words(connection: asyncpg.Connection) -> None:
+async def _first_words(connection: Connection) -> None:
     async with connection.transaction():  # all on one backend, should a pooler stand between
         await pgvector_types.teach(connection)
 
 
-async def _no_words(connection: asyncpg.Connection) -> None:
+async def _no_words(connection: Connection) -> None:
     """Do without asyncpg's RESET ALL and the like: what we set, we set for one transaction."""
 
 
-async def _kept(pool: asyncpg.Pool) -> AsyncGenerator[None, None]:
+async def _kept(pool: Pool) -> AsyncGenerator[None, None]:
     """Close the pool when this is closed; asyncio does that to open generators before it closes their loop."""
     try:
         yield
@@ -134,7 +119,7 @@ class PostgresSink:
 
     def __init__(
         self,
-        dsn_or_pool: str | asyncpg.Pool,
+        dsn_or_pool: str | Pool,
         *,
         table: str = schema.TABLE,
         columns: Mapping[str, str] | None = None,
@@ -143,7 +128,7 @@ class PostgresSink:
         timeout: float = 60.0,
         retry_for: float = 120.0,
     ) -> None:
-        if not isinstance(dsn_or_pool, str | asyncpg.Pool):
+        if not isinstance(dsn_or_pool, str | Pool):
             raise SinkConfigError(
                 f"a PostgresSink takes an address or an asyncpg.Pool, not a {type(dsn_or_pool).__name__}"
             )
@@ -165,7 +150,7 @@ class PostgresSink:
         self._pool = _Pool(dsn_or_pool, pool_size, self._target.where)
         self._transactions = Transactions(
             self._pool.open,
-            _FOREIGN,
+            FOREIGN,
             name=self._target.where,
             timeout=timeout,
             retry_for=retry_for,

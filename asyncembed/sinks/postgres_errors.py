@@ -86,24 +86,28 @@ def explained(error: Exception, verdict: Verdict, name: str, *, tried_s: float, 
         tried_s: Seconds in which it was tried again, if the verdict allows it.
         waited_s: Seconds that one attempt may take.
     """
-    state, kind = sqlstate_of(error), type(error).__name__
-    if state is not None:
-        message = "" if verdict == "row" else f": {error.args[0]}"
-        text = f"{kind}{message} (SQLSTATE {state}){_hint_for(state)}"
-    elif isinstance(error, TimeoutError):
-        text = f"no free connection, or no answer on it, within {waited_s:g} s"
-    elif isinstance(error, ValueError):
-        text = f"{kind} in the driver: look at the address, the values in args=, and the codecs of a pool handed in"
-    elif isinstance(error, OSError):
-        text = f"the server cannot be reached: {kind}: {error}"
-    else:
-        text = f"{kind}: {error}"
+    text = f"{reason_of(error, verdict, waited_s=waited_s)}{_hint_for(sqlstate_of(error))}"
     if verdict in ("again", "busy"):
         text += f"; given up after trying for {tried_s:g} s"
     return {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)(f"{name}: {text}")
 
 
-def _hint_for(sqlstate: str) -> str:
+def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
+    """Return what the driver raised in words that may be shown. Arguments as for `explained`."""
+    state, kind = sqlstate_of(error), type(error).__name__
+    if state is not None:
+        message = "" if verdict == "row" else f": {error.args[0]}"
+        return f"{kind}{message} (SQLSTATE {state})"
+    if isinstance(error, TimeoutError):
+        return f"no free connection, or no answer on it, within {waited_s:g} s"
+    if isinstance(error, ValueError):
+        return f"{kind} in the driver: look at the address, the values in args=, and the codecs of a pool handed in"
+    if isinstance(error, OSError):
+        return f"the server cannot be reached: {kind}: {error}"
+    return f"{kind}: {error}"
+
+
+def _hint_for(sqlstate: str | None) -> str:
     if sqlstate in ("26000", "42P05"):
         return ": a pooler stands between; make the pool with statement_cache_size=0"
     if sqlstate == "42501":

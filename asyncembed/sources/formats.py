@@ -130,11 +130,17 @@ def _json_item(raw: bytes | None, where: str, fields: Fields) -> Item:
         return InvalidRecordError(f"{where}: is not JSON: {why} at column {str(error).rpartition(' ')[2]}")
     if not isinstance(value, dict):
         return InvalidRecordError(f"{where}: holds a JSON {type(value).__name__}; a record is an object")
-    return _item(value, where, fields)
+    return as_item(value, where, fields)
 
 
-def _item(value: dict[str, Any], where: str, fields: Fields) -> Item:
-    """Take id and text out of the value; what is left is metadata, with that of a field `metadata` spread."""
+def as_item(value: dict[str, Any], where: str, fields: Fields) -> Item:
+    """Take id and text out of the value; what is left is metadata, with that of a field `metadata` spread.
+
+    Args:
+        value: By field or column; emptied.
+        where: The record's place in its source, for messages.
+        fields: Which of them are id and text.
+    """
     id = value.pop(fields.id, None)
     if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
         what = "is missing or null" if id is None else "is empty" if id == "" else f"is {type(id).__name__}"
@@ -189,7 +195,7 @@ def csv_items(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Ite
         elif len(row) != len(header):
             yield InvalidRecordError(f"{where}: the row has {len(row)} fields, the header {len(header)}")
         else:
-            yield _item(dict(zip(header, row, strict=True)), where, fields)
+            yield as_item(dict(zip(header, row, strict=True)), where, fields)
 
 
 def _header_problem(header: list[str], fields: Fields) -> str | None:
