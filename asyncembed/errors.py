@@ -209,7 +209,9 @@ class ServerError(ProviderError):
 class TransportError(ProviderError):
     """No whole answer came: refused, lost, cut, or, if `timed_out`, not in time."""
 
-    timed_out = False
+    def __init__(self, message: str, *, timed_out: bool = False, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.timed_out = timed_out
 
 
 class ProtocolError(ProviderError):

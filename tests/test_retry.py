@@ -206,9 +206,7 @@ def test_after_a_lost_connection_the_first_repetition_is_immediate_and_the_next_
 
 
 def test_after_a_timeout_the_first_repetition_backs_off() -> None:
-    late = TransportError("x")
-    late.timed_out = True
-    action = decide(late, past(), MAX_RETRIES)
+    action = decide(TransportError("x", timed_out=True), past(), MAX_RETRIES)
     assert isinstance(action, Retry)
     assert not action.shared
     assert 0.25 <= action.after_s <= 0.5

@@ -142,9 +142,7 @@ class OpenAIProvider:
             async with asyncio.timeout(self._timeout):
                 return await self._embed(client, texts)
         except TimeoutError:
-            late = TransportError(f"no whole answer within {self._timeout:g} s")
-            late.timed_out = True
-            raise late from None
+            raise TransportError(f"no whole answer within {self._timeout:g} s", timed_out=True) from None
 
     async def _embed(self, client: _Client, texts: Sequence[str]) -> Reply:
         for encoding in range(self._encoding, len(_ENCODINGS)):
@@ -350,11 +348,14 @@ async def _stop_at_refusal(response: Any) -> None:
 
 
 async def _read(response: Any, limit: int) -> bytes:
-    body = BytesIO()  # hands its bytes out without a copy, which of 50 MB would stall the loop for 20 ms
+    told = response.headers.get("content-length", "")
+    # zeros cost nothing until written over; growing, or handing out a copy, of 50 MB stalls the loop for 50 ms
+    body = BytesIO(bytes(min(int(told), limit)) if told.isdecimal() and len(told) < 16 else b"")
     async for chunk in response.aiter_bytes():
         body.write(chunk)
         if body.tell() > limit:
             raise ProtocolError(f"expected a reply of at most {limit:,} bytes, got more")
+    body.truncate()
     return body.getvalue()
 
 
