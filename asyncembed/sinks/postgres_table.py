@@ -175,26 +175,25 @@ async def agreed_size(connection: Any, layout: Layout, model: str, dimensions: i
     """Return the size of the model's stored vectors; if there are none the given one, recorded if the table is ours."""
     if layout.fixed_size is not None:
         return layout.fixed_size
+    key = (layout.table, model)
+    of_model = f"{layout.sql_models} WHERE table_name = $1 AND model = $2"
     if ours:
-        recorded = await connection.fetchval(
-            # shared, so that nobody records another size before this transaction has stored its rows
-            f"SELECT dimensions FROM {layout.sql_models} WHERE table_name = $1 AND model = $2 FOR SHARE",
-            layout.table,
-            model,
+        # locked, if it is the same size, so that nobody records another before this transaction has stored its rows
+        same = await connection.fetchval(
+            f"SELECT dimensions FROM {of_model} AND dimensions = $3 FOR SHARE", *key, dimensions
         )
-        if recorded == dimensions:
+        if same is not None:
             return dimensions
-    # no record, or another: the rows decide, since they may have been put in or deleted by hand
-    size = await connection.fetchval(layout.sizes(), model) or dimensions
+        record = f"INSERT INTO {layout.sql_models} VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
+        await connection.execute(record, *key, dimensions)
+        await connection.execute(f"SELECT dimensions FROM {of_model} FOR UPDATE", *key)
+    # the rows decide, since they may have been put in or deleted by hand
+    size = int(await connection.fetchval(layout.sizes(), model) or dimensions)
     if ours:
         await connection.execute(
-            f"INSERT INTO {layout.sql_models} VALUES ($1, $2, $3) "
-            "ON CONFLICT (table_name, model) DO UPDATE SET dimensions = EXCLUDED.dimensions",
-            layout.table,
-            model,
-            size,
+            f"UPDATE {layout.sql_models} SET dimensions = $3 WHERE table_name = $1 AND model = $2", *key, size
         )
-    return int(size)
+    return size
 
 
 class RefusedError(Exception):
