@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -11,16 +14,21 @@ import numpy as np
 import pytest
 
 from asyncembed import Embedder, Record
+from asyncembed.batches import Outcome
 from asyncembed.errors import (
     BadRequestError,
     ConfigError,
+    DeadlineError,
     InvalidRecordError,
     InvalidTextError,
     QuotaError,
     RejectedTextError,
     WrongTypeError,
 )
+from asyncembed.gathering import WORTH_A_THREAD_BYTES, Results
 from asyncembed.report import Progress
+from asyncembed.run import Run
+from asyncembed.weighing import Text
 from tests.fakes import FakeProvider, Script, vector_of
 
 
@@ -149,6 +157,79 @@ def test_one_embedder_serves_one_loop_after_another() -> None:
     assert len(provider.requests) == 60
 
 
+def test_event_loops_that_are_closed_are_forgotten() -> None:
+    embedder, _ = make(concurrency=1, max_batch_size=1)
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def use() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        async with asyncio.TaskGroup() as group:  # at once, so that its locks are waited for, and know their loop
+            for number in range(5):
+                group.create_task(embedder.embed([f"text {number}", "x" * 3_000]))
+                group.create_task(embedder.embed_one(f"text {number}"))
+
+    for _ in range(4):
+        asyncio.run(use())
+    gc.collect()
+    assert [loop() is None for loop in loops] == [True, True, True, False]
+
+
+def test_one_embedder_serves_several_threads_with_a_loop_each() -> None:
+    embedder, provider = make(concurrency=2, max_batch_size=1)
+    errors: list[BaseException] = []
+
+    def work(name: int) -> None:
+        async def use() -> None:
+            texts = [f"text {name} {number}" for number in range(50)]
+            result = await embedder.embed(texts)
+            for index, text in enumerate(texts):
+                np.testing.assert_array_equal(result[index], vector_of(text))
+
+        try:
+            asyncio.run(use())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(provider.requests) == 200
+
+
+async def test_a_provider_need_not_be_hashable() -> None:
+    class Unhashable(FakeProvider):
+        __hash__ = None  # type: ignore[assignment]
+
+    embedder = Embedder("fake", provider=Unhashable(latency_s=0))
+    assert (await embedder.embed(["a"])).failures == ()
+
+
+async def test_two_replies_that_come_at_once_go_into_one_array() -> None:
+    small_is_there = threading.Event()
+
+    class Slow(Results):
+        def _place(self, embeddings: Any, outcome: Outcome) -> None:
+            if len(outcome.texts) > 1:  # in a thread
+                assert small_is_there.wait(10)
+            super()._place(embeddings, outcome)
+
+    count = WORTH_A_THREAD_BYTES // 16 + 10
+    results = Slow(count, Run(), None)
+    vectors = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
+    texts = [Text("", [index]) for index in range(count)]
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(results.deliver(Outcome(texts[1:], vectors[1:])))
+        await asyncio.sleep(0)
+        await results.deliver(Outcome(texts[:1], vectors[:1]))
+        small_is_there.set()
+
+    np.testing.assert_array_equal(results.finish(None, None, None).embeddings, vectors)
+
+
 def test_the_repr_shows_no_key() -> None:
     embedder = Embedder("text-embedding-3-small", api_key="sk-canary")
     assert "canary" not in repr(embedder)
@@ -272,16 +353,53 @@ async def test_a_fatal_answer_ends_a_stream_after_all_that_was_read() -> None:
     assert sum(item.vector is not None for item in done) == 20
 
 
-async def test_an_error_of_the_source_is_raised_after_what_came_before_it() -> None:
-    def source() -> Iterator[str]:
-        yield "a"
-        raise KeyError("the source broke")
+SOURCE_ERRORS = [
+    KeyError("the source broke"),
+    TimeoutError("the source's own"),
+    ExceptionGroup("the source's own", [ValueError(1), KeyError(2)]),
+    DeadlineError("of another call"),
+]
 
-    embedder, _ = make()
-    with pytest.raises(KeyError, match="the source broke"):
-        async for _ in embedder.stream(source()):
-            pass
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=lambda error: type(error).__name__)
+async def test_an_error_of_the_source_is_raised_as_it_is_after_what_came_before_it(
+    error: Exception, is_async: bool
+) -> None:
+    def source() -> Iterator[str]:
+        yield from ("a", "b", "c")
+        raise error
+
+    async def async_source() -> AsyncIterator[str]:
+        for text in source():
+            yield text
+
+    embedder, _ = make(max_batch_size=2)
+    seen = []
+    with pytest.raises(type(error)) as caught:
+        async for item in embedder.stream(async_source() if is_async else source(), deadline=60):
+            seen.append(item.record.text)  # noqa: PERF401  # what came before the error is what is tested
+    assert caught.value is error
+    assert seen == ["a", "b", "c"]
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.virtual_time
+async def test_a_stream_ends_at_its_deadline_after_what_was_done() -> None:
+    embedder = Embedder("fake", provider=FakeProvider(), max_batch_size=1, concurrency=1)
+    seen = []
+    with pytest.raises(DeadlineError):
+        async for item in embedder.stream(numbered(100), deadline=3.5):
+            seen.append(item.record.id)  # noqa: PERF401  # as above
+    assert seen == [0, 1, 2]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_vector_of_a_stream_keeps_no_other_in_memory() -> None:
+    embedder, _ = make()
+    async for item in embedder.stream(numbered(10)):
+        assert item.vector is not None
+        assert item.vector.base is None
 
 
 @pytest.mark.parametrize("source", ["text", b"text", {"id": 1}, {"a", "b"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
@@ -157,3 +158,39 @@ async def test_closing_the_slices_closes_the_source() -> None:
         await anext(some)
     assert closed
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.virtual_time
+async def test_closing_the_slices_closes_the_iterator_of_an_iterable_too() -> None:
+    closed: list[bool] = []
+
+    class Pages:
+        async def __aiter__(self) -> AsyncIterator[int]:
+            try:
+                async for number in numbers(100):
+                    yield number
+            finally:
+                closed.append(True)
+
+    async with aclosing(in_slices(Pages(), 3)) as some:
+        await anext(some)
+        await asyncio.sleep(10)  # it is one slice ahead, and waits there
+    assert closed == [True]
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_an_error_of_a_source_that_nobody_reads_any_more_is_no_lost_one() -> None:
+    lost: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
+
+    async def source() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+        raise KeyError("after what was wanted")
+
+    async with aclosing(in_slices(source(), 1)) as some:
+        await anext(some)
+        for _ in range(10):
+            await asyncio.sleep(0)
+    gc.collect()
+    assert lost == []

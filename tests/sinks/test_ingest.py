@@ -232,7 +232,7 @@ async def test_a_progress_callback_that_raises_harms_nothing(open_store: OpenSto
 
     def broken(progress: Progress) -> None:
         calls.append(progress)
-        raise ZeroDivisionError
+        raise TimeoutError
 
     async with open_store() as sink:
         report = await ingest(records(50), embedder, sink, on_progress=broken)
@@ -295,6 +295,27 @@ async def test_a_store_that_takes_no_more_ends_the_run_with_an_honest_report() -
     assert report.success_count + report.failed_count == report.seen
     assert len(provider.requests) <= 10
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("where", ["prepare", "existing", "write"])
+@pytest.mark.parametrize(
+    "error", [TimeoutError("the store's own"), ExceptionGroup("the store's own", [ValueError(1)])], ids=["one", "group"]
+)
+async def test_an_error_of_a_store_that_is_not_ours_is_raised_as_it_is(where: str, error: Exception) -> None:
+    class Foreign(BrokenSink):
+        pass
+
+    async def broken(*_: Any) -> Any:
+        await asyncio.sleep(0)
+        raise error
+
+    setattr(Foreign, where, broken)
+    for deadline in (None, 60.0):
+        embedder, _ = make(max_batch_size=10)
+        with pytest.raises(type(error)) as caught:
+            await ingest(records(100), embedder, Foreign(batches=3), deadline=deadline)
+        assert caught.value is error
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_a_run_that_is_asked_to_end_stores_what_is_under_way_and_says_so(open_store: OpenStore) -> None:
@@ -362,10 +383,9 @@ async def test_an_error_of_the_source_is_raised_as_it_is_after_storing_what_came
     async with open_store() as sink:
         with pytest.raises(KeyError, match="the source broke"):
             await ingest(source(), embedder, sink)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        again, _ = make()
-        await ingest(records(2_500), again, sink)
         assert await sink.count() == 2_500
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert (await ingest(records(2_500), embedder, sink)).skipped_count == 2_500
 
 
 async def test_the_deadline_ends_the_run_with_a_report(open_store: OpenStore) -> None:
