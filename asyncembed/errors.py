@@ -27,7 +27,7 @@ AsyncEmbedError
 ├── SomeFailedError (RuntimeError)      what `EmbeddingResult.raise_for_failures` raises
 │   └── AllFailedError                  not one text was embedded; `.result` tells why
 ├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds what was done
-├── SourceError                         a source broke off; what came before is done, `.report` is not set
+├── SourceError                         a source cannot be reached, or broke off in the middle
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
     ├── SinkBusyError                   somebody else held the lock for too long
@@ -231,7 +231,7 @@ class DeadlineError(AsyncEmbedError, TimeoutError):
 
 
 class SourceError(AsyncEmbedError):
-    """A source broke off in the middle, or could not be reached. A rerun skips what was stored."""
+    """A source cannot be reached, or broke off in the middle. What was stored stays, and a rerun skips it."""
 
 
 class SinkError(AsyncEmbedError):

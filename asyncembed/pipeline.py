@@ -12,7 +12,7 @@ from typing import Any
 
 from .batches import Outcome
 from .embedder import Embedder
-from .errors import AsyncEmbedError, InputError, InvalidRecordError, SinkError
+from .errors import AsyncEmbedError, InputError, InvalidRecordError, SinkError, SourceError
 from .gathering import reporter
 from .loops import ended
 from .pruning import Pruning
@@ -58,6 +58,7 @@ async def ingest(
         ConfigError: prune=True, and the sink cannot list and delete ids; see `pruning.PrunableSink`.
         FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
         SinkError: The store cannot take more. What it took is stored, `.report` tells.
+        SourceError: The source broke off; likewise. Other errors of a source are raised as they are.
         DeadlineError: The deadline passed; likewise.
     """
     run = Run(deadline)
@@ -70,7 +71,7 @@ async def ingest(
             async with aclosing(job.slices(records)) as slices:
                 await embedder.run(slices, run, job.deliver)
             await job.prune()
-    except SinkError as error:
+    except (SinkError, SourceError) as error:
         error.report = job.finish(error)
         raise
     finally:

@@ -63,6 +63,7 @@ ROWS = [
     "testing",
     "cli.display",
     "cli.interrupts",
+    "cli.reading",
     "cli.commands",
     "cli",
     "__main__",

@@ -20,7 +20,7 @@ import click
 from .. import Embedder, __version__, ingest, models, open_sink
 from ..errors import AsyncEmbedError, ConfigError, InputError, SinkConfigError
 from ..report import IngestReport
-from ..sources import SUFFIXES, Sources
+from ..sources import SUFFIXES
 from .display import (
     display,
     failure_lines,
@@ -33,6 +33,7 @@ from .display import (
     with_total,
 )
 from .interrupts import Interrupts
+from .reading import Reading
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -94,10 +95,11 @@ def ingest_command(
 ) -> None:
     """Embed what SOURCE... holds and store it in TARGET.
 
-    A SOURCE is a file, a folder, a quoted glob, or - for JSON Lines on standard input. What TARGET already has,
-    with the same text and model, is skipped.
+    A SOURCE is a file, a folder, a quoted glob, - for JSON Lines on standard input, or rows of PostgreSQL:
+    "postgresql://user@host/db?query=SELECT id, text FROM docs". What TARGET already has, with the same text and
+    model, is skipped.
     """
-    reading = Sources(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    reading = Reading(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
     options = {"base_url": base_url, "dimensions": dimensions, "concurrency": concurrency}
     _run(_ingest(reading, target, model, options, prune, as_json))
 
@@ -124,7 +126,7 @@ def plan_command(
     sources: tuple[str, ...], model: str, chunk_tokens: int, id_field: str, text_field: str, as_json: bool
 ) -> None:
     """Show what embedding SOURCE... would take: requests, tokens, price. Sends nothing, needs no key."""
-    reading = Sources(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    reading = Reading(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
     _run(_plan(reading, model, as_json))
 
 
@@ -144,7 +146,7 @@ def _code(error: AsyncEmbedError) -> int:
 
 
 async def _ingest(
-    sources: Sources, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
+    sources: Reading, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
 ) -> int:
     async with _embedder(model, options) as embedder, open_sink(target) as sink:
         await sources.check(_file_of(target))
@@ -231,7 +233,7 @@ def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
     return model or next(iter(stored))
 
 
-async def _plan(sources: Sources, model: str, as_json: bool) -> int:
+async def _plan(sources: Reading, model: str, as_json: bool) -> int:
     with display(silent=as_json):
         await sources.check()
         async with Embedder(model, api_key="plan-sends-nothing") as embedder:

@@ -10,7 +10,7 @@ from datetime import date, datetime, time, timedelta
 from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote_plus
 
-from ..errors import AsyncEmbedError, ConfigError, SourceError
+from ..errors import AsyncEmbedError, ConfigError, SinkConfigError, SourceError
 from ..postgres import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect
 from ..sinks.dsn import described
 from ..sinks.postgres_errors import reason_of, verdict_on
@@ -30,8 +30,8 @@ class PostgresSource:
 
     Columns named `id_field` and `text_field` hold a record's id and text; without a column `text`, `title` and
     `content` are joined as `title\\ncontent`. All others become metadata, with that of a JSON object in a column
-    `metadata` spread: json and jsonb as what they hold, arrays as lists, times as ISO 8601, intervals as seconds,
-    bytea as hexadecimal digits, and all that JSON has no word for (numeric, uuid, inet, ranges) as text.
+    `metadata` spread: json and jsonb as what they hold, arrays and points as lists, times as ISO 8601, intervals as
+    seconds, bytea as hexadecimal digits, and all that JSON has no word for (numeric, uuid, inet, ranges) as text.
 
     One transaction is open from the first row to the last. It reads what was there when it began, so rows may be
     changed meanwhile, also by what is made of these records; but VACUUM cannot clean up behind it until it ends.
@@ -57,15 +57,14 @@ class PostgresSource:
         text_field: str = "text",
     ) -> None:
         if not isinstance(dsn_or_pool, str | Pool):
-            raise ConfigError(f"a PostgresSource takes an address or an asyncpg.Pool, not {type(dsn_or_pool).__name__}")
+            raise ConfigError(f"a PostgresSource takes an address or an asyncpg Pool, not {type(dsn_or_pool).__name__}")
         if not query.strip():
             raise ConfigError("the query is empty")
         self._from = dsn_or_pool
         self._query = query
         self._args = tuple(args)
         self._fields = Fields(id_field, text_field)
-        place = described(dsn_or_pool) if isinstance(dsn_or_pool, str) else "the given pool"
-        self._name = f"the query in {place}"
+        self._name = f"the query in {_place(dsn_or_pool)}"
 
     @classmethod
     def from_url(cls, url: str, *, id_field: str = "id", text_field: str = "text") -> Self:
@@ -157,6 +156,9 @@ class PostgresSource:
         statement = await connection.prepare(self._query)
         columns = statement.get_attributes()
         names = [column.name for column in columns]
+        wanted = len(statement.get_parameters())
+        if wanted != len(self._args):
+            raise ConfigError(f"{self._name} has {wanted} parameters, and args= has {len(self._args)} values")
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ConfigError(f"{self._name} has several columns named {', '.join(doubled)}: name them apart with AS")
@@ -169,6 +171,13 @@ class PostgresSource:
         return statement, {
             column.name: _parsed if column.type.name in ("json", "jsonb") else _plain for column in columns
         }
+
+
+def _place(dsn_or_pool: str | Pool) -> str:
+    try:
+        return described(dsn_or_pool) if isinstance(dsn_or_pool, str) else "the given pool"
+    except SinkConfigError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _parsed(value: Any) -> Any:
@@ -191,7 +200,7 @@ def _plain(value: Any) -> Any:
         return value.total_seconds()
     if isinstance(value, bytes):
         return value.hex()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, Mapping) or hasattr(value, "keys"):  # a composite, which is no Mapping
         return {name: _plain(one) for name, one in value.items()}

@@ -7,11 +7,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asyncembed.testing import EmbeddingServer, script
 from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, start, text_of
+from tests.sinks.conftest import told
 from tests.test_cli import Held, process
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -85,3 +87,46 @@ def test_a_process_is_not_held_up_by_another_that_was_killed_in_a_transaction(
     assert [finish(doomed), finish(other)] == [-signal.SIGKILL, 0]
     figures = checked(Job(target, "", 1_000), server, kills=1)
     assert (figures.lost, figures.doubled, figures.others, figures.wrong, figures.damaged) == (0, 0, 0, 0, 0)
+
+
+def test_the_command_reads_a_query_and_stores_into_any_store(
+    target: str, server: EmbeddingServer, dsn: str, tmp_path: Path
+) -> None:
+    told(
+        dsn,
+        "CREATE TABLE docs (id int, text text)",
+        "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(0, 99) n",
+    )
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": 100, "text": text_of(100)}))
+    arguments = ["ingest", f"{dsn}&query=SELECT id, text FROM docs", str(more), "--to", target, "--prune", "--json"]
+
+    def run(code: int = 0) -> dict[str, Any]:
+        with process(*arguments) as child:
+            out, err = child.communicate(timeout=30)
+        assert (child.returncode, err) == (code, "")
+        return json.loads(out)
+
+    assert run()["success_count"] == 101
+    assert checked(Job(target, "", 101), server) == Figures(jobs=1)
+    told(dsn, "DELETE FROM docs WHERE id >= 50")
+    more.write_text("")
+    assert (run()["skipped_count"], len(Store(target).rows())) == (50, 50)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("postgresql://me:s3cret@127.0.0.1:1/db", "a source in PostgreSQL needs a query"),
+        ("postgresql://me:s3cret@127.0.0.1:1/db?query=TABLE docs", "the query in db on 127.0.0.1:1"),
+        ("postgresql://me:s3/cret@127.0.0.1:1/db?query=TABLE docs", "the address is not postgresql://"),
+    ],
+)
+def test_a_query_that_cannot_be_run_is_one_line_without_the_password(
+    server: EmbeddingServer, tmp_path: Path, source: str, message: str
+) -> None:
+    with process("ingest", source, "--to", str(tmp_path / "v.db")) as child:
+        out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err.count("\n"), "s3" in err) == (2, "", 1, False)
+    assert err.startswith(f"asyncembed: {message}")
+    assert inputs_of(server) == 0

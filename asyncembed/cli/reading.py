@@ -1,0 +1,55 @@
+"""What the command reads: files first, then the queries among its sources."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+from ..sources import Sources
+
+_QUERIES: Final = ("postgresql://", "postgres://")
+
+
+class Reading:
+    """An async iterable of the records in SOURCE..., as `Sources` is one of those in files; `check` comes first."""
+
+    def __init__(self, sources: Sequence[str], *, id_field: str, text_field: str, chunk_tokens: int) -> None:
+        files = [source for source in sources if not source.startswith(_QUERIES)]
+        self._files = Sources(files, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+        self._addresses = [source for source in sources if source.startswith(_QUERIES)]
+        self._fields = {"id_field": id_field, "text_field": text_field}
+        self._queries: list[Any] = []
+
+    @property
+    def empty_folders(self) -> list[str]:
+        """Folders in which there is nothing to read; known after `check`."""
+        return self._files.empty_folders
+
+    def expected(self) -> int | None:
+        """Return how many records there are, as far as anybody knows."""
+        return None if self._addresses else self._files.expected()
+
+    async def check(self, target: str | None = None) -> None:
+        """Look at all files, and have the server look at all queries; read nothing.
+
+        Args:
+            target: A file that will be written, and so must not be read.
+
+        Raises:
+            ConfigError: A file cannot be read, an address is none or names no query, or a query cannot be run.
+            SourceError: A server does not answer.
+        """
+        await self._files.check(target)
+        if self._addresses:
+            from ..sources import PostgresSource  # its driver is an extra
+
+            self._queries = [PostgresSource.from_url(address, **self._fields) for address in self._addresses]
+        for query in self._queries:
+            await query.check()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for source in (self._files, *self._queries):
+            async with aclosing(aiter(source)) as items:
+                async for item in items:
+                    yield item
