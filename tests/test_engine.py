@@ -101,6 +101,18 @@ async def test_never_more_requests_are_under_way_than_allowed(concurrency: int) 
     assert now() - started == pytest.approx(math.ceil(30 / concurrency), abs=1e-3)
 
 
+async def test_a_small_call_does_not_wait_for_the_end_of_a_large_one() -> None:
+    embedder, _ = make(concurrency=4, max_batch_size=1)
+    async with asyncio.TaskGroup() as group:
+        large = group.create_task(embedder.embed(texts(400)))
+        await asyncio.sleep(10.5)
+        began = now()
+        await embedder.embed(["small"])
+        # behind what had its turn before: four under way, and as many as wait for a slot
+        assert now() - began <= 3.5
+        assert not large.done()
+
+
 async def test_two_calls_share_the_slots_of_their_embedder() -> None:
     embedder, provider = make(concurrency=4, max_batch_size=1)
 
@@ -234,7 +246,9 @@ async def test_a_pause_is_logged_once_and_not_by_every_task(caplog: pytest.LogCa
 
     await embedder.embed(texts(20))
 
-    assert [record.getMessage() for record in caplog.records] == ["pausing for 3600.0 s, as the provider asks"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "too fast for the provider: nothing is sent for 3600.0 s"
+    ]
 
 
 # ---- isolating

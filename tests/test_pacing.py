@@ -129,6 +129,51 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
 
 
 @pytest.mark.virtual_time
+@pytest.mark.parametrize("tells", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize(
+    ("limit", "wait_s"),
+    [
+        pytest.param({"requests_per_minute": 1.0}, 60, id="one request a minute"),
+        pytest.param({"tokens_per_minute": 1_000.0}, 300, id="a batch of five times the bucket"),
+    ],
+)
+async def test_a_tiny_limit_of_the_users_own_is_kept(limit: dict[str, float], wait_s: float, tells: bool) -> None:
+    provider = LimitedProvider(requests_per_minute=60, tells=tells)
+    embedder = Embedder("fake", provider=provider, max_batch_size=50, **limit)  # type: ignore[arg-type]
+    began = now()
+
+    await embedder.embed(TEXTS[:150])  # three requests of 5,000 tokens
+
+    assert now() - began == pytest.approx(2 * wait_s, rel=0.02)
+    assert provider.refused == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
+    provider = LimitedProvider()
+    embedders = [Embedder("fake", provider=provider, requests_per_minute=60) for _ in range(10)]
+    for embedder in embedders:
+        await embedder.embed(["a"])
+        await embedder.aclose()
+        await embedder.embed(["a"])
+    pace = shared_pace((provider.identity, "fake"))
+    assert list(pace.own) == [(60, False)]
+
+
+@pytest.mark.virtual_time
+async def test_a_request_limit_that_fills_up_in_hours_is_waited_for_as_long_as_the_refusal_says() -> None:
+    provider = LimitedProvider(requests_per_minute=10 / 60, capacity_s=3_600)  # ten an hour
+    embedder = Embedder("fake", provider=provider, max_batch_size=1)
+    began = now()
+
+    result = await embedder.embed(TEXTS[:14])
+
+    assert result.failures == ()
+    assert provider.refused <= 8  # those that were sent before the first refusal came
+    assert now() - began <= 1.1 * 4 * 360
+
+
+@pytest.mark.virtual_time
 async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None:
     provider = LimitedProvider(tokens_per_minute=600_000)
     embedders = [Embedder("fake", provider=provider, max_batch_size=50) for _ in range(2)]
