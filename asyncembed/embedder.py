@@ -22,13 +22,12 @@ from .providers.safety import ApiKey
 from .records import AnyIterable, in_slices
 from .report import EmbeddingResult, Plan, ProgressCallback, failed
 from .run import Run
-from .threads import in_thread_if
 from .tokens import ByteBound, TokenCounter, load_counter
 from .types import EmbeddedRecord, Failure, Provider, Vectors
 from .weighing import Text, TooLong, check_text, unique, weigh_texts
 
-# Checking and comparing a text takes 1 µs, so this many take 2 ms.
-WORTH_A_THREAD = 2_000
+# Checking and comparing so many texts takes 2 ms; then it is the loop's turn.
+TEXTS_A_TURN = 1_000
 
 
 class Embedder:
@@ -117,7 +116,8 @@ class Embedder:
         )
 
     def __repr__(self) -> str:
-        return f"<Embedder {self.model!r} concurrency={self.concurrency}>"
+        host = getattr(self._provider, "host", None)
+        return f"<Embedder {self.model!r}{f' at {host}' if host else ''} concurrency={self.concurrency}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
@@ -177,7 +177,7 @@ class Embedder:
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
         async with run.until_deadline():
-            waiting = await in_thread_if(len(contents) > WORTH_A_THREAD, _checked, contents)
+            waiting = await _checked(contents)
             await self._send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
         if run.stopped_by is not None:
@@ -374,10 +374,16 @@ def _listed(texts: Iterable[str]) -> list[str]:
     return contents
 
 
-def _checked(contents: list[str]) -> list[Text]:
-    for index, content in enumerate(contents):
-        try:
-            check_text(content)
-        except InputError as error:
-            raise type(error)(f"text {index} {error}") from None
-    return unique(enumerate(contents))
+async def _checked(contents: list[str]) -> list[Text]:
+    found: dict[str, Text] = {}
+    for start in range(0, len(contents), TEXTS_A_TURN):
+        turn = contents[start : start + TEXTS_A_TURN]
+        for index, content in enumerate(turn, start):
+            try:
+                check_text(content)
+            except InputError as error:
+                raise type(error)(f"text {index} {error}") from None
+        unique(enumerate(turn, start), found)
+        if start + TEXTS_A_TURN < len(contents):
+            await asyncio.sleep(0)
+    return list(found.values())

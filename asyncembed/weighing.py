@@ -87,9 +87,14 @@ def check_text(text: object) -> None:
             raise InvalidTextError(f"has a lone surrogate at character {error.start}, so it is not UTF-8") from None
 
 
-def unique(texts: Iterable[tuple[int, str]]) -> list[Text]:
-    """Merge equal texts: each is sent once and answers all its positions."""
-    found: dict[str, Text] = {}
+def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = None) -> list[Text]:
+    """Merge equal texts: each is sent once and answers all its positions.
+
+    Args:
+        texts: Positions and texts.
+        found: The texts of earlier positions, by content; these are added to it.
+    """
+    found = {} if found is None else found
     for index, content in texts:
         text = found.get(content)
         if text is None:
