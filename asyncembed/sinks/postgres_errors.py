@@ -42,9 +42,7 @@ _CLASSES: dict[str, Verdict] = {
     "3F": "config",  # invalid schema name
     "42": "config",  # no such table, column, type, operator
     "0A": "config",  # feature not supported: no such extension on this server
-    "58": "fatal",  # system error
 }
-
 
 # After a failover only a new connection leads to the new primary.
 NEW_CONNECTION = ("25006",)
@@ -113,7 +111,7 @@ def _hint_for(sqlstate: str | None) -> str:
     if sqlstate == "42501":
         return ": this user may not do that; see docs/sinks.md for the rights that are needed"
     if sqlstate in ("42P01", "42703"):
-        return ": the table was changed while it was in use"
+        return ": the table was changed while it was in use, or where= is not right"
     if sqlstate == "53100":
         return ": its disk is full"
     return ""

@@ -89,10 +89,11 @@ class Transactions:
                 await pool.release(connection, timeout=RELEASE_S)
 
     async def _transaction(self, connection: Any, work: Work[T]) -> T:
-        # bounded on the server, too: were this machine to vanish, its locks would vanish soon after
-        limit_ms = int(self._timeout * 1_000)
+        # bounded on the server, too: were this machine to vanish, its locks would vanish soon after; and no constraint
+        # is put off until COMMIT, where it could not be told any more which row it is about
+        limit_ms = max(1, int(self._timeout * 1_000))  # 0 would be no limit
         await connection.execute(
-            f"BEGIN; SET LOCAL statement_timeout = {limit_ms}; "
+            f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL statement_timeout = {limit_ms}; "
             f"SET LOCAL idle_in_transaction_session_timeout = {limit_ms}"
         )
         try:

@@ -157,6 +157,14 @@ async def test_a_row_that_cannot_be_stored_is_refused_alone(open_store: OpenStor
         assert [id async for id in sink.ids(MODEL)] == ["a", "z"]
 
 
+async def test_ids_and_models_as_long_as_they_may_be_are_stored(open_store: OpenStore) -> None:
+    noise = np.random.default_rng(0).bytes(1_250).hex()  # nothing that an index could compress
+    async with open_store() as sink:
+        await sink.prepare(noise[:500], 3)
+        assert await sink.write(noise[:500], [row(noise[500:])]) == {}
+        assert [id async for id in sink.ids(noise[:500])] == [noise[500:]]
+
+
 async def test_what_only_looks_like_an_escaped_nul_is_stored(open_store: OpenStore) -> None:
     async with open_store() as sink:
         assert await sink.write(MODEL, [row("a", metadata='{"path": "\\\\u0000", "e": "\\u00e9"}')]) == {}

@@ -286,12 +286,13 @@ async def test_two_spellings_of_one_id_are_one_row(dsn: str) -> None:
     assert told(dsn, "SELECT embedding::text FROM section_embeddings") == [("[0,1,0]",)]
 
 
-async def test_a_row_without_its_section_is_refused_alone(dsn: str) -> None:
+@pytest.mark.parametrize("when", ["", " DEFERRABLE INITIALLY DEFERRED"], ids=["at once", "at the commit"])
+async def test_a_row_without_its_section_is_refused_alone(dsn: str, when: str) -> None:
     told(
         dsn,
         "CREATE TABLE sections (id bigint PRIMARY KEY)",
         "INSERT INTO sections SELECT generate_series(1, 60)",
-        section_table("bigint REFERENCES sections"),
+        section_table(f"bigint REFERENCES sections{when}"),
     )
     async with PostgresSink(dsn, table="section_embeddings", columns=SECTIONS) as sink:
         refused = await sink.write(MODEL, [row(number) for number in (*range(1, 61), 99)])
