@@ -455,6 +455,15 @@ async def test_an_index_is_used_and_finds_what_the_exact_search_finds(dsn: str, 
     await until_an_index_was_used(dsn)
 
 
+async def test_a_pool_with_cached_plans_uses_the_index_all_the_same(dsn: str) -> None:
+    settings = "&enable_seqscan=off&enable_sort=off&plan_cache_mode=force_generic_plan"
+    async with asyncpg.create_pool(f"{dsn}{settings}", min_size=0, max_size=1) as pool, PostgresSink(pool) as sink:
+        await sink.write(MODEL, rows(50))
+        await sink.create_index()
+        await sink.search(rows(1)[0].vector)
+    await until_an_index_was_used(dsn)
+
+
 async def test_a_condition_that_few_rows_fulfil_still_fills_the_hits_of_an_index(dsn: str) -> None:
     flags = ('{"rare": true}', *['{"rare": false}'] * 99)
     stored = [row(one.id, one.vector, metadata=flags[n % 100]) for n, one in enumerate(rows(2_000))]

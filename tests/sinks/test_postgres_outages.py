@@ -146,18 +146,35 @@ async def test_writers_of_two_sizes_for_one_new_model_cannot_both_win(dsn: str) 
     assert told(dsn, "SELECT count(DISTINCT vector_dims(embedding)), count(*) FROM embeddings") == [(1, 20)]
 
 
+async def test_another_size_waits_for_the_first_rows_of_a_model_that_has_none_yet(dsn: str) -> None:
+    async with PostgresSink(dsn) as sink, PostgresSink(dsn) as other:
+        await sink.prepare(MODEL, 8)
+        async with a_batch_in_the_middle(dsn, sink, lock="SHARE") as writing:  # its size is agreed on, its rows wait
+            late = asyncio.create_task(other.prepare(MODEL, 4))
+            while not late.done() and not told(dsn, f"SELECT 1 FROM {WAITING_FOR_SIZE}"):  # noqa: ASYNC110  # only the server knows
+                await asyncio.sleep(0)
+        assert await writing == {}
+        with pytest.raises(SinkConfigError, match="8 dimensions for model 'model-a', and these have 4"):
+            await late
+
+
+WAITING_FOR_SIZE = "pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'asyncembed_models'"
+
+
 # ---- lost connections, lost answers ----
 
 
 @asynccontextmanager
-async def a_batch_in_the_middle(dsn: str, sink: PostgresSink) -> AsyncIterator[asyncio.Task[Any]]:
+async def a_batch_in_the_middle(
+    dsn: str, sink: PostgresSink, lock: str = "ACCESS EXCLUSIVE"
+) -> AsyncIterator[asyncio.Task[Any]]:
     """A write of 50 rows that waits for somebody's lock, within its transaction."""
     async with (
         asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool,
         pool.acquire() as blocker,
         blocker.transaction(),
     ):
-        await blocker.execute("LOCK TABLE embeddings IN ACCESS EXCLUSIVE MODE")
+        await blocker.execute(f"LOCK TABLE embeddings IN {lock} MODE")
         writing = asyncio.create_task(sink.write(MODEL, rows(50)))
         while not told(dsn, f"SELECT 1 FROM {WAITING}"):  # noqa: ASYNC110  # only the server knows
             await asyncio.sleep(0)
@@ -222,8 +239,9 @@ async def test_a_black_hole_ends_at_the_deadline_even_when_the_send_buffers_are_
     async with PostgresSink(through(proxy, dsn), timeout=0.5, retry_for=0) as sink:
         await sink.prepare(MODEL, 1_500)
         proxy.let_through.clear()
-        with pytest.raises(SinkBusyError, match=r"no answer on it, within 0\.5 s"):
-            await sink.write(MODEL, stored)
+        async with asyncio.timeout(4):  # eight times as long as it may take
+            with pytest.raises(SinkBusyError, match=r"no answer on it, within 0\.5 s"):
+                await sink.write(MODEL, stored)
         proxy.let_through.set()
     assert told(dsn, "SELECT count(*) FROM embeddings") == [(0,)]
 

@@ -33,6 +33,14 @@ def test_any_slices_of_any_rows_give_the_k_best_by_the_definition(
     assert all(-1.0 <= score <= 1.0 for _, score in best)
 
 
+def test_rows_that_differ_by_less_than_float32_can_tell_in_a_product_are_told_apart() -> None:
+    random = np.random.default_rng(5)
+    query = random.standard_normal(1_536).astype(np.float32)
+    matrix = query + 1e-4 * random.standard_normal((500, 1_536)).astype(np.float32)
+    expected = nearest([row(f"{number:04d}", vector) for number, vector in enumerate(matrix)], query, 5)
+    assert [id for id, _ in ranked(matrix, query, 5, slices=250)] == expected
+
+
 @pytest.mark.parametrize("dimensions", [1, 7, 256, 1_536, 3_072])
 def test_a_vector_has_the_same_score_wherever_it_stands(dimensions: int) -> None:
     random = np.random.default_rng(dimensions)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -240,6 +241,31 @@ async def test_a_writer_waiting_for_a_lock_is_cancelled_without_waiting_longer(
 async def until_it_tries(sink: SQLiteSink) -> None:
     while not (sink._connections and sink._connections[0]._db):  # noqa: ASYNC110  # no event is set when it opened
         await asyncio.sleep(0)
+
+
+async def test_a_writer_has_the_lock_from_its_first_statement_on(path: Path) -> None:
+    held = HeldRow("held")
+    async with SQLiteSink(path) as sink, SQLiteSink(path, busy_timeout=0) as other:
+        await sink.prepare(MODEL, 3)
+        writing = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
+        await asyncio.to_thread(held.reached.wait)  # it has only read so far
+        try:
+            with pytest.raises(SinkBusyError):
+                await other.write(MODEL, [row("other")])
+        finally:
+            held.go_on.set()
+        await writing
+        assert [id async for id in sink.ids(MODEL)] == ["held"]
+
+
+async def test_a_batch_that_was_stored_is_not_held_in_memory(path: Path) -> None:
+    vector = vec(1, 2, 3)
+    alive = weakref.ref(vector)
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a", vector)])
+        del vector
+        while alive() is not None:  # noqa: ASYNC110  # the thread lets go of it a moment later
+            await asyncio.sleep(0)
 
 
 async def test_readers_of_a_file_without_a_write_ahead_log_hold_a_writer_up_only_while_they_read(path: Path) -> None:
