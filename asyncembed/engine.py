@@ -251,7 +251,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         if action.shared:
             if self._pace.pause(action.after_s):
-                logger.warning("too fast for the provider: nothing is sent for %.1f s", action.after_s)
+                logger.warning("pausing for %.1f s: too fast for the provider", action.after_s)
         elif run.deadline_at is not None and loop.time() + action.after_s > run.deadline_at:
             run.stop(
                 DeadlineError(f"the next attempt would be in {action.after_s:.1f} s, which is beyond the deadline")
