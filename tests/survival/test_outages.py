@@ -120,8 +120,14 @@ async def test_connections_that_are_ended_again_and_again_are_replaced(dsn: str)
         embedder_at(server) as embedder,
         PostgresSink(dsn) as sink,
     ):
+        one_at_a_time = asyncio.Lock()  # or they would end each other
+
+        async def end_all() -> None:
+            async with one_at_a_time:
+                await asyncio.to_thread(end_connections, dsn)
+
         # beside the writes of other batches, which lose their connections in the middle
-        breaking = Before(sink, range(2, 40, 3), lambda: asyncio.to_thread(end_connections, dsn))
+        breaking = Before(sink, range(2, 40, 3), end_all)
         report = await ingest(records(job(2_000)), embedder, breaking)
         assert (report.success_count, report.failed_count) == (2_000, 0)
         await check(sink, 2_000)
