@@ -246,9 +246,7 @@ async def test_a_pause_is_logged_once_and_not_by_every_task(caplog: pytest.LogCa
 
     await embedder.embed(texts(20))
 
-    assert [record.getMessage() for record in caplog.records] == [
-        "pausing for 3600.0 s: too fast for the provider"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["pausing for 3600.0 s: too fast for the provider"]
 
 
 # ---- isolating
