@@ -175,12 +175,12 @@ class Table:
         if not found:
             return None
         rowids, ids, blobs = zip(*found, strict=True)
-        for id, blob in zip(ids, blobs, strict=True):
-            if len(blob) != 4 * dimensions:
-                raise SinkError(
-                    f"row {schema.shown(id)} of {self.where} holds {len(blob)} bytes where {dimensions} float32 "
-                    f"belong: something else wrote it; delete it"
-                )
+        if set(map(len, blobs)) != {4 * dimensions}:
+            id, blob = next((id, blob) for _, id, blob in found if len(blob) != 4 * dimensions)
+            raise SinkError(
+                f"row {schema.shown(id)} of {self.where} holds {len(blob)} bytes where {dimensions} float32 "
+                "belong: something else wrote it; delete it"
+            )
         ranking.offer(ids, np.frombuffer(b"".join(blobs), "<f4").reshape(len(blobs), dimensions))
         return int(rowids[-1])
 
