@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import date, datetime, time, timedelta
 from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote_plus
@@ -138,10 +138,11 @@ class PostgresSource:
     async def _let_go(self, connection: Connection, *, cut: bool) -> None:
         if cut:
             connection.terminate()
-        if isinstance(self._from, str):
-            await connection.close(timeout=CLOSE_S)
-        else:
-            await self._from.release(connection, timeout=CLOSE_S)
+        with suppress(*FOREIGN):  # the rows are read, or what kept them from it is told already
+            if isinstance(self._from, str):
+                await connection.close(timeout=CLOSE_S)
+            else:
+                await self._from.release(connection, timeout=CLOSE_S)
 
     def _fail(self, error: Exception, *, reached: bool) -> NoReturn:
         verdict = verdict_on(error, reached=reached)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from asyncembed import Embedder, PostgresSink, PostgresSource, Record, ingest
 from asyncembed.errors import ConfigError, InvalidRecordError, SourceError
 from tests.fakes import FakeProvider
-from tests.sinks.conftest import told
+from tests.stores import told
 
 
 async def read(source: PostgresSource) -> list[Any]:
@@ -308,3 +310,12 @@ async def test_a_row_with_a_number_that_json_does_not_know_fails_alone(dsn: str)
         report = await ingest(source, embedder, sink)
     assert (report.success_count, report.failed_ids) == (1, [1])
     assert isinstance(report.failures[0].error, InvalidRecordError)
+
+
+def test_without_its_extra_postgresql_says_how_to_get_it() -> None:
+    for wanted in ("asyncembed.open_sink('postgresql://h/d')", "asyncembed.PostgresSource"):
+        code = f"import sys; sys.modules['asyncpg'] = None; import asyncembed; {wanted}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stderr.endswith(
+            'ConfigError: PostgreSQL needs asyncpg and pgvector: pip install "asyncembed[postgres]"\n'
+        )
