@@ -1,4 +1,4 @@
-"""The virtual clock, and the vocabulary that tiktoken would download."""
+"""The virtual clock, the vocabulary that tiktoken would download, and the stores for all tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# fixtures; here and nowhere else, so that one PostgreSQL serves the whole session
+from tests.stores import bare_dsn, dsn, open_store, postgres, shared_dsn  # noqa: F401
 
 
 class _JumpingSelector(selectors.DefaultSelector):

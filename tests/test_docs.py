@@ -16,9 +16,11 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     text = page.read_text()
+    if "ASYNCEMBED_TEST_DSN" in text:
+        monkeypatch.setenv("ASYNCEMBED_TEST_DSN", request.getfixturevalue("dsn"))
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     with EmbeddingServer().in_thread() as server:

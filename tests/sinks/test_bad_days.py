@@ -22,8 +22,7 @@ from asyncembed.testing import (
     poison,
     script,
 )
-
-from .conftest import OpenStore
+from tests.stores import OpenStore
 
 DIMENSIONS = 16
 

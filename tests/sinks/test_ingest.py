@@ -26,8 +26,7 @@ from asyncembed.errors import (
 from asyncembed.report import IngestReport, Progress
 from asyncembed.types import Row
 from tests.fakes import FakeProvider, Script, vector_of
-
-from .conftest import OpenStore
+from tests.stores import OpenStore
 
 
 def make(script: Script | None = None, **options: Any) -> tuple[Embedder, FakeProvider]:

@@ -16,8 +16,8 @@ from pgvector.asyncpg import register_vector
 
 from asyncembed.errors import RowRefusedError, SinkConfigError, SinkError
 from asyncembed.sinks import PostgresSink
+from tests.stores import address, told
 
-from .conftest import address, told
 from .sink_rows import MODEL, hashes, nearest, row, rows, vec
 
 UUIDS = [UUID(int=number) for number in (7, 3, 5)]

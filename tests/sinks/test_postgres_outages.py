@@ -14,8 +14,8 @@ import pytest
 
 from asyncembed.errors import SinkBusyError, SinkConfigError, SinkError
 from asyncembed.sinks import PostgresSink
+from tests.stores import address, control, told
 
-from .conftest import address, control, told
 from .proxy import Pooler, Proxy
 from .sink_rows import MODEL, hashes, row, rows
 

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.sinks.conftest import dsn, open_store, postgres, shared_dsn
-
-__all__ = ["dsn", "open_store", "postgres", "shared_dsn"]
-
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:

@@ -15,7 +15,7 @@ from asyncembed.errors import ConfigError, DeadlineError, InvalidRecordError, Si
 from asyncembed.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
-from tests.sinks.conftest import OpenStore, told
+from tests.stores import OpenStore, told
 
 
 def make(script: Script | None = None, *, model: str = "fake", **options: Any) -> tuple[Embedder, FakeProvider]:
