@@ -138,6 +138,10 @@ class Layout:
         """Return a type or function of pgvector, qualified."""
         return f"{quoted(self.facts.extension.schema)}.{name}"
 
+    def meant(self, model: str | None) -> str | None:
+        """Return the model; None if no column tells models apart, so that any name means all rows."""
+        return model if "model" in self.names else None
+
     # ---- does it fit? ----
 
     def check(self) -> None:

@@ -284,20 +284,15 @@ class PostgresSink:
         query = check_query(vector, k)
 
         async def work(connection: Any, layout: Layout) -> list[Hit]:
-            models, asked = await self._models(connection, layout, model)
-            chosen = schema.choose_model(models, asked, query.size, layout.where)
+            ours, asked = self._target.ours, layout.meant(model)
+            candidates = await postgres_table.candidates(connection, layout, asked, ours=ours)
+            chosen = schema.choose_model(candidates, asked, query.size, layout.where)
             if chosen is None:
                 return []
             condition = layout.condition(where, args)
             return await postgres_table.nearest(connection, layout, Ranking(query, k), query, chosen, k, *condition)
 
         return await self._run(work)
-
-    async def _models(self, connection: Any, layout: Layout, model: str | None) -> tuple[dict[str, int], str | None]:
-        """Return the models with their sizes, and the one that is meant; all are one if no column tells."""
-        if "model" not in layout.names:
-            model = None
-        return await postgres_table.models(connection, layout, model, ours=self._target.ours), model
 
     async def models(self) -> dict[str, int]:
         """Return the models that have rows here, each with the dimensions of its vectors; "" if no column tells."""
@@ -364,9 +359,10 @@ class PostgresSink:
             raise SinkConfigError(f"metric {metric!r} is none of {', '.join(METRICS)}")
 
         async def work(connection: Any, layout: Layout) -> list[str]:
-            models, asked = await self._models(connection, layout, model)
+            stored = await postgres_table.models(connection, layout, ours=self._target.ours)
+            options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
             return await postgres_table.index_statements(
-                connection, layout, models, asked, metric, f"m = {int(m)}, ef_construction = {int(ef_construction)}"
+                connection, layout, stored, layout.meant(model), metric, options
             )
 
         for statement in await self._run(work):

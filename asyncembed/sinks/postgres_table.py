@@ -269,23 +269,31 @@ def _refusal(row: Row, layout: Layout, error: Any) -> RowRefusedError:
     )
 
 
-async def models(connection: Any, layout: Layout, only: str | None = None, *, ours: bool) -> dict[str, int]:
-    """Return the models that have vectors, each with their size; "" for all if no column tells models apart.
-
-    Args:
-        connection: Inside a transaction.
-        layout: Of the table.
-        only: The one that matters, if it is known.
-        ours: Whether the sizes are recorded.
-    """
+async def models(connection: Any, layout: Layout, *, ours: bool) -> dict[str, int]:
+    """Return the models that have vectors, each with their size; "" for all if no column tells models apart."""
     if ours:
-        known = await connection.fetch(
-            f"SELECT model, dimensions FROM {layout.sql_models} AS known WHERE table_name = $1 AND EXISTS "
-            f"(SELECT 1 FROM {layout.sql_table} AS stored WHERE stored.model = known.model)",
-            layout.table,
-        )
-        return {row["model"]: row["dimensions"] for row in known}
-    names = [only] if only is not None else [row[0] for row in await connection.fetch(layout.models())]
+        has_rows = f"EXISTS (SELECT 1 FROM {layout.sql_table} AS stored WHERE stored.model = known.model)"
+        return await _recorded(connection, layout, f" AND {has_rows}")
+    return await _sizes(connection, layout, [row[0] for row in await connection.fetch(layout.models())])
+
+
+async def candidates(connection: Any, layout: Layout, model: str | None, *, ours: bool) -> dict[str, int]:
+    """Return what `models` does, but without looking through the table if that decides nothing about that model."""
+    if ours:
+        quick = await _recorded(connection, layout)
+        enough = model in quick or len(quick) < 2
+    else:
+        quick = {} if model is None else await _sizes(connection, layout, [model])
+        enough = bool(quick)
+    return quick if enough else await models(connection, layout, ours=ours)
+
+
+async def _recorded(connection: Any, layout: Layout, condition: str = "") -> dict[str, int]:
+    sql = f"SELECT model, dimensions FROM {layout.sql_models} AS known WHERE table_name = $1{condition}"
+    return {row[0]: row[1] for row in await connection.fetch(sql, layout.table)}
+
+
+async def _sizes(connection: Any, layout: Layout, names: Sequence[str]) -> dict[str, int]:
     sizes = {name: await connection.fetchval(layout.sizes(), name) for name in names}
     return {name: size for name, size in sizes.items() if size is not None}
 

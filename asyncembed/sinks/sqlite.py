@@ -251,7 +251,8 @@ class SQLiteSink:
                 are several models and none was named.
         """
         query = check_query(vector, k)
-        chosen = schema.choose_model(await self.models(), model, query.size, self._table.where)
+        candidates = await self._read(partial(self._table.candidates, model=model))
+        chosen = schema.choose_model(candidates, model, query.size, self._table.where)
         if chosen is None:
             return []
         ranking = Ranking(query, k)

@@ -156,14 +156,19 @@ class Table:
 
     def models(self, connection: sqlite3.Connection) -> dict[str, int]:
         """Return the models that have rows, each with the dimensions of its vectors."""
-        self._check_created(connection)
-        return dict(
-            connection.execute(
-                f"SELECT model, dimensions FROM {schema.MODELS_TABLE} AS known WHERE table_name = ? "
-                f'AND EXISTS (SELECT 1 FROM "{self.name}" AS stored WHERE stored.model = known.model)',
-                (self.name,),
-            )
+        return self._recorded(
+            connection, f'AND EXISTS (SELECT 1 FROM "{self.name}" AS stored WHERE stored.model = known.model)'
         )
+
+    def candidates(self, connection: sqlite3.Connection, model: str | None) -> dict[str, int]:
+        """Return what `models` does, but without looking for rows if that decides nothing about that model."""
+        recorded = self._recorded(connection)
+        return recorded if model in recorded or len(recorded) < 2 else self.models(connection)
+
+    def _recorded(self, connection: sqlite3.Connection, condition: str = "") -> dict[str, int]:
+        self._check_created(connection)
+        sql = f"SELECT model, dimensions FROM {schema.MODELS_TABLE} AS known WHERE table_name = ? {condition}"
+        return dict(connection.execute(sql, (self.name,)))
 
     def rank_slice(self, connection: sqlite3.Connection, model: str, ranking: Ranking, after: int) -> int | None:
         """Offer the next rows behind that rowid to the ranking; return the last one's, None at the end."""
