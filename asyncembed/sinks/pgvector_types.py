@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pgvector import HalfVector, Vector
 
 from .schema import quoted
@@ -34,12 +35,14 @@ async def find(connection: Any) -> Extension | None:
     return None if row is None else Extension(row[0], tuple(int(part) for part in row[1].split(".")[:2]))
 
 
-async def teach(connection: Any) -> None:
-    """Let vectors travel in pgvector's binary format on this connection from now on, if there is a pgvector."""
+async def teach(connection: Any) -> bool:
+    """Let vectors travel in pgvector's binary format on this connection from now on; return whether there is one."""
     extension = await find(connection)
-    if extension is not None:
-        for kind in ("vector", "halfvec") if extension.version >= (0, 7) else ("vector",):
-            await _set_codec(connection, extension.schema, kind)
+    if extension is None:
+        return False
+    for kind in ("vector", "halfvec") if extension.version >= (0, 7) else ("vector",):
+        await _set_codec(connection, extension.schema, kind)
+    return True
 
 
 @asynccontextmanager
@@ -58,7 +61,16 @@ async def taught(connection: Any, schema: str, kind: str) -> AsyncIterator[None]
 
 
 async def _set_codec(connection: Any, schema: str, kind: str) -> None:
-    of: Any = {"vector": Vector, "halfvec": HalfVector}[kind]
-    await connection.set_type_codec(
-        kind, schema=schema, encoder=lambda v: of(v).to_binary(), decoder=of.from_binary, format="binary"
-    )
+    encode, decode = _CODECS[kind]
+    await connection.set_type_codec(kind, schema=schema, encoder=encode, decoder=decode, format="binary")
+
+
+def _encode_half(vector: Any) -> bytes:
+    with np.errstate(over="ignore"):  # to infinity, which the server then refuses for its row alone
+        return HalfVector(vector).to_binary()
+
+
+_CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
+    "vector": (lambda vector: Vector(vector).to_binary(), Vector.from_binary),
+    "halfvec": (_encode_half, HalfVector.from_binary),
+}

@@ -42,6 +42,7 @@ class _Pool:
         self._own: Pool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keeper: AsyncGenerator[None, None] | None = None
+        self._ignorant = asyncio.Event()  # set when a connection is made where there is no pgvector yet
 
     def __del__(self) -> None:
         if self._own is not None and self._loop is not None and not self._loop.is_closed():
@@ -64,15 +65,17 @@ class _Pool:
             raise SinkError(f"{self._name} is in use by another running event loop: make a sink for each")
         self._loop = loop
         assert self._dsn is not None
-        self._own = create_pool(self._dsn, min_size=0, max_size=self._size, init=_first_words, reset=_no_words)
+        first_words = partial(_first_words, self._ignorant)
+        self._own = create_pool(self._dsn, min_size=0, max_size=self._size, init=first_words, reset=_no_words)
         await self._own  # connects nothing yet, and so does not wait
         self._keeper = _kept(self._own)
         await anext(self._keeper)
         return self._own
 
-    async def renew(self) -> None:
-        """Have every connection made anew before it is used again."""
-        if self._own is not None:
+    async def learn(self) -> None:
+        """Have connections that know of no pgvector made anew before they are used again: now there is one."""
+        if self._own is not None and self._ignorant.is_set():
+            self._ignorant.clear()
             await self._own.expire_connections()
 
     async def aclose(self) -> None:
@@ -82,9 +85,10 @@ class _Pool:
             await keeper.aclose()
 
 
-async def _first_words(connection: Connection) -> None:
+async def _first_words(ignorant: asyncio.Event, connection: Connection) -> None:
     async with connection.transaction():  # all on one backend, should a pooler stand between
-        await pgvector_types.teach(connection)
+        if not await pgvector_types.teach(connection):
+            ignorant.set()
 
 
 async def _no_words(connection: Connection) -> None:
@@ -186,13 +190,9 @@ class PostgresSink:
         """
         schema.check_model(model, dimensions)
         self._sizes.pop(model, None)
-
-        async def work(connection: Any) -> tuple[Layout, bool]:
-            return await self._target.prepare(connection, model, dimensions)
-
-        self._layout, created = await self._transactions.run(work)
-        if created:
-            await self._pool.renew()  # connections learn of pgvector when they are made
+        work = partial(self._target.prepare, model=model, dimensions=dimensions)
+        self._layout = await self._transactions.run(work)
+        await self._pool.learn()
 
     async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
         """Return those of the given ids that are stored for this model with this very content hash.

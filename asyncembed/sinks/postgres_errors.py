@@ -53,8 +53,14 @@ _STALE = "InvalidCachedStatementError"
 
 def sqlstate_of(error: BaseException) -> str | None:
     """Return the code the server gave; None if it was not the server who complained."""
-    state: str | None = getattr(error, "sqlstate", None)
+    # asyncpg raises some of the server's errors by itself, but the server alone tells a severity
+    state: str | None = getattr(error, "sqlstate", None) if getattr(error, "severity", None) else None
     return state
+
+
+def is_our_fault(error: BaseException) -> bool:
+    """Return whether asyncpg could not read an address or encode a value. Its message quotes what it could not."""
+    return sqlstate_of(error) is None and (isinstance(error, ValueError) or type(error).__name__ == "DataError")
 
 
 def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
@@ -65,9 +71,11 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
         reached: Whether the server has ever answered. A wrong address is not waited for, a server that was there is.
     """
     state = sqlstate_of(error)
+    if type(error).__name__ == _STALE:
+        return "again"
     if state is not None:
-        return "again" if type(error).__name__ == _STALE else _CODES.get(state) or _CLASSES.get(state[:2]) or "fatal"
-    if isinstance(error, ValueError | ssl.SSLCertVerificationError):
+        return _CODES.get(state) or _CLASSES.get(state[:2]) or "fatal"
+    if is_our_fault(error) or isinstance(error, ssl.SSLCertVerificationError):
         return "config"
     if isinstance(error, OSError) and not reached:
         return "config"
@@ -98,7 +106,7 @@ def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
         return f"{kind}{message} (SQLSTATE {state})"
     if isinstance(error, TimeoutError):
         return f"no free connection, or no answer on it, within {waited_s:g} s"
-    if isinstance(error, ValueError):
+    if is_our_fault(error):
         return f"{kind} in the driver: look at the address, the values in args=, and the codecs of a pool handed in"
     if isinstance(error, OSError):
         return f"the server cannot be reached: {kind}: {error}"

@@ -64,15 +64,10 @@ class Target:
     update_only: bool
     where: str
 
-    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> tuple[Layout, bool]:
-        """Create what is missing, check what is there, and agree on the size of the model's vectors.
-
-        Returns:
-            How the table is, and whether pgvector had to be created.
-        """
+    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> Layout:
+        """Create what is missing, check what is there, and agree on the size of the model's vectors."""
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _SETUP_LOCK)
-        found = await pgvector_types.find(connection)
-        extension = found or await self._create_extension(connection)
+        extension = await pgvector_types.find(connection) or await self._create_extension(connection)
         facts = await self._facts(connection, extension)
         if facts is None:
             await self._create(connection, extension, dimensions)
@@ -89,7 +84,7 @@ class Target:
                 raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
             stored = await agreed_size(connection, layout, model, dimensions, ours=self.ours)
             schema.check_dimensions(model, stored, dimensions, self.where)
-        return layout, found is None
+        return layout
 
     async def look_up(self, connection: Any) -> Layout:
         """Return the layout of the table as it is.
@@ -228,7 +223,7 @@ async def store(
     try:
         await _store_all(connection, layout, model, batch)
     except Exception as error:
-        if sqlstate_of(error) is not None and verdict_on(error) == "row":
+        if verdict_on(error) == "row":
             raise RefusedError from None  # the server's error may quote the text
         raise
     return refused
@@ -247,7 +242,7 @@ async def _store_by_halves(
     try:
         await _store_all(connection, layout, model, rows)
     except Exception as error:
-        if sqlstate_of(error) is None or verdict_on(error) != "row":
+        if verdict_on(error) != "row":
             raise
         await connection.execute("ROLLBACK TO SAVEPOINT half")
         if len(rows) == 1:

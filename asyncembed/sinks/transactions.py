@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from ..errors import AsyncEmbedError
-from .postgres_errors import NEW_CONNECTION, Verdict, explained, sqlstate_of, verdict_on
+from .postgres_errors import NEW_CONNECTION, Verdict, explained, is_our_fault, sqlstate_of, verdict_on
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
@@ -124,7 +124,7 @@ class Transactions:
     def _give_up(self, error: Exception, verdict: Verdict) -> NoReturn:
         ours = explained(error, verdict, self._name, tried_s=self._retry_for, waited_s=self._timeout)
         # rows are quoted in the server's errors, and addresses with their passwords in asyncpg's
-        raise ours from (None if verdict == "row" or isinstance(error, ValueError) else error)
+        raise ours from (None if verdict == "row" or is_our_fault(error) else error)
 
 
 def pauses() -> Iterator[float]:

@@ -87,6 +87,16 @@ async def test_a_missing_extension_is_created_and_serves_the_same_sink(bare_dsn:
         assert await sink.count() == 3
 
 
+async def test_an_extension_that_another_process_creates_meanwhile_serves_the_same_sink(bare_dsn: str) -> None:
+    async with PostgresSink(bare_dsn) as sink:
+        with pytest.raises(SinkConfigError, match="ingest into it first"):
+            await sink.count()  # by a connection that knows of no pgvector
+        told(bare_dsn, "CREATE EXTENSION vector")
+        await sink.prepare(MODEL, 8)
+        await sink.write(MODEL, rows(3))
+        assert await sink.count() == 3
+
+
 async def test_many_processes_may_start_at_once_on_a_bare_database(bare_dsn: str) -> None:
     async def one(number: int) -> None:
         async with PostgresSink(bare_dsn) as sink:
@@ -540,6 +550,16 @@ async def test_a_refused_row_does_not_leave_a_pool_that_was_handed_in_with_our_c
         async with PostgresSink(pool, table="section_embeddings", columns=SECTIONS) as sink:
             assert list(await sink.write(MODEL, [row("a"), row("bad")])) == ["bad"]
         assert isinstance(await pool.fetchval("SELECT embedding FROM section_embeddings"), str)
+
+
+async def test_a_pool_whose_codec_cannot_take_arrays_is_named_and_no_row_blamed(dsn: str) -> None:
+    async def init(connection: Any) -> None:
+        await connection.set_type_codec("vector", encoder=str.upper, decoder=len, schema="public")
+
+    async with asyncpg.create_pool(dsn, min_size=0, init=init) as pool, PostgresSink(pool) as sink:
+        with pytest.raises(SinkConfigError, match="the codecs of a pool handed in"):
+            await sink.write(MODEL, rows(3))
+        assert await sink.count() == 0
 
 
 async def test_a_single_connection_is_no_pool(dsn: str) -> None:
