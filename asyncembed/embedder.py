@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from . import models
+from .arguments import check_amount, check_model, check_range, checked, listed
 from .coalescing import Coalescer
 from .engine import Deliver, Engine, portions
-from .errors import ConfigError, InputError
+from .errors import InputError
 from .gathering import Order, Results, readable
 from .loops import PerLoop, ended
 from .pacing import Slots, shared_pace
@@ -25,9 +26,6 @@ from .run import Run
 from .tokens import ByteBound, TokenCounter, load_counter
 from .types import EmbeddedRecord, Failure, Provider, Vectors
 from .weighing import Text, TooLong, check_text, unique, weigh_texts
-
-# Checking and comparing so many texts takes 2 ms; then it is the loop's turn.
-TEXTS_A_TURN = 1_000
 
 
 class Embedder:
@@ -80,15 +78,15 @@ class Embedder:
         timeout: float = 60.0,
         allow_insecure_http: bool = False,
     ) -> None:
-        _check_model(model, dimensions, too_long)
-        _check_range("max_batch_size", max_batch_size, 1, models.MAX_INPUTS)
-        _check_range("max_tokens_per_batch", max_tokens_per_batch, 1)
-        _check_range("max_tokens_per_text", max_tokens_per_text, 1)
-        _check_range("concurrency", concurrency, 1)
-        _check_range("max_retries", max_retries, 0)
-        _check_amount("timeout", timeout)
-        _check_amount("requests_per_minute", requests_per_minute)
-        _check_amount("tokens_per_minute", tokens_per_minute)
+        check_model(model, dimensions, too_long)
+        check_range("max_batch_size", max_batch_size, 1, models.MAX_INPUTS)
+        check_range("max_tokens_per_batch", max_tokens_per_batch, 1)
+        check_range("max_tokens_per_text", max_tokens_per_text, 1)
+        check_range("concurrency", concurrency, 1)
+        check_range("max_retries", max_retries, 0)
+        check_amount("timeout", timeout)
+        check_amount("requests_per_minute", requests_per_minute)
+        check_amount("tokens_per_minute", tokens_per_minute)
         self.model = model
         self.concurrency = concurrency
         self._facts = models.lookup(model)
@@ -173,11 +171,11 @@ class Embedder:
                 `.result` holds what was done.
             DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
         """
-        contents = _listed(texts)
+        contents = listed(texts)
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
         async with run.until_deadline():
-            waiting = await _checked(contents)
+            waiting = await checked(contents)
             await self._send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
         if run.stopped_by is not None:
@@ -335,55 +333,3 @@ class Embedder:
 
 async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
     yield texts
-
-
-def _check_model(model: object, dimensions: int | None, too_long: object) -> None:
-    if not isinstance(model, str) or not model:
-        raise ConfigError("model must be the name of a model")
-    if dimensions is not None:
-        _check_range("dimensions", dimensions, 1)
-        if not models.lookup(model).shortens:
-            raise ConfigError(f"dimensions={dimensions}; {model} does not shorten its vectors")
-    if too_long not in ("error", "truncate", "mean"):
-        raise ConfigError(f'too_long={too_long!r}; it must be "error", "truncate" or "mean"')
-
-
-def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r}; it must be a whole number")
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"{least:,} to {most:,}"
-        raise ConfigError(f"{name}={value:,}; it must be {allowed}")
-
-
-def _check_amount(name: str, amount: object) -> None:
-    if amount is None:
-        return
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
-        raise ConfigError(f"{name}={amount!r}; it must be a number of more than 0")
-
-
-def _listed(texts: Iterable[str]) -> list[str]:
-    if isinstance(texts, (str, bytes, bytearray)):
-        raise TypeError(f"texts is one {type(texts).__name__}; embed takes a list of str, embed_one a single one")
-    if isinstance(texts, (set, frozenset, dict)):
-        raise TypeError(f"texts is a {type(texts).__name__}, which has no order for the rows; pass a list")
-    contents = list(texts)
-    if not contents:
-        raise ConfigError("texts is empty; embed takes at least one text")
-    return contents
-
-
-async def _checked(contents: list[str]) -> list[Text]:
-    found: dict[str, Text] = {}
-    for start in range(0, len(contents), TEXTS_A_TURN):
-        turn = contents[start : start + TEXTS_A_TURN]
-        for index, content in enumerate(turn, start):
-            try:
-                check_text(content)
-            except InputError as error:
-                raise type(error)(f"text {index} {error}") from None
-        unique(enumerate(turn, start), found)
-        if start + TEXTS_A_TURN < len(contents):
-            await asyncio.sleep(0)
-    return list(found.values())

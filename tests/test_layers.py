@@ -31,6 +31,7 @@ ROWS = [
     "records",
     "report",
     "run",
+    "arguments",
     "pruning",
     "postgres",
     "providers",
