@@ -187,7 +187,7 @@ class Engine:
         """
         async with AsyncExitStack() as slot:
             async with run.unless_stopped():
-                ticket = await slot.enter_async_context(self._slots.slot(batch.weight))
+                ticket = await slot.enter_async_context(self._slots.slot(batch.weight, urgent=run.urgent))
             async with run.unless_stopped(GRACE_S):
                 run.requests += 1
                 run.retries += batch.sent

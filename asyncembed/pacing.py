@@ -4,8 +4,9 @@
 provider's token and request buckets as its headers tell them, the user's own limits, and a cap on what is in flight
 that falls when the provider is overloaded. `Slots` adds one embedder's concurrency to it.
 
-First come, first served: whoever is at the turnstile waits there until its request may go, so a large one is not
-starved by small ones behind it. Nobody waits in here for a backoff of its own.
+First come, first served: whoever is first waits until its request may go, so a large one is not starved by small ones
+behind it. Urgent requests, for which somebody waits, go before those of bulk work; see `queueing`. Nobody waits in here
+for a backoff of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Hashable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from .queueing import Queue
 from .types import Rates
 
 # Before the first answer has told the limits, no more tokens than this are under way beside a first request: eight
@@ -35,6 +37,10 @@ WAIT_MARGIN = 1.005
 
 # Everybody waits out the same pause; this share of it spreads the restarts of many processes.
 PAUSE_JITTER = 0.05
+
+
+def _always() -> bool:
+    return True
 
 
 @dataclass(slots=True)
@@ -136,9 +142,8 @@ class Pace:
     """How many requests may be in flight; infinite until an overload was seen."""
     round_began_at: float = -math.inf
     in_flight: dict[int, Ticket] = field(default_factory=dict)
+    queue: Queue = field(default_factory=Queue)
     _numbers: int = 0
-    _turnstile: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
         """Keep below these limits too; of several the lowest counts, and of equal ones there is one."""
@@ -147,21 +152,16 @@ class Pace:
             if per_minute is not None:
                 self.own.setdefault((per_minute, counts_tokens), Bucket(per_minute / 60, per_minute, per_minute, now))
 
-    async def enter(self, tokens: int) -> Ticket:
-        """Wait until a request of so many tokens may go; first come, first served."""
+    async def enter(self, tokens: int, is_ready: Callable[[], bool] = _always, *, urgent: bool = False) -> Ticket:
+        """Wait until a request of so many tokens may go; see `Queue.wait`."""
         loop = asyncio.get_running_loop()
-        async with self._turnstile:
-            while (wait_s := self._wait_s(tokens, loop.time())) > 0:
-                self._changed.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(None if wait_s == math.inf else wait_s):
-                        await self._changed.wait()
-            return self._take(tokens, loop.time())
+        await self.queue.wait(tokens, lambda: self._wait_s(tokens, loop.time()), is_ready, urgent=urgent)
+        return self._take(tokens, loop.time())
 
     def leave(self, ticket: Ticket) -> None:
         """The request is over, however it ended."""
         self.in_flight.pop(ticket.number, None)
-        self._changed.set()
+        self.queue.changed()
 
     def observe(self, ticket: Ticket, rates: Rates | None) -> None:
         """Learn from the headers of an answer."""
@@ -198,7 +198,7 @@ class Pace:
         self.refusals = 0
         self.failures_in_a_row = 0
         self.cap += 1 / self.cap  # one more at once for every round that went well, as OpenAI asks after `slow_down`
-        self._changed.set()
+        self.queue.changed()
 
     def failed(self) -> None:
         """A request was not answered well, for whatever reason."""
@@ -226,7 +226,7 @@ class Pace:
         until = asyncio.get_running_loop().time() + seconds * (1 + random.uniform(0, PAUSE_JITTER))
         is_news = until > self.paused_until + seconds / 2
         self.paused_until = max(self.paused_until, until)
-        self._changed.set()
+        self.queue.changed()
         return is_news
 
     def _wait_s(self, tokens: int, now: float) -> float:
@@ -277,14 +277,24 @@ class Slots:
 
     def __init__(self, pace: Pace, concurrency: int) -> None:
         self.pace = pace
-        self._free = asyncio.Semaphore(concurrency)
+        self.under_way = 0
+        self.waiting = 0
+        self._concurrency = concurrency
 
     @asynccontextmanager
-    async def slot(self, tokens: int) -> AsyncIterator[Ticket]:
-        """Hold one of the slots, from the moment a request of so many tokens may go."""
-        async with self._free:
-            ticket = await self.pace.enter(tokens)
-            try:
-                yield ticket
-            finally:
-                self.pace.leave(ticket)
+    async def slot(self, tokens: int, *, urgent: bool = False) -> AsyncIterator[Ticket]:
+        """Hold one of the slots, from the moment a request of so many tokens may go; none while waiting for that."""
+        self.waiting += 1
+        try:
+            ticket = await self.pace.enter(tokens, self._has_room, urgent=urgent)
+        finally:
+            self.waiting -= 1
+        self.under_way += 1
+        try:
+            yield ticket
+        finally:
+            self.under_way -= 1
+            self.pace.leave(ticket)
+
+    def _has_room(self) -> bool:
+        return self.under_way < self._concurrency

@@ -21,15 +21,17 @@ class Run:
 
     Args:
         deadline_s: Seconds the call may take; None for as long as it needs.
+        urgent: Whether its requests go before those of bulk work.
 
     Raises:
         ConfigError: The deadline is not a number.
     """
 
-    def __init__(self, deadline_s: float | None = None) -> None:
+    def __init__(self, deadline_s: float | None = None, *, urgent: bool = False) -> None:
         if deadline_s is not None and math.isnan(deadline_s):
             raise ConfigError("deadline=nan; it must be a number of seconds, or None")
         self.began_at = asyncio.get_running_loop().time()
+        self.urgent = urgent
         self._deadline_s = deadline_s
         self.deadline_at = None if deadline_s is None else self.began_at + deadline_s
         self.requests = 0

@@ -26,6 +26,7 @@ ROWS = [
     "decoding",
     "answers",
     "retry",
+    "queueing",
     "pacing",
     "workers",
     "records",
