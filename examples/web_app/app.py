@@ -1,0 +1,136 @@
+"""The web app: routes, and the lifespan in which one `DocumentSearch` serves them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
+from asyncembed import AsyncEmbedError
+
+from . import metrics, problems
+from .connection import ClientLeftError, while_connected
+from .service import DocumentSearch
+from .settings import Settings
+
+PAGE = (Path(__file__).parent / "page.html").read_text()
+# All the page needs is in it: nothing is loaded from elsewhere, even if somebody smuggled it in.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+# nginx's word for it; nobody will read this answer, but the access log will.
+CLIENT_LEFT = 499
+
+router = APIRouter()
+
+
+async def the_search(request: Request) -> DocumentSearch:
+    service: DocumentSearch = request.app.state.service
+    return service
+
+
+Service = Annotated[DocumentSearch, Depends(the_search)]
+
+
+@router.get("/", response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    """The page to search from."""
+    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+
+@router.get("/search")
+async def search(
+    request: Request,
+    service: Service,
+    q: Annotated[str, Query(min_length=1, max_length=2_000)],
+    k: Annotated[int, Query(ge=1, le=50)] = 5,
+) -> dict[str, Any]:
+    """Return the sections nearest to the question, best first."""
+    hits = await while_connected(request, service.search(q, k))
+    return {"hits": [{"id": hit.id, "score": hit.score, "text": hit.text, "metadata": hit.metadata} for hit in hits]}
+
+
+@router.put("/documents/{name:path}")
+async def put_document(
+    request: Request,
+    response: Response,
+    service: Service,
+    # Ids are `name#section`. PUT, which a form on a foreign page cannot send.
+    name: Annotated[str, PathParameter(pattern=r"^[^#\x00-\x1f]{1,200}$")],
+) -> dict[str, Any]:
+    """Store a document, Markdown or plain text, in place of the one of that name; 422 if a section cannot be stored.
+
+    It is stored to its end even if the client hangs up: unlike an answer, it is not lost then.
+    """
+    stored = await service.put(name, await read_text(request, request.app.state.settings.max_document_bytes))
+    report = stored.report
+    response.status_code = 422 if report.failures else 200
+    return {
+        "sections": stored.sections,
+        "stored": report.success_count,
+        "unchanged": report.skipped_count,
+        "deleted": stored.deleted,
+        "failed": [{"id": failure.id, "reason": str(failure.error)} for failure in report.failures],
+        "tokens": report.total_tokens,
+    }
+
+
+async def read_text(request: Request, most_bytes: int) -> str:
+    """Return the request's body as text.
+
+    Raises:
+        HTTPException: It is too long (413; the rest of it stays unread) or no UTF-8 (415).
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most_bytes:
+            raise HTTPException(413, f"A document has at most {most_bytes:,} bytes.")
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise HTTPException(415, "A document is text in UTF-8.") from None
+
+
+@router.get("/health")
+async def health(service: Service) -> JSONResponse:
+    """Say whether searches can be answered; 503 if not."""
+    found = await service.health()
+    body = {"status": "ok" if found.is_good else "unavailable", "provider": found.provider, "store": found.store}
+    return JSONResponse(body, 200 if found.is_good else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def show_metrics(service: Service) -> PlainTextResponse:
+    """The embedder's counts, for Prometheus."""
+    return PlainTextResponse(metrics.exposition(service.embedder.stats()), media_type=metrics.CONTENT_TYPE)
+
+
+async def client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
+def make_app(settings: Settings | None = None) -> FastAPI:
+    """Return the app; each worker process of a server makes its own."""
+    settings = settings or Settings.read(os.environ)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        async with DocumentSearch.opened(settings) as app.state.service:
+            yield
+
+    # FastAPI's own pages of documentation load scripts from elsewhere
+    app = FastAPI(title="Search", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.settings = settings
+    app.include_router(router)
+    app.add_exception_handler(AsyncEmbedError, problems.answer)
+    app.add_exception_handler(ClientLeftError, client_left)
+    return app

@@ -1,0 +1,134 @@
+"""What the app does, without a word about the web: store documents section by section, and find sections again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+from weakref import WeakValueDictionary
+
+from asyncembed import (
+    AsyncEmbedError,
+    Embedder,
+    Hit,
+    IngestReport,
+    InputError,
+    PostgresSink,
+    Record,
+    SQLiteSink,
+    ingest,
+    open_sink,
+)
+from asyncembed.sources.sections import Line, Splitter, markdown_chunks, plain_chunks
+
+from .settings import Settings
+
+Store: TypeAlias = SQLiteSink | PostgresSink
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a document: its number of sections, what the run did, and how many old sections are gone."""
+
+    sections: int
+    report: IngestReport
+    deleted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What provider and store say of themselves: "ok", or the kind of the error."""
+
+    provider: str
+    store: str
+
+    @property
+    def is_good(self) -> bool:
+        """Whether searches can be answered."""
+        return self.provider == self.store == "ok"
+
+
+class DocumentSearch:
+    """Documents in a store, and the one embedder that all requests share.
+
+    Args:
+        embedder: Stays open.
+        store: Stays open.
+        settings: Deadlines and sizes.
+    """
+
+    def __init__(self, embedder: Embedder, store: Store, settings: Settings) -> None:
+        self.embedder = embedder
+        self._store = store
+        self._settings = settings
+        self._splitter = Splitter(settings.section_tokens)
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._checking = asyncio.Lock()
+        self._checked: tuple[float, Health] | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, settings: Settings) -> AsyncGenerator[DocumentSearch, None]:
+        """Yield the one service of this process; on the way out what is under way is waited for, then all is closed."""
+        # The embedder is closed first, so that what it has under way can still be stored.
+        async with (
+            open_sink(settings.database_url) as store,
+            Embedder(settings.embedding_model) as embedder,
+        ):
+            await store.prepare(embedder.model, embedder.dimensions)
+            yield cls(embedder, store, settings)
+
+    async def search(self, question: str, k: int) -> list[Hit]:
+        """Return the k sections nearest to the question, best first.
+
+        Searches that come at once share a request to the provider, and go before documents that are being stored.
+        """
+        embedder = self.embedder
+        vector = await embedder.embed_one(question, deadline=self._settings.search_deadline_s)
+        return await self._store.search(vector, k, model=embedder.model)
+
+    async def put(self, name: str, text: str) -> Stored:
+        """Store a document in place of what was stored under its name; unchanged sections are not embedded again.
+
+        Raises:
+            AsyncEmbedError: What was embedded is stored; doing it again does the rest.
+        """
+        # two versions of one document at once would delete each other's sections
+        async with self._writing.setdefault(name, asyncio.Lock()):
+            sections = await asyncio.to_thread(self._split, name, text)
+            report = await ingest(sections, self.embedder, self._store, deadline=self._settings.document_deadline_s)
+            kept = {str(one.id if isinstance(one, Record) else one.record_id) for one in sections}
+            return Stored(len(sections), report, await self._delete(name, kept))
+
+    def _split(self, name: str, text: str) -> list[Record | InputError]:
+        chunks = markdown_chunks if name.endswith((".md", ".markdown")) else plain_chunks
+        lines = (Line(number, line) for number, line in enumerate(text.splitlines(keepends=True), start=1))
+        return list(chunks(lines, name, self._splitter))
+
+    async def _delete(self, name: str, kept: set[str]) -> int:
+        """Delete the document's sections but for those that are kept. Ids are `name#…`, and no name has a `#`."""
+        model = self.embedder.model
+        gone = [id async for id in self._store.ids(model) if id.startswith(f"{name}#") and id not in kept]
+        return await self._store.delete(gone, model) if gone else 0
+
+    async def health(self) -> Health:
+        """Return what provider and store said at most `check_every_s` seconds ago, so that probes cost little."""
+        now_s = asyncio.get_running_loop().time
+        async with self._checking:  # probes that come at once share one check
+            if self._checked is None or now_s() - self._checked[0] > self._settings.check_every_s:
+                self._checked = now_s(), await self._check()
+            return self._checked[1]
+
+    async def _check(self) -> Health:
+        provider = store = "ok"
+        try:
+            await self.embedder.embed_one("ok", deadline=self._settings.search_deadline_s)
+        except AsyncEmbedError as error:
+            provider = type(error).__name__
+        try:
+            await self._store.existing(self.embedder.model, {"health": ""})
+        except AsyncEmbedError as error:
+            store = type(error).__name__
+        return Health(provider, store)
