@@ -29,6 +29,9 @@ MAX_NAME_BYTES = 63
 MAX_ID_BYTES = 2_000
 MAX_MODEL_BYTES = 500
 
+# Ids a page when all are listed.
+IDS_PER_PAGE = 10_000
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 

@@ -10,10 +10,10 @@ from datetime import date, datetime, time, timedelta
 from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote_plus
 
-from ..errors import AsyncEmbedError, ConfigError, SinkConfigError, SourceError
-from ..postgres import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect
-from ..sinks.dsn import described
-from ..sinks.postgres_errors import reason_of, verdict_on
+from ..errors import AsyncEmbedError, ConfigError, SourceError
+from ..postgres.driver import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect
+from ..postgres.dsn import described
+from ..postgres.errors import is_our_fault, reason_of, verdict_on
 from .formats import Fields, Item, as_item
 
 # Rows fetched at once: half of what a slice of the pipeline holds.
@@ -64,7 +64,7 @@ class PostgresSource:
         self._query = query
         self._args = tuple(args)
         self._fields = Fields(id_field, text_field)
-        self._name = f"the query in {_place(dsn_or_pool)}"
+        self._name = f"the query in {described(dsn_or_pool)}"
 
     @classmethod
     def from_url(cls, url: str, *, id_field: str = "id", text_field: str = "text") -> Self:
@@ -148,7 +148,7 @@ class PostgresSource:
         verdict = verdict_on(error, reached=reached)
         kind = ConfigError if verdict == "config" else SourceError
         # rows may be quoted in the server's errors, and addresses with their passwords in asyncpg's
-        hides = verdict == "row" or isinstance(error, ValueError)
+        hides = verdict == "row" or is_our_fault(error)
         reason = reason_of(error, verdict, waited_s=CONNECT_S)
         raise kind(f"{self._name}: {reason}") from (None if hides else error)
 
@@ -172,13 +172,6 @@ class PostgresSource:
         return statement, {
             column.name: _parsed if column.type.name in ("json", "jsonb") else _plain for column in columns
         }
-
-
-def _place(dsn_or_pool: str | Pool) -> str:
-    try:
-        return described(dsn_or_pool) if isinstance(dsn_or_pool, str) else "the given pool"
-    except SinkConfigError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _parsed(value: Any) -> Any:

@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 
 from asyncembed.errors import RowRefusedError, SinkBusyError, SinkConfigError, SinkError
-from asyncembed.sinks import SQLiteSink, sqlite, sqlite_table
+from asyncembed.sinks import SQLiteSink
+from asyncembed.sinks.sqlite import table
+from asyncembed.sinks.sqlite.connection import PAGE_BYTES
 from asyncembed.types import Row
 
 from .sink_rows import MODEL, HeldRow, hashes, row, rows, vec
@@ -144,7 +146,7 @@ async def test_a_blob_that_something_else_wrote_is_named_not_misread(path: Path)
 
 
 async def test_a_search_holds_slices_not_the_table(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_table, "SLICE_BYTES", 1 << 18)
+    monkeypatch.setattr(table, "SLICE_BYTES", 1 << 18)
     stored = rows(2_000, dimensions=1_024)  # 8 MB
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, stored)
@@ -165,7 +167,7 @@ async def test_slices_of_any_size_find_the_same(path: Path, monkeypatch: pytest.
         await sink.write(MODEL, stored)
         whole = await sink.search(rows(1)[0].vector, k=12, model=MODEL)
         for size in (1, 100, 320):
-            monkeypatch.setattr(sqlite_table, "SLICE_BYTES", size)
+            monkeypatch.setattr(table, "SLICE_BYTES", size)
             assert await sink.search(rows(1)[0].vector, k=12, model=MODEL) == whole
 
 
@@ -466,8 +468,8 @@ async def test_a_damaged_file_is_an_error_that_says_what_to_do(path: Path) -> No
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(200, dimensions=500))
     with path.open("r+b") as file:
-        file.seek(sqlite.PAGE_BYTES)
-        file.write(b"\xff" * 8 * sqlite.PAGE_BYTES)
+        file.seek(PAGE_BYTES)
+        file.write(b"\xff" * 8 * PAGE_BYTES)
     async with SQLiteSink(path) as sink:
         with pytest.raises(SinkError, match=r"vectors\.db is damaged: restore it"):
             await sink.search(rows(1, dimensions=500)[0].vector)

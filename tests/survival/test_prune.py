@@ -75,8 +75,7 @@ async def test_an_empty_source_leaves_no_row(open_store: OpenStore) -> None:
 async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("sqlite", "postgres"):
-        monkeypatch.setattr(f"asyncembed.sinks.{module}.IDS_PER_PAGE", 700)
+    monkeypatch.setattr("asyncembed.sinks.schema.IDS_PER_PAGE", 700)
     embedder, _ = make()
     async with open_store() as sink:
         await ingest(records(*range(3_500)), embedder, sink)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ssl
 from typing import Literal, TypeAlias
 
-from ..errors import SinkBusyError, SinkConfigError, SinkError
-
 Verdict: TypeAlias = Literal["again", "busy", "row", "config", "fatal"]
 
 _CODES: dict[str, Verdict] = {
@@ -82,24 +80,14 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
     return "busy" if isinstance(error, TimeoutError) else "again"
 
 
-def explained(error: Exception, verdict: Verdict, name: str, *, tried_s: float, waited_s: float) -> SinkError:
-    """Return the error for our caller.
+def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
+    """Return what the driver raised in words that may be shown.
 
     Args:
-        error: What the driver raised. Its message is left out where it may quote a row, or an address.
+        error: What it raised. Its message is left out where it may quote a row, or an address.
         verdict: What it was found to mean.
-        name: Table and database.
-        tried_s: Seconds in which it was tried again, if the verdict allows it.
-        waited_s: Seconds that one attempt may take.
+        waited_s: Seconds that an attempt may take, or a connection to be made.
     """
-    text = f"{reason_of(error, verdict, waited_s=waited_s)}{_hint_for(sqlstate_of(error))}"
-    if verdict in ("again", "busy"):
-        text += f"; given up after trying for {tried_s:g} s"
-    return {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)(f"{name}: {text}")
-
-
-def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
-    """Return what the driver raised in words that may be shown. Arguments as for `explained`."""
     state, kind = sqlstate_of(error), type(error).__name__
     if state is not None:
         message = "" if verdict == "row" else f": {error.args[0]}"
@@ -111,15 +99,3 @@ def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
     if isinstance(error, OSError):
         return f"the server cannot be reached: {kind}: {error}"
     return f"{kind}: {error}"
-
-
-def _hint_for(sqlstate: str | None) -> str:
-    if sqlstate in ("26000", "42P05"):
-        return ": a pooler stands between; make the pool with statement_cache_size=0"
-    if sqlstate == "42501":
-        return ": this user may not do that; see docs/sinks.md for the rights that are needed"
-    if sqlstate in ("42P01", "42703"):
-        return ": the table was changed while it was in use, or where= is not right"
-    if sqlstate == "53100":
-        return ": its disk is full"
-    return ""

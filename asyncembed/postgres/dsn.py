@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qs
 
-from ..errors import SinkConfigError
+from ..errors import ConfigError
 
 # Users and passwords are percent-encoded, or asyncpg takes a part of the password for host or port, and shows it in
 # its error. So nothing is an address here that could be read in two ways.
@@ -15,15 +15,17 @@ _DSN = re.compile(
 )
 
 
-def described(dsn: str) -> str:
-    """Return host and database for messages.
+def described(dsn_or_pool: object) -> str:
+    """Return host and database for messages, or that it is a pool.
 
     Raises:
-        SinkConfigError: The address is none. It is not shown: it may hold a password.
+        ConfigError: The address is none. It is not shown: it may hold a password.
     """
-    parts = _DSN.fullmatch(dsn)
+    if not isinstance(dsn_or_pool, str):
+        return "the given pool"
+    parts = _DSN.fullmatch(dsn_or_pool)
     if parts is None:
-        raise SinkConfigError(
+        raise ConfigError(
             "the address is not postgresql://user:password@host:port/database: in user and password "
             "write / as %2F, # as %23, ? as %3F and @ as %40"
         )

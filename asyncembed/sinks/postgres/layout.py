@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from ..errors import SinkConfigError
-from ..types import RecordId, Row
-from . import schema
-from .pgvector_types import Extension
-from .schema import quoted
+from ...errors import SinkConfigError
+from ...types import RecordId, Row
+from .. import schema
+from ..schema import quoted
+from .extension import Extension
 
 # What a column can be for, and the field of a row that goes into it.
 ROLES = ("id", "model", "embedding", "content_hash", "text", "metadata", "created_at", "updated_at")
@@ -91,6 +91,7 @@ class Layout:
         names: The column for each role.
         facts: The table as it is.
         table: Its name without schema.
+        ours: Whether it is of our own making, with the sizes of vectors in a table beside it.
         update_only: Whether rows are only filled, never inserted.
         where: Table and database, for messages.
     """
@@ -98,6 +99,7 @@ class Layout:
     names: Mapping[str, str]
     facts: Facts
     table: str
+    ours: bool
     update_only: bool
     where: str
 

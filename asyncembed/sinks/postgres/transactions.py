@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
-from ..errors import AsyncEmbedError
-from .postgres_errors import NEW_CONNECTION, Verdict, explained, is_our_fault, sqlstate_of, verdict_on
+from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
+from ...postgres.errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
@@ -156,3 +156,29 @@ async def in_time(connection: Any, conversation: Coroutine[Any, Any, T], timeout
     if late or task.cancelled():
         raise TimeoutError from failed
     return task.result()
+
+
+def explained(error: Exception, verdict: Verdict, name: str, *, tried_s: float, waited_s: float) -> SinkError:
+    """Return the error for our caller.
+
+    Args:
+        error, verdict, waited_s: As for `reason_of`.
+        name: Table and database.
+        tried_s: Seconds in which it was tried again, if the verdict allows it.
+    """
+    text = f"{reason_of(error, verdict, waited_s=waited_s)}{_hint_for(sqlstate_of(error))}"
+    if verdict in ("again", "busy"):
+        text += f"; given up after trying for {tried_s:g} s"
+    return {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)(f"{name}: {text}")
+
+
+def _hint_for(sqlstate: str | None) -> str:
+    if sqlstate in ("26000", "42P05"):
+        return ": a pooler stands between; make the pool with statement_cache_size=0"
+    if sqlstate == "42501":
+        return ": this user may not do that; see docs/sinks.md for the rights that are needed"
+    if sqlstate in ("42P01", "42703"):
+        return ": the table was changed while it was in use, or where= is not right"
+    if sqlstate == "53100":
+        return ": its disk is full"
+    return ""

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from ..errors import RowRefusedError, SinkConfigError, SinkError
-from ..types import Hit, Row
-from . import schema
-from .search import Ranking
+from ...errors import RowRefusedError, SinkConfigError, SinkError
+from ...types import Hit, Row
+from .. import schema
+from ..search import Ranking
 
 # `embedding` stands before `text`, so that a search does not walk over long texts to reach it.
 _COLUMNS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 __all__ = ["CLOSE_S", "CONNECT_S", "FOREIGN", "Connection", "Pool", "connect", "create_pool"]
 

@@ -8,101 +8,26 @@ is safe because writes are upserts: if only the answer to COMMIT was lost, the s
 
 from __future__ import annotations
 
-import asyncio
-import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
-from ..errors import AsyncEmbedError, SinkConfigError, SinkError
-from ..postgres import CLOSE_S, FOREIGN, Connection, Pool, create_pool
-from ..types import Hit, RecordId, Row, Vectors
-from . import pgvector_types, postgres_table, schema
-from .dsn import described
+from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
+from ...postgres.driver import FOREIGN, Pool
+from ...postgres.dsn import described
+from ...types import Hit, RecordId, Row, Vectors
+from .. import schema
+from ..search import Ranking, check_query
+from . import searching, sizes
+from .extension import taught
 from .layout import METRICS, Layout, check_columns
-from .postgres_table import Target
-from .search import Ranking, check_query
+from .pool import LoopPool
+from .storing import RefusedError, store
+from .target import Target
 from .transactions import Transactions
 
 T = TypeVar("T")
-
-# Ids a page when all are listed.
-IDS_PER_PAGE = 10_000
-
-
-class _Pool:
-    """The pool that was handed in, or one of our own, made anew for every event loop."""
-
-    def __init__(self, dsn_or_pool: str | Pool, size: int, name: str) -> None:
-        self._given = None if isinstance(dsn_or_pool, str) else dsn_or_pool
-        self._dsn = dsn_or_pool if isinstance(dsn_or_pool, str) else None
-        self._size = size
-        self._name = name
-        self._own: Pool | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._keeper: AsyncGenerator[None, None] | None = None
-        self._ignorant = asyncio.Event()  # set when a connection is made where there is no pgvector yet
-
-    def __del__(self) -> None:
-        if self._own is not None and self._loop is not None and not self._loop.is_closed():
-            text = f"the sink for {self._name} was not closed: use `async with`, or aclose()"
-            warnings.warn(text, ResourceWarning, stacklevel=2)
-
-    @property
-    def is_given(self) -> bool:
-        """Whether somebody else made it, and will close it."""
-        return self._given is not None
-
-    async def open(self) -> Pool:
-        """Return the pool for the running loop."""
-        if self._given is not None:
-            return self._given
-        loop = asyncio.get_running_loop()
-        if self._own is not None and self._loop is loop:
-            return self._own
-        if self._own is not None and self._loop is not None and self._loop.is_running():
-            raise SinkError(f"{self._name} is in use by another running event loop: make a sink for each")
-        self._loop = loop
-        assert self._dsn is not None
-        first_words = partial(_first_words, self._ignorant)
-        self._own = create_pool(self._dsn, min_size=0, max_size=self._size, init=first_words, reset=_no_words)
-        await self._own  # connects nothing yet, and so does not wait
-        self._keeper = _kept(self._own)
-        await anext(self._keeper)
-        return self._own
-
-    async def learn(self) -> None:
-        """Have connections that know of no pgvector made anew before they are used again: now there is one."""
-        if self._own is not None and self._ignorant.is_set():
-            self._ignorant.clear()
-            await self._own.expire_connections()
-
-    async def aclose(self) -> None:
-        """Close the connections that were made here."""
-        keeper, self._keeper, self._own = self._keeper, None, None
-        if keeper is not None and self._loop is asyncio.get_running_loop():
-            await keeper.aclose()
-
-
-async def _first_words(ignorant: asyncio.Event, connection: Connection) -> None:
-    async with connection.transaction():  # all on one backend, should a pooler stand between
-        if not await pgvector_types.teach(connection):
-            ignorant.set()
-
-
-async def _no_words(connection: Connection) -> None:
-    """Do without asyncpg's RESET ALL and the like: what we set, we set for one transaction."""
-
-
-async def _kept(pool: Pool) -> AsyncGenerator[None, None]:
-    """Close the pool when this is closed; asyncio does that to open generators before it closes their loop."""
-    try:
-        yield
-    finally:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await pool.close()  # and if it cannot, it cuts its connections
 
 
 class PostgresSink:
@@ -141,7 +66,10 @@ class PostgresSink:
                 f"pool_size={pool_size}, timeout={timeout}, retry_for={retry_for}: a pool has at least 1 connection, "
                 "times are seconds"
             )
-        place = described(dsn_or_pool) if isinstance(dsn_or_pool, str) else "the given pool"
+        try:
+            where = f"table {table!r} in {described(dsn_or_pool)}"
+        except ConfigError as error:
+            raise SinkConfigError(str(error)) from None
         schema_name, _, table_name = table.rpartition(".")
         self._target = Target(
             schema.check_name(schema_name, "schema") if schema_name else None,
@@ -149,9 +77,9 @@ class PostgresSink:
             check_columns(columns, update_only),
             ours=columns is None,
             update_only=update_only,
-            where=f"table {table!r} in {place}",
+            where=where,
         )
-        self._pool = _Pool(dsn_or_pool, pool_size, self._target.where)
+        self._pool = LoopPool(dsn_or_pool, pool_size, self._target.where)
         self._transactions = Transactions(
             self._pool.open,
             FOREIGN,
@@ -230,7 +158,7 @@ class PostgresSink:
 
         try:
             size, refused = await self._run(partial(self._store, model, rows, carefully=False))
-        except postgres_table.RefusedError:
+        except RefusedError:
             size, refused = await self._run(partial(self._store, model, rows, carefully=True))
         if not self._target.ours:
             self._sizes[model] = size
@@ -242,16 +170,13 @@ class PostgresSink:
         """Return the size of the model's vectors, too."""
         size = self._sizes.get(model)
         if size is None:
-            given = rows[0].vector.size
-            size = await postgres_table.agreed_size(connection, layout, model, given, ours=self._target.ours)
+            size = await sizes.agreed_size(connection, layout, model, rows[0].vector.size)
         admitted, refused = schema.admit(model, rows, size, layout.where, layout.convert)
         if admitted:
             async with (
-                pgvector_types.taught(connection, layout.facts.extension.schema, layout.kind)
-                if self._pool.is_given
-                else nullcontext()
+                taught(connection, layout.facts.extension.schema, layout.kind) if self._pool.is_given else nullcontext()
             ):
-                unfit = await postgres_table.store(connection, layout, model, admitted, carefully=carefully)
+                unfit = await store(connection, layout, model, admitted, carefully=carefully)
                 refused = refused | unfit
         return size, refused
 
@@ -284,21 +209,19 @@ class PostgresSink:
         query = check_query(vector, k)
 
         async def work(connection: Any, layout: Layout) -> list[Hit]:
-            ours, asked = self._target.ours, layout.meant(model)
-            candidates = await postgres_table.candidates(connection, layout, asked, ours=ours)
+            asked = layout.meant(model)
+            candidates = await sizes.candidates(connection, layout, asked)
             chosen = schema.choose_model(candidates, asked, query.size, layout.where)
             if chosen is None:
                 return []
             condition = layout.condition(where, args)
-            return await postgres_table.nearest(connection, layout, Ranking(query, k), query, chosen, k, *condition)
+            return await searching.nearest(connection, layout, Ranking(query, k), query, chosen, k, *condition)
 
         return await self._run(work)
 
     async def models(self) -> dict[str, int]:
         """Return the models that have rows here, each with the dimensions of its vectors; "" if no column tells."""
-        return await self._run(
-            lambda connection, layout: postgres_table.models(connection, layout, ours=self._target.ours)
-        )
+        return await self._run(sizes.models)
 
     async def count(self, model: str | None = None) -> int:
         """Return the number of vectors, of one model or of all."""
@@ -320,7 +243,7 @@ class PostgresSink:
         last: Any = None
 
         async def work(connection: Any, layout: Layout) -> list[Any]:
-            return [row[0] for row in await connection.fetch(layout.ids(), model, last, IDS_PER_PAGE)]
+            return [row[0] for row in await connection.fetch(layout.ids(), model, last, schema.IDS_PER_PAGE)]
 
         while page := await self._run(work):
             for id in page:
@@ -359,11 +282,9 @@ class PostgresSink:
             raise SinkConfigError(f"metric {metric!r} is none of {', '.join(METRICS)}")
 
         async def work(connection: Any, layout: Layout) -> list[str]:
-            stored = await postgres_table.models(connection, layout, ours=self._target.ours)
+            stored = await sizes.models(connection, layout)
             options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
-            return await postgres_table.index_statements(
-                connection, layout, stored, layout.meant(model), metric, options
-            )
+            return await searching.index_statements(connection, layout, stored, layout.meant(model), metric, options)
 
         for statement in await self._run(work):
             await self._transactions.alone(statement)

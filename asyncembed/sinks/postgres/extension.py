@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pgvector import HalfVector, Vector
 
-from .schema import quoted
+from ..schema import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Extension:
     version: tuple[int, ...]
 
 
-async def find(connection: Any) -> Extension | None:
+async def find_extension(connection: Any) -> Extension | None:
     """Return where pgvector is in this database, None if it was not created."""
     row = await connection.fetchrow(
         "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace "
@@ -37,7 +37,7 @@ async def find(connection: Any) -> Extension | None:
 
 async def teach(connection: Any) -> bool:
     """Let vectors travel in pgvector's binary format on this connection from now on; return whether there is one."""
-    extension = await find(connection)
+    extension = await find_extension(connection)
     if extension is None:
         return False
     for kind in ("vector", "halfvec") if extension.version >= (0, 7) else ("vector",):

@@ -9,38 +9,22 @@ writer: one writes, one reads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sqlite3
-import threading
-import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeAlias, TypeVar
+from typing import Self, TypeVar
 
-import aiosqlite
-
-from ..errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
-from ..types import Hit, RecordId, Row, Vectors
-from . import schema
-from .search import Ranking, check_query
-from .sqlite_table import Table, transaction
+from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
+from ...types import Hit, RecordId, Row, Vectors
+from .. import schema
+from ..search import Ranking, check_query
+from .connection import Job, ThreadConnection, connect, ended, primary_code
+from .table import Table, transaction
 
 T = TypeVar("T")
-Job: TypeAlias = Callable[[sqlite3.Connection, Callable[[], None]], T]
-"""What runs on a connection's thread. It calls its second argument now and then, which raises to give up."""
-
-# Measured with 10,000 rows of 1,536 dimensions: 25,000 rows/s with pages of 4 KiB, 48,000 with 16 KiB, 55,000 with
-# 64 KiB, of which a changed row then rewrites more. Without rowids, at 16 KiB: 12,000, and a file twice as large.
-PAGE_BYTES = 16_384
-
-# How long one attempt waits for a lock before it looks whether its caller is still there.
-LOCK_SLICE_S = 0.05
-
-# Ids a page when all are listed.
-IDS_PER_PAGE = 10_000
 
 # What SQLite's primary result codes mean to our caller (sqlite.org/rescode.html), and what to do about it.
 _MEANINGS: dict[int, tuple[type[SinkError], str]] = {
@@ -52,104 +36,6 @@ _MEANINGS: dict[int, tuple[type[SinkError], str]] = {
     sqlite3.SQLITE_FULL: (SinkError, "cannot grow: its disk is full"),
     sqlite3.SQLITE_NOTADB: (SinkConfigError, "is not an SQLite database: choose another file"),
 }
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-class _StoppedError(Exception):
-    """The caller is gone; what it began is rolled back."""
-
-
-class _Connection:
-    """One sqlite3 connection on a thread of its own, opened at first use; it runs whole functions, one at a time."""
-
-    def __init__(self, connect: Callable[[], sqlite3.Connection], wait_s: float) -> None:
-        self._connect = connect
-        self._wait_s = wait_s
-        self._turn = asyncio.Lock()
-        self._db: aiosqlite.Connection | None = None
-
-    async def run(self, job: Job[T]) -> T:
-        """Run the job on the thread. When this returns or raises, even CancelledError, the job runs no more."""
-        async with self._turn:
-            stop = threading.Event()
-            if self._db is None:
-                # assigns in its own task: cancelled meanwhile, the connection is kept for the next one or `aclose`
-                await _settled(asyncio.ensure_future(self._open()), stop)
-            assert self._db is not None
-            connection = self._db._conn
-            # A bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the thread would
-            # report to a closed loop. aiosqlite's own methods forget what they started when they are cancelled.
-            future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-            self._db._tx.put_nowait((future, partial(_patiently, job, connection, self._wait_s, stop)))
-            self._db._tx.put_nowait((None, _nothing))  # the thread holds what it did last, a batch of rows, until then
-            return await _settled(future, stop)
-
-    async def _open(self) -> None:
-        db = aiosqlite.Connection(self._connect, iter_chunk_size=64)
-        db._thread.daemon = True  # aiosqlite's is not, and a sink that nobody closed would keep the process alive
-        try:
-            self._db = await db
-        except BaseException:
-            await _ended(db._thread)  # it reports its end to this loop, which must not be gone by then
-            raise
-
-    async def aclose(self) -> None:
-        """Close the connection and end its thread, after what is under way."""
-        async with self._turn:
-            await _ended(self.abandon())
-
-    def abandon(self) -> threading.Thread | None:
-        """Have the thread close the connection, and end; return it if there was one. Needs no loop."""
-        db, self._db = self._db, None
-        if db is None:
-            return None
-        # asked for from the thread itself, where there is no loop, so that it will report to none
-        db._tx.put_nowait((None, db.stop))
-        return db._thread
-
-
-async def _ended(thread: threading.Thread | None) -> None:
-    if thread is not None:
-        await asyncio.to_thread(thread.join)
-
-
-async def _settled(future: asyncio.Future[T], stop: threading.Event) -> T:
-    """Wait for the end of what the thread does, come what may; tell it to stop if the caller is cancelled."""
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            stop.set()  # the end is one row, one commit or one look at a lock away
-            cancelled = error
-    if cancelled is not None:
-        future.cancelled() or future.exception()  # seen, so that nobody logs it as lost
-        raise cancelled
-    return future.result()
-
-
-def _patiently(job: Job[T], connection: sqlite3.Connection, wait_s: float, stop: threading.Event) -> T:
-    """Run the job, again and again while another process holds the lock."""
-
-    def check() -> None:
-        if stop.is_set():
-            raise _StoppedError
-
-    deadline = time.monotonic() + wait_s
-    while True:
-        check()
-        try:
-            return job(connection, check)
-        except sqlite3.OperationalError as error:
-            if _code(error) not in _BUSY or time.monotonic() >= deadline:
-                raise
-
-
-def _nothing() -> None: ...
-
-
-def _code(error: sqlite3.Error) -> int:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
 
 
 class SQLiteSink:
@@ -166,7 +52,7 @@ class SQLiteSink:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, table: str = schema.TABLE, busy_timeout: float = 5.0) -> None:
-        self._connections: tuple[_Connection, ...] = ()  # the writer first, then the reader; one for both in memory
+        self._connections: tuple[ThreadConnection, ...] = ()  # a writer and a reader, or in memory one for both
         self._loop: asyncio.AbstractEventLoop | None = None
         if not busy_timeout >= 0:
             raise SinkConfigError(f"busy_timeout is {busy_timeout}; it is a number of seconds, at least 0")
@@ -277,7 +163,7 @@ class SQLiteSink:
     async def ids(self, model: str) -> AsyncIterator[str]:
         """Yield the ids stored for the model, in order; one page of them is held in memory."""
         after = ""
-        while page := await self._read(partial(self._table.ids, model=model, after=after, limit=IDS_PER_PAGE)):
+        while page := await self._read(partial(self._table.ids, model=model, after=after, limit=schema.IDS_PER_PAGE)):
             for id in page:
                 yield id
             after = page[-1]
@@ -296,7 +182,7 @@ class SQLiteSink:
         """Close the connections; what is under way ends first. A later call opens them again."""
         at_home = self._loop is asyncio.get_running_loop()
         for connection in self._connections:
-            await (connection.aclose() if at_home else _ended(connection.abandon()))
+            await (connection.aclose() if at_home else ended(connection.abandon()))
 
     async def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         return await self._run(-1, lambda connection, check: read(connection))
@@ -320,16 +206,16 @@ class SQLiteSink:
         for connection in self._connections:
             connection.abandon()
         if self._memory:
-            connects = [partial(_connect, "file::memory:", writes=True)]
+            connects = [partial(connect, "file::memory:", writes=True)]
         else:
             uri = self._path.as_uri()
-            connects = [partial(_connect, f"{uri}?mode=rwc", writes=True), partial(_connect, f"{uri}?mode=rw")]
-        self._connections = tuple(_Connection(connect, self._busy_timeout) for connect in connects)
+            connects = [partial(connect, f"{uri}?mode=rwc", writes=True), partial(connect, f"{uri}?mode=rw")]
+        self._connections = tuple(ThreadConnection(connect, self._busy_timeout) for connect in connects)
         self._loop = loop
 
     def _explained(self, error: sqlite3.Error, *, writing: bool) -> SinkError:
-        kind, meaning = _MEANINGS.get(_code(error), (SinkError, f"failed: {error}"))
-        if _code(error) == sqlite3.SQLITE_CANTOPEN:
+        kind, meaning = _MEANINGS.get(primary_code(error), (SinkError, f"failed: {error}"))
+        if primary_code(error) == sqlite3.SQLITE_CANTOPEN:
             kind, meaning = SinkConfigError, self._why_closed(writing)
         elif kind is SinkBusyError:
             meaning = f"{meaning}, or wait longer than busy_timeout={self._busy_timeout:g} s"
@@ -343,22 +229,3 @@ class SQLiteSink:
         if not writing and not self._path.exists():
             return "does not exist yet: ingest into it first"
         return "cannot be opened: let this user read and write it, and its folder"
-
-
-def _connect(uri: str, *, writes: bool = False) -> sqlite3.Connection:
-    """Connect; on the connection's thread."""
-    connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None)
-    if not writes:
-        return connection
-    try:
-        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
-        # FULL syncs at every commit, so that what was paid for outlives a power cut, too: 10 % slower
-        connection.execute("PRAGMA synchronous = FULL")
-        # Refused while a process without WAL is in it, and on disks that cannot share memory: a rollback journal is
-        # as safe, only slower. What else may be wrong the first statement will say.
-        with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute("PRAGMA journal_mode = WAL")
-    except BaseException:
-        connection.close()
-        raise
-    return connection

@@ -1,0 +1,100 @@
+"""The rows nearest to a vector, and the index that finds them, inside a transaction that the caller began."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import SinkBusyError, SinkConfigError
+from ...types import Hit, Vectors
+from .. import schema
+from ..search import Ranking
+from .layout import MAX_INDEXED, Layout
+
+# Ranked here once more, from the stored numbers: the server's distances are float32, an index's even half of that.
+_SPARE = 20
+
+# pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
+_EF_SEARCH = (40, 1_000)
+
+
+async def nearest(
+    connection: Any,
+    layout: Layout,
+    ranking: Ranking,
+    query: Vectors,
+    model: str,
+    k: int,
+    where: str,
+    args: Sequence[Any],
+) -> list[Hit]:
+    """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
+    limit = 2 * k + _SPARE
+    ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
+    # planned for this very vector: a pool's cached plan would read it anew for every row, and use no model's index
+    settings = f"SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL hnsw.ef_search = {ef_search}"
+    if layout.facts.extension.version >= (
+        0,
+        8,
+    ):  # else an index looks at ef_search rows and leaves out what `where` refuses
+        settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
+    await connection.execute(settings)
+    by_index = len(query) > MAX_INDEXED[layout.kind] and await _has_half_index(connection, layout, len(query))
+    found = await connection.fetch(
+        layout.nearest(len(query), where, len(args) + 1, by_index=by_index),
+        *args,
+        model,
+        json.dumps(query.tolist()),
+        limit,
+    )
+    if not found:
+        return []
+    ranking.offer([row["id"] for row in found], np.array([row["embedding"] for row in found], dtype=np.float32))
+    rest = {row["id"]: row for row in found}
+    return [Hit(id, score, rest[id]["text"], schema.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
+
+
+async def _has_half_index(connection: Any, layout: Layout, dimensions: int) -> bool:
+    return bool(
+        await connection.fetchval(
+            "SELECT EXISTS (SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+            "WHERE i.indrelid = to_regclass($1::text) AND i.indisvalid AND pg_get_indexdef(c.oid) LIKE $2)",
+            layout.sql_table,
+            f"%halfvec({dimensions})%halfvec_cosine_ops%",
+        )
+    )
+
+
+async def index_statements(
+    connection: Any, layout: Layout, known: Mapping[str, int], model: str | None, metric: str, options: str
+) -> list[str]:
+    """Return what to run, outside of a transaction, to have an index over one model's vectors; nothing if there is.
+
+    Raises:
+        SinkConfigError: It is not clear over which model, or pgvector cannot index vectors of that size.
+        SinkBusyError: Another process is building it.
+    """
+    chosen = schema.choose_model(known, model, None, layout.where)
+    if chosen is None:
+        raise SinkConfigError(f"{layout.where} is empty: load it first, an index is built faster over what is there")
+    if known[chosen] > MAX_INDEXED["halfvec"]:
+        raise SinkConfigError(
+            f"pgvector indexes up to {MAX_INDEXED['halfvec']} dimensions; {chosen!r} has {known[chosen]}: "
+            "ask the model for fewer, or search without an index"
+        )
+    name = layout.index_name(chosen, metric)
+    state = await connection.fetchrow(
+        "SELECT indisvalid, EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
+        "AS building FROM pg_index WHERE indexrelid = to_regclass($1::text)",
+        name,
+    )
+    if state is not None and state["building"]:
+        raise SinkBusyError(f"{layout.where}: index {name} is being built by another process")
+    if state is not None and state["indisvalid"]:
+        return []
+    literal = await connection.fetchval("SELECT quote_literal($1::text)", chosen)
+    create = layout.create_index(name, literal, known[chosen], metric, options)
+    return [create] if state is None else [f"DROP INDEX CONCURRENTLY IF EXISTS {name}", create]

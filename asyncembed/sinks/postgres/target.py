@@ -1,0 +1,152 @@
+"""Which table is meant: found as it is, or created, and checked, inside a transaction that the caller began."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import SinkConfigError
+from ...postgres.errors import sqlstate_of
+from .. import schema
+from ..schema import quoted
+from .extension import Extension, find_extension
+from .layout import MAX_DIMENSIONS, Column, Facts, Layout
+from .sizes import agreed_size
+
+# Any number will do, if it is always the same: whoever creates tables holds this lock, so that many processes may
+# start at once. CREATE … IF NOT EXISTS alone is no protection, it fails with unique_violation.
+_SETUP_LOCK = 0x61_73_79_6E_63_65_6D_62  # "asyncemb"
+
+_TYPES = {
+    "id": 'text COLLATE "C" NOT NULL',  # sorted by code point, as Python does
+    "embedding": "{vector} NOT NULL",
+    "model": 'text COLLATE "C" NOT NULL',
+    "content_hash": "text",
+    "text": "text",
+    "metadata": "jsonb",
+    "created_at": "timestamptz NOT NULL DEFAULT now()",
+    "updated_at": "timestamptz NOT NULL DEFAULT now()",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which table is meant, before anything is known of it.
+
+    Attributes:
+        schema: None for whatever the search_path finds.
+        table: Its name.
+        names: The column for each role.
+        ours: Whether it is of our own making, with the sizes of vectors in a table beside it.
+        update_only: Whether rows are only filled, never inserted.
+        where: Table and database, for messages.
+    """
+
+    schema: str | None
+    table: str
+    names: Mapping[str, str]
+    ours: bool
+    update_only: bool
+    where: str
+
+    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> Layout:
+        """Create what is missing, check what is there, and agree on the size of the model's vectors."""
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", _SETUP_LOCK)
+        extension = await find_extension(connection) or await self._create_extension(connection)
+        facts = await self._facts(connection, extension)
+        if facts is None:
+            await self._create(connection, extension, dimensions)
+            facts = await self._facts(connection, extension)
+            assert facts is not None
+        layout = self._layout(facts)
+        if self.ours and await connection.fetchval("SELECT to_regclass($1::text)", layout.sql_models) is None:
+            await connection.execute(
+                f"CREATE TABLE {layout.sql_models} "
+                "(table_name text, model text, dimensions integer NOT NULL, PRIMARY KEY (table_name, model))"
+            )
+        if dimensions is not None:
+            if dimensions > MAX_DIMENSIONS:
+                raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
+            stored = await agreed_size(connection, layout, model, dimensions)
+            schema.check_dimensions(model, stored, dimensions, self.where)
+        return layout
+
+    async def look_up(self, connection: Any) -> Layout:
+        """Return the layout of the table as it is.
+
+        Raises:
+            SinkConfigError: There is none, or it does not fit.
+        """
+        extension = await find_extension(connection)
+        facts = await self._facts(connection, extension) if extension else None
+        if facts is None:
+            raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
+        return self._layout(facts)
+
+    def _layout(self, facts: Facts) -> Layout:
+        layout = Layout(self.names, facts, self.table, self.ours, self.update_only, self.where)
+        layout.check()
+        return layout
+
+    async def _create_extension(self, connection: Any) -> Extension:
+        try:
+            await connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        except Exception as error:
+            state = sqlstate_of(error)
+            if state == "42501":
+                raise SinkConfigError(
+                    f"{self.where} needs pgvector, and this user may not create it: have an administrator run "
+                    "CREATE EXTENSION vector in this database"
+                ) from error
+            if state in ("0A000", "58P01"):
+                raise SinkConfigError(
+                    f"{self.where} needs pgvector, which is not installed on this server: "
+                    "see github.com/pgvector/pgvector"
+                ) from error
+            raise
+        extension = await find_extension(connection)
+        assert extension is not None
+        return extension
+
+    async def _create(self, connection: Any, extension: Extension, dimensions: int | None) -> None:
+        if self.update_only:
+            raise SinkConfigError(f"{self.where} does not exist, and update_only= fills only rows that exist")
+        vector = f"{quoted(extension.schema)}.vector"
+        if "model" not in self.names and dimensions is not None:
+            vector += f"({dimensions})"  # for good: with one model there is one size
+        columns = [f"{quoted(name)} {_TYPES[role].format(vector=vector)}" for role, name in self.names.items()]
+        key = ", ".join(quoted(self.names[role]) for role in ("id", "model") if role in self.names)
+        await connection.execute(f"CREATE TABLE {self._sql_name()} ({', '.join(columns)}, PRIMARY KEY ({key}))")
+
+    async def _facts(self, connection: Any, extension: Extension) -> Facts | None:
+        table = await connection.fetchrow(
+            "SELECT c.oid, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE c.oid = to_regclass($1::text)",
+            self._sql_name(),
+        )
+        if table is None:
+            return None
+        columns = await connection.fetch(
+            "SELECT attname, format_type(atttypid, NULL) AS type, atttypmod, "
+            "attnotnull AND NOT atthasdef AND attidentity = '' AS required "
+            "FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
+            table["oid"],
+        )
+        keys = await connection.fetch(
+            # what ON CONFLICT can infer: whole, at once, by plain columns
+            "SELECT array_agg(a.attname::text) AS names FROM pg_index i JOIN pg_attribute a "
+            "ON a.attrelid = i.indrelid AND a.attnum = ANY((i.indkey::int2[])[0:i.indnkeyatts - 1]) "
+            "WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate "
+            "AND i.indpred IS NULL AND i.indexprs IS NULL GROUP BY i.indexrelid",
+            table["oid"],
+        )
+        return Facts(
+            table["nspname"],
+            extension,
+            {row["attname"]: Column(row["type"], row["atttypmod"], row["required"]) for row in columns},
+            tuple(frozenset(row["names"]) for row in keys),
+        )
+
+    def _sql_name(self) -> str:
+        return ".".join(quoted(name) for name in (self.schema, self.table) if name is not None)
