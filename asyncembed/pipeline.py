@@ -19,6 +19,7 @@ from .pruning import Pruning
 from .records import AnyIterable, as_record, in_slices
 from .report import IngestReport, ProgressCallback
 from .run import Run
+from .storable import why_unstorable
 from .types import Failure, Record, RecordId, Row, Sink, Vectors
 from .weighing import Text, check_text, unique
 
@@ -261,7 +262,8 @@ def _checked(first: int, some: list[Any]) -> tuple[list[_Pending], list[Failure]
             check_text(record.text)
             key = str(record.id)
             metadata = _as_json(record.metadata)
-            _check_storable(key, record.text, metadata)
+            if (reason := why_unstorable(key, record.text, metadata)) is not None:
+                raise InvalidRecordError(reason)
         except InputError as error:
             bad.append(Failure(index, error, record_id))
         else:
@@ -276,22 +278,7 @@ def _as_json(metadata: object) -> str | None:
     if not isinstance(metadata, Mapping):
         raise InvalidRecordError(f"has metadata that is {type(metadata).__name__}; it must be a mapping or None")
     try:
-        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
-        text.encode()
+        return json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         # from None: the original may show the metadata
         raise InvalidRecordError(f"has metadata that JSON cannot hold ({type(error).__name__})") from None
-    return text
-
-
-def _check_storable(key: str, text: str, metadata: str | None) -> None:
-    # PostgreSQL's text cannot hold NUL; the rule is the same for every store, and checked before anything is paid.
-    for name, value in (("id", key), ("text", text)):
-        if "\0" in value:
-            raise InvalidRecordError(f"has a NUL character in its {name}, which PostgreSQL cannot store; remove it")
-    if metadata is not None and "\\u0000" in metadata:
-        raise InvalidRecordError("has a NUL character in its metadata, which PostgreSQL cannot store; remove it")
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise InvalidRecordError("has a lone surrogate in its id, so it is not UTF-8") from None

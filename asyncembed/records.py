@@ -19,6 +19,9 @@ AnyIterable: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 # How many records are taken at once: enough that asking a store for them costs little, few enough to hold.
 SLICE_RECORDS = 1_000
 
+# Python documentation, "Integer string conversion length limitation": an int of more than 4,300 digits has no str.
+MAX_ID_BITS = 14_000
+
 # A source that has been silent for so long may be silent for good; what waits to fill a batch is sent.
 IDLE_S = 0.5
 
@@ -69,7 +72,12 @@ def _record_id(value: object) -> RecordId:
         return value
     if not isinstance(value, (bool, float)):
         with suppress(TypeError):
-            return operator.index(value)  # type: ignore[arg-type]  # what it is for: numpy's integers have it too
+            number = operator.index(value)  # type: ignore[arg-type]  # what it is for: numpy's integers have it too
+            if number.bit_length() > MAX_ID_BITS:
+                raise InvalidRecordError(
+                    f"has an id of {number.bit_length()} bits; an int of up to {MAX_ID_BITS} can be one"
+                )
+            return number
     raise InvalidRecordError(f"has an id that is {type(value).__name__}; an id is a str, an int or a UUID")
 
 

@@ -29,6 +29,7 @@ ROWS = [
     "queueing",
     "pacing",
     "workers",
+    "storable",
     "records",
     "report",
     "run",

@@ -67,6 +67,7 @@ def test_a_record_may_come_as(value: object, record: Record) -> None:
         pytest.param({"id": None, "text": "t"}, "NoneType", id="no id at all"),
         pytest.param({"id": b"a", "text": "t"}, "bytes", id="bytes"),
         pytest.param({"id": "a", "title": 5, "content": "C"}, "int", id="a title that is a number"),
+        pytest.param((1 << 14_000, "t"), "14001 bits", id="a number that has no str"),
     ],
 )
 def test_what_is_no_record_is_said(value: object, words: str) -> None:

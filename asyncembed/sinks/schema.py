@@ -1,7 +1,6 @@
 """What all sinks agree on, so that the same input gives the same rows in each of them. Pure.
 
-Keys are `str(id)`, sorted and without doubles. A row that one store could not take is refused by every store:
-PostgreSQL holds no NUL in text or JSON, pgvector no NaN, and a B-tree no key of more than 2,704 bytes.
+Keys are `str(id)`, sorted and without doubles. A row that one store could not take is refused by every store.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import AsyncEmbedError, RowRefusedError, SinkConfigError
+from ..storable import MAX_MODEL_BYTES, has_bytes, why_unstorable
 from ..types import RecordId, Row, Vectors
 
 TABLE = "embeddings"
@@ -25,15 +25,10 @@ MODELS_TABLE = "asyncembed_models"
 # PostgreSQL documentation, 4.1.1: "By default, NAMEDATALEN is 64 so the maximum identifier length is 63 bytes."
 MAX_NAME_BYTES = 63
 
-# PostgreSQL's nbtree.h, BTMaxItemSize: a third of an 8 KiB page, 2,704 bytes; the key is id and model together.
-MAX_ID_BYTES = 2_000
-MAX_MODEL_BYTES = 500
-
 # Ids a page when all are listed.
 IDS_PER_PAGE = 10_000
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 Refusals = dict[RecordId, AsyncEmbedError]
 """The rows which a store refuses, by their id as it was given."""
@@ -67,7 +62,7 @@ def check_table(name: str) -> str:
 
 def check_model(model: str, dimensions: int | None = None) -> None:
     """Raise SinkConfigError unless the model can be part of a key, and the size be that of a vector."""
-    if not model or unstorable(model) or len(model.encode()) > MAX_MODEL_BYTES:
+    if not model or not has_bytes(model) or len(model.encode()) > MAX_MODEL_BYTES:
         raise SinkConfigError(
             f"model {str(model)[:80]!r} cannot be part of a key: 1 to {MAX_MODEL_BYTES} bytes of UTF-8 without NUL"
         )
@@ -124,29 +119,14 @@ def _refusal(key: str, row: Row, dimensions: int) -> str | None:
         return f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
     if not _finite(row.vector):
         return "has a vector with NaN or infinity in it"
-    if not key or unstorable(key) or len(key.encode()) > MAX_ID_BYTES:
-        return f"has no usable id: 1 to {MAX_ID_BYTES} bytes of UTF-8 without NUL"
-    if unstorable(row.text):
-        return "has a text with NUL or half a surrogate pair in it, which stores cannot hold"
-    if row.metadata is not None and not _storable_json(row.metadata):
-        return "has metadata that is not plain JSON: NaN, NUL and half a surrogate pair cannot be stored"
-    return None
+    if row.metadata is not None and not _is_json(row.metadata):
+        return "has metadata that is not plain JSON, without NaN and half surrogate pairs"
+    return why_unstorable(key, row.text, row.metadata)
 
 
 def _finite(vector: Vectors) -> bool:
     # one pass of BLAS: a finite sum of squares has only finite parts; but squares may overflow, hence the second look
     return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
-
-
-def unstorable(text: str) -> bool:
-    """Return whether the text holds NUL or half a surrogate pair, which are no UTF-8 text for a store."""
-    if "\x00" in text:
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -156,14 +136,14 @@ def _refuse_constant(name: str) -> NoReturn:
 _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
-def _storable_json(metadata: str) -> bool:
+def _is_json(metadata: str) -> bool:
     try:
         value = _decode(metadata)
         if "\\u" in metadata:  # escapes may hide what text must not hold
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return False
-    return not unstorable(metadata) and not _ESCAPED_NUL.search(metadata)
+    return True
 
 
 def little_endian(vector: Vectors) -> memoryview:

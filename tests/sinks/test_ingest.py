@@ -171,6 +171,37 @@ async def test_bad_records_fail_alone_with_their_ids_and_reasons(open_store: Ope
         await stored(sink, {"good 1": "fine", "good 2": "also fine"})
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(Record("x" * 2_001, "bad"), id="an id too long for an index"),
+        pytest.param(Record("b\ud800d", "bad"), id="half a surrogate pair in the id"),
+        pytest.param(Record("b\0d", "bad"), id="NUL in the id"),
+        pytest.param(Record(10**4_400, "bad"), id="a number that has no str"),
+        pytest.param(Record("bad", "b\0d"), id="NUL in the text"),
+        pytest.param(Record("bad", "bad", {"a": ["\0"]}), id="NUL in the metadata"),
+        pytest.param(Record("bad", "bad", {"\ud800": 1}), id="half a surrogate pair in the metadata"),
+    ],
+)
+async def test_what_no_store_takes_is_not_paid_for(open_store: OpenStore, bad: Record) -> None:
+    embedder, provider = make()
+    async with open_store() as sink:
+        report = await ingest([Record("good", "fine"), bad], embedder, sink)
+
+        assert (report.success_count, report.failed_count) == (1, 1)
+        assert isinstance(report.failures[0].error, InvalidRecordError)
+        assert bad.text not in str(report.failures[0].error)
+        assert provider.requests == [["fine"]]
+
+
+async def test_metadata_that_only_spell_nul_are_stored(open_store: OpenStore) -> None:
+    embedder, _ = make()
+    async with open_store() as sink:
+        await ingest([Record("a", "text", {"regex": r"[^\u0000]"})], embedder, sink)
+        (hit,) = await sink.search(await embedder.embed_one("text"), k=1)
+        assert hit.metadata == {"regex": r"[^\u0000]"}
+
+
 async def test_ingest_of_nothing_is_a_report_of_zeros(open_store: OpenStore) -> None:
     embedder, provider = make()
     async with open_store() as sink:

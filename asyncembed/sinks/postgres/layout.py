@@ -17,6 +17,7 @@ from typing import Any
 from uuid import UUID
 
 from ...errors import SinkConfigError
+from ...storable import has_bytes
 from ...types import RecordId, Row
 from .. import schema
 from ..schema import quoted
@@ -187,7 +188,7 @@ class Layout:
         Raises:
             ValueError: It cannot be one.
         """
-        if schema.unstorable(key):
+        if not has_bytes(key):
             raise ValueError("is no text")
         if self.id_type in _TEXTS:
             return key
