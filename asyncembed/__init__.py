@@ -22,6 +22,7 @@ from .errors import (
     InvalidRecordError,
     InvalidTextError,
     NotFoundError,
+    OverloadedError,
     PermissionDeniedError,
     ProtocolError,
     ProviderDownError,
@@ -44,7 +45,7 @@ from .errors import (
     WrongTypeError,
 )
 from .pipeline import ingest
-from .report import EmbeddingResult, IngestReport, Plan, Progress
+from .report import Check, EmbeddingResult, IngestReport, Plan, Progress
 from .sinks import open_sink
 from .types import EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, Sink
 
@@ -60,6 +61,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequestError",
     "CertificateError",
+    "Check",
     "ConfigError",
     "DeadlineError",
     "EmbeddedRecord",
@@ -73,6 +75,7 @@ __all__ = [
     "InvalidRecordError",
     "InvalidTextError",
     "NotFoundError",
+    "OverloadedError",
     "PermissionDeniedError",
     "Plan",
     "PostgresSink",

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from . import models
 from .arguments import check_amount, check_model, check_range, checked, listed
-from .coalescing import Coalescer
+from .coalescing import Call, Coalescer
 from .engine import Deliver, Engine, portions
-from .errors import InputError
+from .errors import AsyncEmbedError, ConfigError, DeadlineError, FatalProviderError, InputError, TransportError
 from .gathering import Order, Results, readable
 from .loops import PerLoop, ended
 from .pacing import Slots, shared_pace
-from .packing import Limits, Packer
+from .packing import OPEN_BATCHES, Limits, Packer
 from .providers.local import LocalCounter, LocalProvider
 from .providers.openai import OFFICIAL_HOST, OpenAIProvider
 from .providers.safety import ApiKey
 from .records import AnyIterable, in_slices
-from .report import EmbeddingResult, Plan, ProgressCallback, failed
-from .run import Run
+from .report import Check, EmbeddingResult, Plan, ProgressCallback, failed
+from .run import Run, StoppedError
 from .tokens import ByteBound, TokenCounter, load_counter
 from .types import EmbeddedRecord, Failure, Provider, Vectors
 from .weighing import Text, TooLong, check_text, unique, weigh_texts
+
+# A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
+SMALL_TEXTS = 32
+
+# Containers are killed 10 to 30 s after SIGTERM; an answer takes less than a second mostly.
+CLOSE_GRACE_S = 10.0
 
 
 class Embedder:
@@ -51,6 +57,7 @@ class Embedder:
             kept without being given here.
         max_retries: How often a batch is sent again while nothing succeeds.
         timeout: Seconds, wall-clock, for one attempt.
+        max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their answers at once.
         allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
 
     Raises:
@@ -76,6 +83,7 @@ class Embedder:
         tokens_per_minute: float | None = None,
         max_retries: int = 8,
         timeout: float = 60.0,
+        max_waiting: int = 20_000,
         allow_insecure_http: bool = False,
     ) -> None:
         check_model(model, dimensions, too_long)
@@ -84,6 +92,7 @@ class Embedder:
         check_range("max_tokens_per_text", max_tokens_per_text, 1)
         check_range("concurrency", concurrency, 1)
         check_range("max_retries", max_retries, 0)
+        check_range("max_waiting", max_waiting, 1)
         check_amount("timeout", timeout)
         check_amount("requests_per_minute", requests_per_minute)
         check_amount("tokens_per_minute", tokens_per_minute)
@@ -95,7 +104,9 @@ class Embedder:
         self._per_minute = (requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
         self._engines = PerLoop(self._new_engine)
-        self._coalescers = PerLoop(lambda: Coalescer(self._send, self._limits.inputs))
+        self._max_waiting = max_waiting
+        self._coalescers = PerLoop(self._new_coalescer)
+        self._runs: PerLoop[set[Run]] = PerLoop(set)
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
             LocalProvider(dimensions)
@@ -115,7 +126,17 @@ class Embedder:
 
     def __repr__(self) -> str:
         host = getattr(self._provider, "host", None)
-        return f"<Embedder {self.model!r}{f' at {host}' if host else ''} concurrency={self.concurrency}>"
+        return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {self._status()}>"
+
+    def _status(self) -> str:
+        engine, coalescer = self._engines.peek(), self._coalescers.peek()
+        slots = None if engine is None else engine.slots
+        queued = (slots.waiting if slots else 0) + (coalescer.gathering if coalescer else 0)
+        paused_s = slots.pace.paused_s if slots else 0.0
+        parts = [f"{slots.under_way if slots else 0} of {self.concurrency} requests under way"]
+        parts += [f"{queued:,} queued"] if queued else []
+        parts += [f"paused for {paused_s:.1f} s"] if paused_s else []
+        return ", ".join(parts)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
@@ -126,17 +147,37 @@ class Embedder:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        await self.aclose(CLOSE_GRACE_S if error is None else 0.0)
 
-    async def aclose(self) -> None:
-        """Close the connections that were opened here; clients that were handed in stay open."""
+    async def aclose(self, grace: float = CLOSE_GRACE_S) -> None:
+        """Wait for what is under way, then close the connections; clients that were handed in stay open.
+
+        Args:
+            grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
+                their result so far on it.
+        """
+        ends_at = asyncio.get_running_loop().time() + grace
         coalescer = self._coalescers.pop()
-        self._engines.pop()
         try:
             if coalescer is not None:
-                await coalescer.aclose()
+                await coalescer.aclose(grace)
+            await self._end_runs(ends_at)
         finally:
+            self._engines.pop()
             await self._provider.aclose()
+
+    async def _end_runs(self, ends_at: float) -> None:
+        runs = self._runs.get()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(ends_at):
+                    while runs:
+                        await next(iter(runs)).ended.wait()
+        finally:
+            for run in runs:
+                run.stop(TransportError("the embedder was closed before the answer came"), at_once=True)
+        while runs:
+            await next(iter(runs)).ended.wait()
 
     @property
     def dimensions(self) -> int | None:
@@ -158,6 +199,9 @@ class Embedder:
     ) -> EmbeddingResult:
         """Return one vector a text; texts that fail fail alone. Equal texts are sent once.
 
+        Few texts share requests with other calls, as `embed_one` does; such a request counts for each who shared it,
+        and its tokens are divided among them.
+
         Args:
             texts: At least one; none of them empty.
             on_progress: Called with a `Progress` after every batch.
@@ -170,13 +214,17 @@ class Embedder:
             FatalProviderError: Going on is pointless (wrong key, no quota, unknown model, an outage);
                 `.result` holds what was done.
             DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
+            OverloadedError: `max_waiting` texts of small calls wait already. Nothing was sent.
         """
         contents = listed(texts)
         run = Run(deadline)
         results = Results(len(contents), run, on_progress)
         async with run.until_deadline():
             waiting = await checked(contents)
-            await self._send(waiting, run, results.deliver)
+            if on_progress is None and self._is_small(waiting):
+                await self._share(waiting, run, results)
+            else:
+                await self._send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
         if run.stopped_by is not None:
             run.stopped_by.result = result
@@ -197,18 +245,71 @@ class Embedder:
 
         Raises:
             DeadlineError: The deadline passed.
+            OverloadedError: `max_waiting` texts wait already. Nothing was sent.
             AsyncEmbedError: Why this text failed; an object of this call's own.
         """
         try:
             check_text(text)
         except InputError as error:
             raise type(error)(f"text {error}") from None
-        run = Run(deadline)
+        run, call = Run(deadline), Call([text])
         async with run.until_deadline():
-            vector = await self._coalescers.get().get(text)
+            await self._ask(call, run)
         if run.stopped_by is not None:
             raise run.stopped_by
-        return vector
+        if call.errors:
+            raise call.errors[0]
+        return call.vectors[0]
+
+    def _is_small(self, texts: Sequence[Text]) -> bool:
+        return len(texts) <= min(SMALL_TEXTS, self._limits.inputs)
+
+    async def _share(self, texts: Sequence[Text], run: Run, results: Results) -> None:
+        call = Call([text.content for text in texts])
+        try:
+            await self._ask(call, run)
+        finally:
+            call.bill(run)
+            await results.deliver(call.outcome(texts))
+        for error in call.errors.values():
+            if isinstance(error, FatalProviderError):
+                run.stop(error)
+            elif not isinstance(error, AsyncEmbedError):
+                raise error
+
+    async def _ask(self, call: Call, run: Run) -> None:
+        """Wait for the answers to a call, but not for a pause that ends after its deadline."""
+
+        def on_pause(until: float) -> None:
+            if run.deadline_at is not None and until > run.deadline_at:
+                run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
+
+        with suppress(StoppedError), self._engines.get().slots.pace.told(on_pause):
+            async with run.unless_stopped():
+                await self._coalescers.get().get(call)
+
+    async def check(self, *, deadline: float | None = 10.0) -> Check:
+        """Prove that key, address, model and dimensions are right, with one request of one token.
+
+        It is sent before all others and never repeated; a pause that the provider asked for is kept.
+
+        Args:
+            deadline: Seconds for all of it, waiting included.
+
+        Raises:
+            ProviderError: It failed: an `AuthenticationError`, a `NotFoundError`, a `TransportError`, …
+            ConfigError: The provider answers with vectors of another size than this model is known to have.
+            DeadlineError: The deadline passed.
+        """
+        run = Run(deadline, urgent=True)
+        known, found = self.dimensions, 0
+        async with run.until_deadline():
+            found = await self._engines.get().check(run)
+        if run.stopped_by is not None:
+            raise run.stopped_by
+        if known not in (None, found):
+            raise ConfigError(f"the provider answers with {found} dimensions; {self.model} has {known}")
+        return Check(self.model, found, run.tokens if run.tokens_known else None, run.elapsed_s)
 
     async def stream(
         self, records: AnyIterable, *, deadline: float | None = None
@@ -243,7 +344,7 @@ class Embedder:
 
     async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
         async with run.until_deadline(), aclosing(order.slices(records)) as slices:
-            await self._engines.get().run(slices, await self._counter(), run, order.deliver, open_batches=1)
+            await self._run(slices, await self._counter(), run, order.deliver, open_batches=1)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -282,7 +383,7 @@ class Embedder:
 
     async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
         """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
-        await self._engines.get().run(slices, await self._counter(), run, deliver)
+        await self._run(slices, await self._counter(), run, deliver)
 
     def cost_usd(self, run: Run) -> float | None:
         """The list price of what a run was billed; None if price or count is unknown."""
@@ -310,10 +411,31 @@ class Embedder:
             max_retries=self._max_retries,
         )
 
+    def _new_coalescer(self) -> Coalescer:
+        return Coalescer(
+            self._send, most=self._limits.inputs, most_requests=self.concurrency, most_waiting=self._max_waiting
+        )
+
     async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:
         counter = await self._counter_for(texts)
         async with aclosing(_once(texts)) as slices:
-            await self._engines.get().run(slices, counter, run, deliver)
+            await self._run(slices, counter, run, deliver)
+
+    async def _run(
+        self,
+        slices: AsyncIterator[Sequence[Text]],
+        counter: TokenCounter,
+        run: Run,
+        deliver: Deliver,
+        open_batches: int = OPEN_BATCHES,
+    ) -> None:
+        runs = self._runs.get()
+        runs.add(run)
+        try:
+            await self._engines.get().run(slices, counter, run, deliver, open_batches=open_batches)
+        finally:
+            runs.discard(run)
+            run.ended.set()
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):

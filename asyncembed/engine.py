@@ -68,7 +68,7 @@ class Engine:
         max_retries: int,
     ) -> None:
         self._provider = provider
-        self._slots = slots
+        self.slots = slots
         self._given = limits
         self._learned: Limits | None = None
         self._forgotten_at = 0.0
@@ -85,7 +85,28 @@ class Engine:
 
     @property
     def _pace(self) -> Pace:
-        return self._slots.pace
+        return self.slots.pace
+
+    async def check(self, run: Run) -> int:
+        """Send the shortest of texts once; return the size of its vector, 0 if the run was stopped.
+
+        Raises:
+            ProviderError: It failed.
+        """
+        dimensions = 0
+
+        async def look(outcome: Outcome) -> None:
+            nonlocal dimensions
+            dimensions = outcome.vectors.shape[1]
+
+        text = Text("a", [0])
+        try:
+            error = await self._send(Batch([Item(text, text.content, 1, 1)]), run, look)
+        except StoppedError:
+            return 0
+        if error is not None:
+            raise error
+        return dimensions
 
     async def run(
         self,
@@ -187,7 +208,7 @@ class Engine:
         """
         async with AsyncExitStack() as slot:
             async with run.unless_stopped():
-                ticket = await slot.enter_async_context(self._slots.slot(batch.weight, urgent=run.urgent))
+                ticket = await slot.enter_async_context(self.slots.slot(batch.weight, urgent=run.urgent))
             async with run.unless_stopped(GRACE_S):
                 run.requests += 1
                 run.retries += batch.sent

@@ -27,6 +27,7 @@ AsyncEmbedError
 ├── SomeFailedError (RuntimeError)      what `EmbeddingResult.raise_for_failures` raises
 │   └── AllFailedError                  not one text was embedded; `.result` tells why
 ├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds what was done
+├── OverloadedError (RuntimeError)      more calls wait than may; nothing was asked for
 ├── SourceError                         a source cannot be reached, or broke off in the middle
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
@@ -228,6 +229,17 @@ class AllFailedError(SomeFailedError):
 
 class DeadlineError(AsyncEmbedError, TimeoutError):
     """The call's deadline passed. `result` or `report` holds what was done; nothing is left running."""
+
+
+class OverloadedError(AsyncEmbedError, RuntimeError):
+    """More calls wait for an answer than may (`max_waiting`). Nothing was asked for.
+
+    `retry_after_s` is an estimate, in seconds, of when there is room again: what a web app tells its client.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SourceError(AsyncEmbedError):

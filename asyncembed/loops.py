@@ -29,6 +29,13 @@ class PerLoop(Generic[T]):
             self._values[here] = self._make()
         return self._values[here]
 
+    def peek(self) -> T | None:
+        """Return the running loop's value, if there is one and a loop is running."""
+        try:
+            return self._values.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return None
+
     def pop(self) -> T | None:
         """Forget the running loop's value and return it, if there was one."""
         return self._values.pop(asyncio.get_running_loop(), None)

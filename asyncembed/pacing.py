@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -144,6 +144,7 @@ class Pace:
     in_flight: dict[int, Ticket] = field(default_factory=dict)
     queue: Queue = field(default_factory=Queue)
     _numbers: int = 0
+    _listeners: set[Callable[[float], None]] = field(default_factory=set)
 
     def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
         """Keep below these limits too; of several the lowest counts, and of equal ones there is one."""
@@ -205,6 +206,11 @@ class Pace:
         self.failures_in_a_row += 1
 
     @property
+    def paused_s(self) -> float:
+        """Seconds until anybody may send again; 0 if that is now."""
+        return max(0.0, self.paused_until - asyncio.get_running_loop().time())
+
+    @property
     def looks_down(self) -> bool:
         """Whether the provider fails everybody."""
         return self.failures_in_a_row >= FAILURES_OF_AN_OUTAGE
@@ -221,11 +227,23 @@ class Pace:
         for bucket in self.own.values():
             bucket.take(max(0.0, bucket.level), self.round_began_at)
 
+    @contextmanager
+    def told(self, on_pause: Callable[[float], None]) -> Iterator[None]:
+        """Tell of the pause there is and of those to come: until when, on the loop's clock."""
+        on_pause(self.paused_until)
+        self._listeners.add(on_pause)
+        try:
+            yield
+        finally:
+            self._listeners.remove(on_pause)
+
     def pause(self, seconds: float) -> bool:
         """Let nobody send for so many seconds; return whether that is news, and not what others were told too."""
         until = asyncio.get_running_loop().time() + seconds * (1 + random.uniform(0, PAUSE_JITTER))
         is_news = until > self.paused_until + seconds / 2
         self.paused_until = max(self.paused_until, until)
+        for on_pause in tuple(self._listeners):
+            on_pause(self.paused_until)
         self.queue.changed()
         return is_news
 

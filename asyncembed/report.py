@@ -159,6 +159,23 @@ class IngestReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """What `check` proved.
+
+    Attributes:
+        model: The model's name, as it was asked for.
+        dimensions: The size of its vectors.
+        tokens: Tokens billed for it; None if the provider did not say.
+        latency_s: Seconds it took, waiting for its turn included.
+    """
+
+    model: str
+    dimensions: int
+    tokens: int | None
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What `plan` foresees; nothing was sent.
 

@@ -43,6 +43,8 @@ class Run:
         self.canary: Item | None = None
         """A short text that the provider has taken: if it takes it no more, it is down."""
         self.stopped_by: AsyncEmbedError | None = None
+        self.ended = asyncio.Event()
+        """Set when nothing of it is left running."""
         self._scopes: dict[asyncio.Timeout, float] = {}
 
     @property
@@ -53,13 +55,14 @@ class Run:
         """Return where the run is, given what its caller counts."""
         return Progress(done, total, failed, skipped, self.tokens, self.requests, self.retries, self.elapsed_s)
 
-    def stop(self, error: AsyncEmbedError) -> None:
-        """Let nothing new start; the first reason counts."""
-        if self.stopped_by is None:
-            self.stopped_by = error
-            now = asyncio.get_running_loop().time()
-            for scope, grace_s in self._scopes.items():
-                scope.reschedule(now + grace_s)
+    def stop(self, error: AsyncEmbedError, *, at_once: bool = False) -> None:
+        """Let nothing new start; the first reason counts. What is under way has its grace, or ends at once."""
+        if self.stopped_by is not None and not at_once:
+            return
+        self.stopped_by = self.stopped_by or error
+        now = asyncio.get_running_loop().time()
+        for scope, grace_s in self._scopes.items():
+            scope.reschedule(now if at_once else now + grace_s)
 
     @asynccontextmanager
     async def until_deadline(self) -> AsyncIterator[None]:

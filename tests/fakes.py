@@ -12,7 +12,7 @@ import numpy as np
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.types import Reply, Vectors
 
-Answer: TypeAlias = AsyncEmbedError | None
+Answer: TypeAlias = AsyncEmbedError | float | None
 Script: TypeAlias = Callable[[int, Sequence[str]], Answer]
 
 
@@ -26,7 +26,8 @@ class FakeProvider:
     """Answers with `vector_of` each text after `latency_s`, except where its script says otherwise.
 
     Args:
-        script: Called with the request's number, from 0, and its texts; an error it returns is raised.
+        script: Called with the request's number, from 0, and its texts; an error it returns is raised, seconds it
+            returns are slept.
         latency_s: Seconds of the loop's clock that a request takes.
     """
 
@@ -37,6 +38,7 @@ class FakeProvider:
         self.sent_at: list[float] = []
         self.in_flight = 0
         self.most_in_flight = 0
+        self.billed = 0
         self.closed = False
 
     async def embed(self, texts: Sequence[str]) -> Reply:
@@ -47,10 +49,13 @@ class FakeProvider:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await asyncio.sleep(self.latency_s)
-            error = self._script(number, texts)
-            if error is not None:
-                raise error
-            return Reply(np.stack([vector_of(text) for text in texts]), sum(map(len, texts)))
+            answer = self._script(number, texts)
+            if isinstance(answer, AsyncEmbedError):
+                raise answer
+            await asyncio.sleep(answer or 0.0)
+            tokens = sum(map(len, texts))
+            self.billed += tokens
+            return Reply(np.stack([vector_of(text) for text in texts]), tokens)
         finally:
             self.in_flight -= 1
 

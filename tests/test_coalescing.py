@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from asyncembed import Embedder
-from asyncembed.errors import BadRequestError, DeadlineError, QuotaError, RejectedTextError, TransportError
+from asyncembed.errors import (
+    BadRequestError,
+    DeadlineError,
+    OverloadedError,
+    QuotaError,
+    RateLimitedError,
+    RejectedTextError,
+    TransportError,
+)
 from tests.fakes import FakeProvider, Script, vector_of
 
 pytestmark = pytest.mark.virtual_time
@@ -167,14 +175,167 @@ async def test_a_deadline_ends_one_call_and_no_other() -> None:
     np.testing.assert_array_equal(patient.result(), vector_of("a"))
 
 
-async def test_closing_ends_what_is_under_way_with_an_error() -> None:
-    embedder, provider = make()
-    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(3)]
+async def test_closing_waits_for_what_was_asked_for() -> None:
+    embedder, provider = make(max_batch_size=2)
+    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)]  # three requests, two at once
     await asyncio.sleep(0.5)
     await embedder.aclose()
-    errors = await settled(tasks)
-    assert all(isinstance(error, TransportError) for error in errors)
+    assert await settled(tasks) == [None] * 6
     assert provider.in_flight == 0
+
+
+@pytest.mark.parametrize("grace", [0.0, 1.2])
+async def test_closing_ends_with_an_error_what_takes_longer_than_the_grace(grace: float) -> None:
+    embedder, provider = make(max_batch_size=2)
+    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)]
+    await asyncio.sleep(0.5)
+    began = now()
+    await embedder.aclose(grace)
+    errors = await settled(tasks)
+    assert now() - began == pytest.approx(grace, abs=1e-3)
+    assert [type(error) for error in errors[-2:]] == [TransportError] * 2
+    assert errors[:4] == [None] * 4 if grace else all(isinstance(error, TransportError) for error in errors)
+    assert provider.in_flight == 0
+
+
+async def test_small_calls_share_requests_with_each_other_and_with_single_ones() -> None:
+    embedder, provider = make()
+    small = [asyncio.create_task(embedder.embed([f"text {n}", "same", f"text {n}"])) for n in range(50)]
+    single = [asyncio.create_task(embedder.embed_one("same")) for _ in range(50)]
+    await asyncio.wait([*small, *single])
+
+    assert [len(sent) for sent in provider.requests] == [51]
+    for number, task in enumerate(small):
+        wanted = [vector_of(f"text {number}"), vector_of("same"), vector_of(f"text {number}")]
+        np.testing.assert_array_equal(task.result().embeddings, wanted)
+    np.testing.assert_array_equal(single[-1].result(), vector_of("same"))
+
+
+async def test_what_shared_requests_were_billed_is_divided_among_their_callers() -> None:
+    embedder, provider = make()
+    tasks = [asyncio.create_task(embedder.embed([f"text {n}" * (n + 1), "same"])) for n in range(20)]
+    results = [await task for task in tasks]
+    alone = await embedder.embed(["another", "one"])
+
+    assert sum(result.total_tokens for result in (*results, alone)) == provider.billed
+    assert all(result.requests == 1 and result.retries == 0 for result in results)
+    assert (alone.requests, len(provider.requests)) == (1, 2)
+
+
+async def test_a_call_of_many_texts_does_not_wait_for_company() -> None:
+    embedder, provider = make()
+    busy = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(2)]
+    await asyncio.sleep(0.1)
+    busy.append(asyncio.create_task(embedder.embed_one("gathers")))
+    await embedder.embed([f"bulk {n}" for n in range(100)])
+    await asyncio.wait(busy)
+    assert sorted(map(len, provider.requests)) == [1, 2, 100]
+
+
+async def test_a_poison_in_a_small_call_fails_alone() -> None:
+    embedder, _ = make(lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None)
+    one, other = [asyncio.create_task(embedder.embed(texts)) for texts in (["a", "poison"], ["b", "c"])]
+    await asyncio.wait([one, other])
+    assert one.result().failed_indices == [1]
+    assert one.result().retries > 0
+    assert other.result().failed_indices == []
+
+
+async def test_a_small_call_that_is_cancelled_leaves_its_texts_to_others() -> None:
+    embedder, provider = make()
+    leaving = asyncio.create_task(embedder.embed(["a", "b"]))
+    staying = asyncio.create_task(embedder.embed(["b", "c"]))
+    await asyncio.sleep(0.5)
+    leaving.cancel()
+    await asyncio.wait([leaving, staying])
+    np.testing.assert_array_equal(staying.result().embeddings, [vector_of("b"), vector_of("c")])
+    assert len(provider.requests) == 1
+
+
+async def test_a_deadline_keeps_what_had_come_of_a_small_call() -> None:
+    embedder, _ = make(max_batch_size=3)
+    busy = asyncio.create_task(embedder.embed_one("a"))
+    other = asyncio.create_task(embedder.embed_one("b"))
+    await asyncio.sleep(0.5)
+    with pytest.raises(DeadlineError) as caught:
+        await embedder.embed(["a", "late"], deadline=1.0)
+    np.testing.assert_array_equal(caught.value.result.embeddings[0], vector_of("a"))
+    assert caught.value.result.failed_indices == [1]
+    await asyncio.wait([busy, other])
+
+
+async def test_a_pause_beyond_the_deadline_fails_a_call_now_and_no_other() -> None:
+    embedder, _ = make(lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if n == 0 else None)
+    began = now()
+    impatient = asyncio.create_task(embedder.embed_one("a", deadline=10.0))
+    patient = asyncio.create_task(embedder.embed_one("a"))
+    await asyncio.wait([impatient])
+    assert isinstance(impatient.exception(), DeadlineError)
+    assert now() - began == pytest.approx(1.0, abs=1e-3)
+    np.testing.assert_array_equal(await patient, vector_of("a"))
+
+
+async def test_more_than_may_wait_is_refused_with_a_word_when_to_come_back() -> None:
+    embedder, provider = make(max_waiting=5)
+    await embedder.embed_one("how long does it take")
+    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(5)]
+    await asyncio.sleep(0.1)
+    with pytest.raises(OverloadedError, match="max_waiting=5") as caught:
+        await embedder.embed_one("one too many")
+    assert caught.value.retry_after_s == pytest.approx(1.0, rel=0.1)
+    with pytest.raises(OverloadedError):
+        await embedder.embed(["one", "too many"])
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    tasks.append(asyncio.create_task(embedder.embed_one("there is room again")))
+    assert await settled(tasks) == [None] * 6
+    assert not any("too many" in text for sent in provider.requests for text in sent)
+
+
+async def test_a_request_that_hangs_holds_up_nobody_else() -> None:
+    embedder, provider = make(lambda _, texts: 300.0 if "hangs" in texts else None, concurrency=4)
+    await embedder.embed_one("how long does it take")
+    hanging = []
+    for _ in range(2):
+        hanging.append(asyncio.create_task(embedder.embed(["hangs", str(len(hanging))])))
+        await asyncio.sleep(0.1)
+    began = now()
+    await embedder.embed_one("a")
+    assert now() - began < 5.0
+    assert provider.most_in_flight <= 4
+    for task in hanging:
+        task.cancel()
+    await asyncio.wait(hanging)
+
+
+async def test_single_calls_go_before_a_bulk_job() -> None:
+    embedder, provider = make(max_batch_size=10, concurrency=2)
+    bulk = asyncio.create_task(embedder.embed([f"bulk {n}" for n in range(400)]))  # 20 s
+    await asyncio.sleep(3.5)
+    began = now()
+    await embedder.embed_one("a query")
+    assert now() - began <= 1.51  # what is under way, and its own
+    assert not bulk.done()
+    assert not (await bulk).failures
+    assert provider.most_in_flight == 2
+
+
+async def test_a_bulk_job_gets_on_among_single_calls_without_end() -> None:
+    embedder, _ = make(max_batch_size=10, concurrency=1)
+    done = asyncio.Event()
+
+    async def ask_on() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            await embedder.embed_one(f"query {number}")
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ask_on())
+        result = await embedder.embed([f"bulk {n}" for n in range(100)])
+        done.set()
+    assert not result.failures
 
 
 @pytest.mark.parametrize("seed", range(5))

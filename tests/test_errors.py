@@ -15,6 +15,7 @@ from asyncembed import errors
 from asyncembed.errors import (
     AsyncEmbedError,
     InputError,
+    OverloadedError,
     ProviderError,
     RateLimitedError,
     ServerError,
@@ -32,6 +33,7 @@ CLASSES = [
 FIELDS: dict[type[AsyncEmbedError], dict[str, Any]] = {
     ProviderError: {"status": 429, "code": "slow_down", "request_id": "req_1"},
     RateLimitedError: {"retry_after_s": 2.5},
+    OverloadedError: {"retry_after_s": 2.5},
     ServerError: {"retry_after_s": 2.5},
     TooLargeError: {"max_inputs": 32, "max_tokens": 300_000, "requested_tokens": 416_735},
     TooLongError: {"tokens": 9_001, "limit": 8_192},

@@ -140,11 +140,10 @@ async def test_an_embedder_whose_slots_are_taken_does_not_hold_up_another_one() 
         async with full.slot(1):
             assert full.under_way == 1
 
-    async with asyncio.TaskGroup() as group:
-        async with full.slot(1):
-            group.create_task(another())
-            await settle()
-            assert full.waiting == 1
-            async with asyncio.timeout(1), free.slot(1):
-                assert (full.under_way, free.under_way) == (1, 1)
+    async with asyncio.TaskGroup() as group, full.slot(1):
+        group.create_task(another())
+        await settle()
+        assert full.waiting == 1
+        async with asyncio.timeout(1), free.slot(1):
+            assert (full.under_way, free.under_way) == (1, 1)
     assert (full.under_way, full.waiting, len(pace.queue)) == (0, 0, 0)
