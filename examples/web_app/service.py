@@ -67,6 +67,7 @@ class DocumentSearch:
         self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._checking = asyncio.Lock()
         self._checked: tuple[float, Health] | None = None
+        self._is_prepared = False
 
     @classmethod
     @asynccontextmanager
@@ -85,9 +86,12 @@ class DocumentSearch:
 
         Searches that come at once share a request to the provider, and go before documents that are being stored.
         """
-        embedder = self.embedder
-        vector = await embedder.embed_one(question, deadline=self._settings.search_deadline_s)
-        return await self._store.search(vector, k, model=embedder.model)
+        model = self.embedder.model
+        vector = await self.embedder.embed_one(question, deadline=self._settings.search_deadline_s)
+        if not self._is_prepared:  # a store that does not know the model yet refuses to search for its vectors
+            await self._store.prepare(model, vector.size)
+            self._is_prepared = True
+        return await self._store.search(vector, k, model=model)
 
     async def put(self, name: str, text: str) -> Stored:
         """Store a document in place of what was stored under its name; unchanged sections are not embedded again.

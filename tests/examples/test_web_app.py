@@ -1,0 +1,262 @@
+"""The web app through its own door: documents, searches, bad days, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, poison, script
+from examples.web_app.app import PAGE
+from examples.web_app.settings import Settings
+from tests.examples.conftest import OpenApp
+
+HOUSE = """# Bread
+
+Mix flour, water and salt, let the dough rest overnight, bake it hot.
+
+# Bicycle
+
+The rear wheel loses air: it needs a new inner tube.
+
+# Garden
+
+Sow tomatoes indoors in March, plant them out after the last frost.
+"""
+MODEL = "text-embedding-3-small"
+
+
+@pytest.fixture
+async def provider(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddingServer]:
+    """The server that stands for OpenAI, known to the app by its environment."""
+    async with EmbeddingServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+        yield server
+
+
+async def put(client: httpx.AsyncClient, name: str, text: str) -> dict[str, Any]:
+    response = await client.put(f"/documents/{name}", content=text)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def ids(client: httpx.AsyncClient, question: str = "anything", k: int = 50) -> list[str]:
+    response = await client.get("/search", params={"q": question, "k": k})
+    assert response.status_code == 200, response.text
+    return [hit["id"] for hit in response.json()["hits"]]
+
+
+# ---- documents and searches ----
+
+
+async def test_a_section_is_found_by_what_it_means(open_app: OpenApp, store: str) -> None:
+    async with open_app(database_url=store) as client:
+        assert await put(client, "house.md", HOUSE) == {
+            "sections": 3,
+            "stored": 3,
+            "unchanged": 0,
+            "deleted": 0,
+            "failed": [],
+            "tokens": 71,
+        }
+        response = await client.get("/search", params={"q": "how do I make a loaf?", "k": 2})
+    best, second = response.json()["hits"]
+    assert best["id"] == "house.md#bread-1"
+    assert best["text"] == "# Bread\n\nMix flour, water and salt, let the dough rest overnight, bake it hot."
+    assert best["metadata"]["heading"] == "Bread"
+    assert 1 >= best["score"] > second["score"] >= -1
+
+
+async def test_a_new_version_replaces_the_old_one_and_embeds_only_what_changed(open_app: OpenApp, store: str) -> None:
+    async with open_app(database_url=store) as client:
+        await put(client, "house.md", HOUSE)
+        await put(client, "house.md.old", "Another document, whose name begins like the first one's.")
+        changed = HOUSE.replace("a new inner tube", "a patch").replace("# Garden", "# Balcony")
+        done = await put(client, "house.md", changed)
+        assert (done["stored"], done["unchanged"], done["deleted"]) == (2, 1, 1)
+        assert sorted(await ids(client)) == [
+            "house.md#balcony-1",
+            "house.md#bicycle-1",
+            "house.md#bread-1",
+            "house.md.old#1",
+        ]
+
+
+async def test_of_two_versions_at_once_one_is_stored_whole(open_app: OpenApp, store: str) -> None:
+    first = "".join(f"# First {number}\n\nA text.\n" for number in range(20))
+    async with open_app(database_url=store) as client, asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as both:
+            both.create_task(put(client, "page.md", first))
+            both.create_task(put(client, "page.md", first.replace("First", "Second")))
+        assert len({id.split("-")[0] for id in await ids(client)}) == 1
+        assert len(await ids(client)) == 20
+        group.create_task(put(client, "page.md", ""))
+    async with open_app(database_url=store) as client:
+        assert await ids(client) == []
+
+
+async def test_a_search_where_nothing_is_stored_finds_nothing(open_app: OpenApp, store: str) -> None:
+    async with open_app(database_url=store) as client:
+        assert await ids(client) == []
+
+
+async def test_searches_at_once_share_requests(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    async with open_app(embedding_model=MODEL) as client:
+        await put(client, "house.md", HOUSE)
+        provider.clear()
+        async with asyncio.TaskGroup() as group:
+            found = [group.create_task(ids(client, section)) for section in HOUSE.split("\n\n")]
+    assert len(provider.requests) <= 3  # one at once, two at most while it is under way
+    for section, task in zip(HOUSE.split("\n\n"), found, strict=True):
+        assert len(task.result()) == 3, section
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        pytest.param("GET", "/search?q=", b"", 422, id="an empty question"),
+        pytest.param("GET", "/search", b"", 422, id="no question"),
+        pytest.param("GET", "/search?q=x&k=51", b"", 422, id="too many results"),
+        pytest.param("GET", "/search?q=%20", b"", 200, id="a blank is a question"),
+        pytest.param("PUT", "/documents/a%23b", b"text", 422, id="a name that ids cannot hold"),
+        pytest.param("PUT", "/documents/a", b"\xff\xfe", 415, id="no UTF-8"),
+        pytest.param("PUT", "/documents/a", b"x" * 1_001, 413, id="too large"),
+        pytest.param("PUT", "/documents/a", b"NUL \0", 422, id="what no store takes"),
+        pytest.param("POST", "/documents/a", b"text", 405, id="what a form on a foreign page could send"),
+    ],
+)
+async def test_a_clients_mistake_is_told_to_it(
+    open_app: OpenApp, method: str, path: str, content: bytes, status: int
+) -> None:
+    async with open_app(max_document_bytes=1_000) as client:
+        response = await client.request(method, path, content=content)
+        assert response.status_code == status, response.text
+
+
+# ---- bad days ----
+
+
+async def test_a_refused_section_is_named_and_the_others_are_stored(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    provider.faults = poison(lambda text: "Bicycle" in text)
+    async with open_app(embedding_model=MODEL) as client:
+        response = await client.put("/documents/house.md", content=HOUSE)
+        assert response.status_code == 422
+        assert [one["id"] for one in response.json()["failed"]] == ["house.md#bicycle-1"]
+        assert sorted(await ids(client)) == ["house.md#bread-1", "house.md#garden-1"]
+
+
+async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    provider.faults = script([], then=InvalidKey())
+    async with open_app(embedding_model=MODEL) as client:
+        found = await client.get("/search", params={"q": "bread"})
+        stored = await client.put("/documents/house.md", content=HOUSE)
+        health = await client.get("/health")
+    assert (found.status_code, stored.status_code) == (502, 502)
+    assert "sk-" not in found.text + stored.text + health.text
+    assert health.status_code == 503
+    assert health.json() == {"status": "unavailable", "provider": "AuthenticationError", "store": "ok"}
+
+
+async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    provider.faults = script([], then=Hang())
+    async with open_app(embedding_model=MODEL, search_deadline_s=0.05) as client:
+        response = await client.get("/search", params={"q": "bread"})
+        assert response.status_code == 504
+        await provider.until(lambda: provider.in_flight == 0)
+
+
+async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    provider.faults = script([], then=Hang())
+    async with open_app(embedding_model=MODEL, max_waiting=2) as client, asyncio.TaskGroup() as group:
+        waiting = [group.create_task(client.get("/search", params={"q": f"bread {n}"})) for n in range(2)]
+        await provider.until(lambda: provider.in_flight == 2)
+        response = await client.get("/search", params={"q": "one too many"})
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+        for task in waiting:
+            task.cancel()
+
+
+async def test_a_broken_store_is_told_by_health(open_app: OpenApp, dsn: str) -> None:
+    async with open_app(database_url=dsn) as client:
+        assert (await client.get("/health")).json() == {"status": "ok", "provider": "ok", "store": "ok"}
+
+
+async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    async with open_app(embedding_model=MODEL) as client:
+        async with asyncio.TaskGroup() as group:
+            probes = [group.create_task(client.get("/health")) for _ in range(10)]
+        assert [probe.result().status_code for probe in probes] == [200] * 10
+        assert len(provider.requests) == 1
+
+
+# ---- clients that leave ----
+
+
+async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    provider.faults = script([Hang()])
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/search", "query_string": b"q=bread", "headers": []}
+    async with open_app(embedding_model=MODEL) as client:
+        app: Any = client._transport.app
+        async with asyncio.TaskGroup() as group:
+            group.create_task(app(scope, receive, send))
+            await provider.until(lambda: provider.in_flight == 1)
+            left.set()
+        await provider.until(lambda: provider.in_flight == 0)
+        assert sent[0]["status"] == 499
+        assert await ids(client) == []
+
+
+# ---- what operators read ----
+
+
+async def test_metrics_are_lines_of_a_name_and_a_number(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    async with open_app(embedding_model=MODEL) as client:
+        await put(client, "house.md", HOUSE)
+        response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = dict(line.split(" ") for line in response.text.splitlines())
+    assert float(lines["asyncembed_requests"]) == 1
+    assert float(lines["asyncembed_tokens"]) == provider.total_tokens
+
+
+async def test_the_page_loads_nothing_from_elsewhere(open_app: OpenApp) -> None:
+    async with open_app() as client:
+        response = await client.get("/")
+    assert response.headers["content-security-policy"].startswith("default-src 'self'")
+    assert response.text == PAGE
+    assert not re.search(r"https?://|//cdn|@import|innerHTML", PAGE)
+
+
+def test_settings_are_read_from_the_environment() -> None:
+    read = Settings.read({"EMBEDDING_MODEL": "m", "PORT": "80", "SEARCH_DEADLINE_S": "0.5", "OTHER": "x"})
+    assert read == Settings(embedding_model="m", port=80, search_deadline_s=0.5)
+    with pytest.raises(ValueError, match="PORT is 'eighty'"):
+        Settings.read({"PORT": "eighty"})
+
+
+def test_settings_do_not_show_a_password() -> None:
+    assert "secret" not in repr(Settings(database_url="postgresql://user:secret@host/db"))
