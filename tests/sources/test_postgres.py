@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import subprocess
 import sys
+import traceback
 import tracemalloc
 from contextlib import aclosing
 from typing import Any
@@ -259,6 +260,21 @@ async def test_a_row_that_cannot_be_computed_ends_the_run_and_is_not_quoted(docs
     with pytest.raises(SourceError, match="SQLSTATE 22P02") as caught:
         await read(source)
     assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+@pytest.mark.parametrize(
+    ("condition", "value"),
+    [
+        pytest.param("id = $1", "a secret", id="a text for a number"),
+        pytest.param("text = $1", {"a secret": 1}, id="a dict for a text"),
+        pytest.param("id = ANY($1)", ["a secret"], id="a text among numbers"),
+    ],
+)
+async def test_a_value_that_the_driver_cannot_encode_is_not_quoted(docs: str, condition: str, value: Any) -> None:
+    source = PostgresSource(docs, f"SELECT id, text FROM docs WHERE {condition}", args=[value])
+    with pytest.raises(ConfigError, match="in the driver: look at .* args=") as caught:
+        await read(source)
+    assert "a secret" not in "".join(traceback.format_exception(caught.value))
 
 
 # ---- addresses ----
