@@ -11,21 +11,22 @@ from typing import Any, NoReturn, Self
 from . import models
 from .arguments import check_amount, check_model, check_range, checked, listed
 from .coalescing import Call, Coalescer
-from .engine import Deliver, Engine, portions
+from .engine import Deliver, Engine
 from .errors import AsyncEmbedError, ConfigError, DeadlineError, FatalProviderError, InputError, TransportError
-from .gathering import Order, Results, readable
+from .gathering import Order, Results
 from .loops import PerLoop, ended
 from .pacing import Slots, shared_pace
-from .packing import OPEN_BATCHES, Limits, Packer
+from .packing import OPEN_BATCHES, Limits
+from .planning import count_up
 from .providers.local import LocalCounter, LocalProvider
 from .providers.openai import OFFICIAL_HOST, OpenAIProvider
 from .providers.safety import ApiKey
-from .records import AnyIterable, in_slices
+from .records import AnyIterable
 from .report import Check, EmbeddingResult, Plan, ProgressCallback, failed
-from .run import Run, StoppedError
+from .run import Run, Runs, StoppedError
 from .tokens import ByteBound, TokenCounter, load_counter
-from .types import EmbeddedRecord, Failure, Provider, Vectors
-from .weighing import Text, TooLong, check_text, unique, weigh_texts
+from .types import EmbeddedRecord, Provider, Vectors
+from .weighing import Text, TooLong, check_text
 
 # A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
 SMALL_TEXTS = 32
@@ -106,7 +107,7 @@ class Embedder:
         self._engines = PerLoop(self._new_engine)
         self._max_waiting = max_waiting
         self._coalescers = PerLoop(self._new_coalescer)
-        self._runs: PerLoop[set[Run]] = PerLoop(set)
+        self._runs = PerLoop(Runs)
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
             LocalProvider(dimensions)
@@ -161,23 +162,10 @@ class Embedder:
         try:
             if coalescer is not None:
                 await coalescer.aclose(grace)
-            await self._end_runs(ends_at)
+            await self._runs.get().end(ends_at, TransportError("the embedder was closed before the answer came"))
         finally:
             self._engines.pop()
             await self._provider.aclose()
-
-    async def _end_runs(self, ends_at: float) -> None:
-        runs = self._runs.get()
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(ends_at):
-                    while runs:
-                        await next(iter(runs)).ended.wait()
-        finally:
-            for run in runs:
-                run.stop(TransportError("the embedder was closed before the answer came"), at_once=True)
-        while runs:
-            await next(iter(runs)).ended.wait()
 
     @property
     def dimensions(self) -> int | None:
@@ -353,30 +341,15 @@ class Embedder:
             texts: Any sync or async iterable of texts, or of records in all their forms.
         """
         counter = await self._counter()
-        packer: Packer[None] = Packer(self._limits.inputs, self._limits.tokens)
-        inputs = requests = tokens = count = 0
-        failures: list[Failure] = []
-        async with aclosing(in_slices(texts)) as slices:
-            async for some in slices:
-                read = list(readable(count, some))
-                count += len(some)
-                failures.extend(Failure(index, error) for index, _, error in read if error is not None)
-                waiting = unique((index, record.text) for index, record, error in read if error is None)
-                for part in portions(waiting):
-                    items, bad = await asyncio.to_thread(weigh_texts, part, counter, self._limits, self._too_long)
-                    failures.extend(Failure(index, error) for text, error in bad for index in text.indices)
-                    requests += sum(packer.add(None, item.weight) is not None for item in items)
-                    tokens += sum(item.tokens for item in items)
-                    inputs += len(part) - len(bad)
-        requests += len(packer.flush())
+        counted = await count_up(texts, counter, self._limits, self._too_long)
         return Plan(
-            texts=inputs,
-            failures=tuple(sorted(failures, key=lambda failure: failure.index)),
-            requests=requests,
-            tokens=tokens,
+            texts=counted.inputs,
+            failures=tuple(sorted(counted.failures, key=lambda failure: failure.index)),
+            requests=counted.requests,
+            tokens=counted.tokens,
             exact=counter.exact,
-            seconds=self._seconds(requests, tokens),
-            cost_usd=self._price(tokens),
+            seconds=self._seconds(counted.requests, counted.tokens),
+            cost_usd=self._price(counted.tokens),
         )
 
     # ---- what `pipeline` builds on ----
@@ -429,13 +402,8 @@ class Embedder:
         deliver: Deliver,
         open_batches: int = OPEN_BATCHES,
     ) -> None:
-        runs = self._runs.get()
-        runs.add(run)
-        try:
+        with self._runs.get().under_way(run):
             await self._engines.get().run(slices, counter, run, deliver, open_batches=open_batches)
-        finally:
-            runs.discard(run)
-            run.ended.set()
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):

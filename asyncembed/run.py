@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from .errors import AsyncEmbedError, ConfigError, DeadlineError
 from .report import Progress
@@ -43,8 +43,6 @@ class Run:
         self.canary: Item | None = None
         """A short text that the provider has taken: if it takes it no more, it is down."""
         self.stopped_by: AsyncEmbedError | None = None
-        self.ended = asyncio.Event()
-        """Set when nothing of it is left running."""
         self._scopes: dict[asyncio.Timeout, float] = {}
 
     @property
@@ -101,3 +99,35 @@ class Run:
             if not scope.expired():
                 raise  # of what was waited for
             raise StoppedError from None
+
+
+class Runs:
+    """The runs of one embedder that are under way on one event loop."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Run, asyncio.Event] = {}
+
+    @contextmanager
+    def under_way(self, run: Run) -> Iterator[None]:
+        """Count the run while it lasts."""
+        ended = self._runs[run] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._runs[run]
+            ended.set()
+
+    async def end(self, ends_at: float, error: AsyncEmbedError) -> None:
+        """Wait until none is left, from that time of the loop's clock on by stopping them with the error."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(ends_at):
+                    await self._all_ended()
+        finally:
+            for run in self._runs:
+                run.stop(error, at_once=True)
+        await self._all_ended()
+
+    async def _all_ended(self) -> None:
+        while self._runs:
+            await next(iter(self._runs.values())).wait()

@@ -45,6 +45,7 @@ ROWS = [
     "providers.local",
     "engine",
     "gathering",
+    "planning",
     "coalescing",
     "embedder",
     "pipeline",
