@@ -122,6 +122,10 @@ class Ticket:
     number: int
     tokens: int
     sent_at: float
+    waited_s: float = 0.0
+    """Seconds until it might go,"""
+    held_s: float = 0.0
+    """and of these, those since it was first and had a slot: what the rate, a pause or the cap cost it."""
 
 
 @dataclass(eq=False)
@@ -156,8 +160,21 @@ class Pace:
     async def enter(self, tokens: int, is_ready: Callable[[], bool] = _always, *, urgent: bool = False) -> Ticket:
         """Wait until a request of so many tokens may go; see `Queue.wait`."""
         loop = asyncio.get_running_loop()
-        await self.queue.wait(tokens, lambda: self._wait_s(tokens, loop.time()), is_ready, urgent=urgent)
-        return self._take(tokens, loop.time())
+        came_at, held_at = loop.time(), math.inf
+
+        def wait_s() -> float:
+            nonlocal held_at
+            now = loop.time()
+            seconds = self._wait_s(tokens, now)
+            if seconds > 0:
+                held_at = min(held_at, now)
+            return seconds
+
+        await self.queue.wait(tokens, wait_s, is_ready, urgent=urgent)
+        ticket = self._take(tokens, loop.time())
+        ticket.waited_s = ticket.sent_at - came_at
+        ticket.held_s = max(0.0, ticket.sent_at - held_at)
+        return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """The request is over, however it ended."""
