@@ -26,7 +26,7 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-# nginx's word for it; nobody will read this answer, but the access log will.
+# nginx's word for it, for middleware that counts; the client will not read this answer.
 CLIENT_LEFT = 499
 
 router = APIRouter()

@@ -1,0 +1,82 @@
+"""The web app under its real server: SIGTERM in the middle of requests, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from asyncembed.testing import EmbeddingServer, Fault, Hang, script
+from tests.examples.server import web_app
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX's")
+
+MODEL = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
+
+
+@dataclass(frozen=True)
+class Held(Fault):
+    """The right answer, once it is let go."""
+
+    gate: asyncio.Event
+
+    async def send(self, wire: Any, answer: Any) -> None:
+        await self.gate.wait()
+        await wire.send(answer)
+
+
+async def refuses(url: str) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    await writer.wait_closed()
+    return False
+
+
+async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with EmbeddingServer(faults=script([], then=Held(gate))) as provider:
+        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **MODEL) as app:
+            async with httpx.AsyncClient(base_url=app.url, timeout=30) as client, asyncio.TaskGroup() as group:
+                document = group.create_task(client.put("/documents/a.txt", content="one text"))
+                await provider.until(lambda: provider.in_flight == 1)
+                searches = [group.create_task(client.get(f"/search?q=question-{n}")) for n in range(2)]
+                await provider.until(lambda: provider.in_flight == 3)
+
+                app.process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(app.wait_for, "(Waiting for connections to close)")
+                assert await refuses(app.url)
+                gate.set()
+            code = await asyncio.to_thread(app.wait)
+    assert document.result().status_code == 200
+    assert document.result().json()["stored"] == 1
+    assert [search.result().status_code for search in searches] == [200, 200]
+    assert code == -signal.SIGTERM, app.log  # uvicorn ends as the signal asks, which a shell shows as 143
+    assert "Application shutdown complete" in app.log
+    assert "Traceback" not in app.log
+
+
+async def test_a_client_that_hangs_up_ends_its_search_and_harms_nobody(tmp_path: Path) -> None:
+    async with EmbeddingServer(faults=script([Hang()])) as provider:
+        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **MODEL) as app:
+            async with httpx.AsyncClient(base_url=app.url, timeout=30) as client:
+                leaving = asyncio.create_task(client.get("/search?q=the-impatient"))
+                await provider.until(lambda: provider.in_flight == 1)
+                staying = asyncio.create_task(client.get("/search?q=the-patient"))
+                await provider.until(lambda: len(provider.requests) == 2)
+                leaving.cancel()
+                assert (await staying).status_code == 200
+                await provider.until(lambda: provider.in_flight == 0)
+                assert (await client.get("/health")).status_code == 200
+            app.process.terminate()
+            await asyncio.to_thread(app.wait)
+    assert "Application shutdown complete" in app.log
+    assert "Traceback" not in app.log
