@@ -1,11 +1,16 @@
-"""Reply bytes to float32[n, d], trusting nothing. Pure and blocking; large replies are decoded in a thread."""
+"""Reply bytes to float32[n, d], trusting nothing. Pure; a reply is decoded while it is still being read.
+
+A reply is megabytes of vectors in a few kilobytes of JSON. `Decoder` takes the vectors out as they go by, each into a
+row of its own, and leaves their names in their places; what remains is parsed at the end, and tells which vector is
+whose. So neither the reply's text nor a Python object for each number is ever in memory, and no step takes longer than
+its piece is long: a piece of 256 kB takes 0.2 ms in base64, 1 ms in numbers (bench/decode.py).
+"""
 
 from __future__ import annotations
 
 import binascii
 import re
 from collections.abc import Mapping
-from time import perf_counter, sleep
 from typing import Any
 
 import jiter
@@ -15,19 +20,17 @@ import pybase64
 from .errors import ProtocolError
 from .types import Reply, Vectors
 
-# Parsing 2,048 vectors of numbers in one go holds the interpreter for 150 ms and makes three million Python floats
-# (bench/decode.py). So arrays are taken out of the document and parsed one by one; other threads get their turn in
-# between. A quote inside a JSON string is escaped, so this matches keys only.
-_ARRAY = re.compile(rb'"embedding"\s*:\s*\[')
+# A quote inside a JSON string is escaped, so this matches keys only. A vector with more blanks before it than
+# these, or with its key in escapes, is not taken out but parsed with the rest.
+_VECTOR = re.compile(rb'"embedding"\s{0,16}:\s{0,16}(["\[])')
+_LONGEST_KEY = len('"embedding":"') + 2 * 16
+_QUOTE = ord('"')
 # All that numbers are spelled with, NaN and Infinity included, which are then refused by their own name; no null,
 # true or string can be written with these.
 _NUMBERS = b"0123456789+-.eE, \t\r\n[]NaInfity"
 
-# numpy lets go of the interpreter for some microseconds at every vector, which is too short for a waiting event loop
-# to wake up in, and makes it start its wait again: it stalled for up to 250 ms (bench/decode.py). So work two
-# milliseconds, then stand aside for as long as waking up takes.
-TURN_S = 0.002
-PAUSE_S = 0.000_05
+# How much is decoded in one go when all is there already.
+PIECE_BYTES = 256 * 1024
 
 # What a number may need as JSON text: sign, 17 digits, point, exponent and comma. Four bytes need 16/3 in base64.
 BYTES_PER_NUMBER = 26
@@ -46,75 +49,140 @@ def most_bytes(count: int, dimensions: int | None) -> int:
 
 
 def decode(body: bytes, count: int, dimensions: int | None) -> Reply:
-    """Return the vectors of a reply in the order of the texts that were sent.
+    """Return what a `Decoder` makes of a whole reply."""
+    decoder = Decoder(count, dimensions)
+    for start in range(0, len(body), PIECE_BYTES):
+        decoder.feed(body[start : start + PIECE_BYTES])
+    return decoder.finish()
+
+
+class Decoder:
+    """Takes a reply piece by piece; at its end gives the vectors in the order of the texts that were sent.
 
     Takes base64 and numbers, whichever was asked for, in any order of `index`; without any `index`, in the order
     they stand in.
 
     Args:
-        body: The whole reply.
         count: How many texts were sent.
         dimensions: The size each vector must have; None if the first one may tell.
-
-    Raises:
-        ProtocolError: Count, index, dimension or numbers are not what was asked for. The message names expected
-            and got, and never what the reply says.
     """
-    turn_ends_s = perf_counter() + TURN_S
-    rest, arrays = _take_out_arrays(body)
-    document = _parse(rest)
-    data = document.get("data") if isinstance(document, Mapping) else None
-    if not isinstance(data, list):
-        raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{_error_in(document)}")
-    if len(data) != count:
-        raise ProtocolError(f"expected {count} embeddings, got {len(data)}")
-    vectors: Vectors | None = None
-    for item, row in zip(data, _order(data), strict=True):
-        value = item.get("embedding")
-        if not isinstance(value, str):
-            raise ProtocolError(f"expected an embedding, got {_kind(value)} for text {row}")
-        array = arrays.pop(value, None) if arrays else None
-        vector = _from_base64(value, row) if array is None else _from_numbers(body[array], row)
-        if vectors is None:
-            vectors = np.empty((count, dimensions or len(vector)), np.float32)
-        if len(vector) != vectors.shape[1]:
-            raise ProtocolError(f"expected {vectors.shape[1]} dimensions, got {len(vector)} for text {row}")
-        vectors[row] = vector
-        if perf_counter() > turn_ends_s:
-            sleep(PAUSE_S)
-            turn_ends_s = perf_counter() + TURN_S
-    if vectors is None:
-        raise ProtocolError("expected embeddings, got none")
-    _check_numbers(vectors, guessed=dimensions is None)
-    model = document.get("model")
-    return Reply(vectors, _tokens(document), model=model if isinstance(model, str) else None)
+
+    def __init__(self, count: int, dimensions: int | None) -> None:
+        self.size = 0
+        """Bytes taken so far."""
+        self._count = count
+        self._dimensions = dimensions
+        self._unread = bytearray()
+        self._searched = 0
+        """So much of `unread` does not hold the end of the vector which it begins with."""
+        self._rest = bytearray()
+        """The document, with a name in the place of every vector."""
+        self._found = 0
+        self._vectors: Vectors | None = None
+        """Row i is the i-th vector that was found, but for those aside."""
+        self._aside: dict[int, Vectors | str] = {}
+        """Those that have no row, or what is wrong with them."""
+
+    def feed(self, piece: bytes | memoryview) -> None:
+        """Take the next bytes of the reply; what is wrong with them is said at the end."""
+        self.size += len(piece)
+        unread = self._unread
+        unread += piece
+        done = 0
+        while key := _VECTOR.search(unread, done):
+            start = key.end()
+            in_base64 = unread[start - 1] == _QUOTE
+            stop = unread.find(b'"' if in_base64 else b"]", max(start, self._searched))
+            if stop < 0:
+                break
+            self._rest += unread[done : start - 1]
+            self._rest += b'"vector %d"' % self._found  # a blank is no base64, so no vector is spelled like this
+            self._take(bytes(unread[start:stop]), in_base64)
+            done = stop + 1
+            self._searched = 0
+        kept = key.start() if key else max(done, len(unread) - _LONGEST_KEY)
+        self._rest += unread[done:kept]
+        del unread[:kept]
+        self._searched = len(unread) if key else 0
+
+    def _take(self, text: bytes, in_base64: bool) -> None:
+        number = self._found
+        self._found += 1
+        try:
+            vector = _from_base64(text) if in_base64 else _from_numbers(b"[%b]" % text)
+        except ProtocolError as error:
+            self._aside[number] = str(error)
+            return
+        if self._vectors is None:
+            if self._dimensions is None and not 0 < len(vector) <= MAX_DIMENSIONS:
+                self._aside[number] = f"expected 1 to {MAX_DIMENSIONS:,} dimensions, got {len(vector):,}"
+                return
+            self._vectors = np.empty((self._count, self._dimensions or len(vector)), np.float32)
+        if number < self._count and len(vector) == self._vectors.shape[1]:
+            self._vectors[number] = vector
+        else:
+            self._aside[number] = vector
+
+    def finish(self) -> Reply:
+        """Return the reply, of which all has been fed.
+
+        Raises:
+            ProtocolError: Count, index, dimension or numbers are not what was asked for. The message names expected
+                and got, and never what the reply says.
+        """
+        document = _parse(bytes(self._rest + self._unread), self.size)
+        data = document.get("data") if isinstance(document, Mapping) else None
+        if not isinstance(data, list):
+            raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{_error_in(document)}")
+        if len(data) != self._count:
+            raise ProtocolError(f"expected {self._count} embeddings, got {len(data)}")
+        rows = _order(data)
+        vectors = self._in_order(self._numbers(data, rows), rows)
+        _check_numbers(vectors, guessed=self._dimensions is None)
+        model = document.get("model")
+        return Reply(vectors, _tokens(document), model=model if isinstance(model, str) else None)
+
+    def _numbers(self, data: list[Any], rows: list[int]) -> list[int]:
+        """Return which of the vectors that were found is each item's."""
+        names = {f"vector {number}": number for number in range(self._found)}
+        numbers = []
+        for item, row in zip(data, rows, strict=True):
+            value = item.get("embedding")
+            if not isinstance(value, str):
+                raise ProtocolError(f"expected an embedding, got {_kind(value)} for text {row}")
+            number = names.pop(value, None)  # once each: no two items have the same
+            if number is None:
+                number = self._found
+                self._take(value.encode(errors="replace"), in_base64=True)
+            numbers.append(number)
+        return numbers
+
+    def _in_order(self, numbers: list[int], rows: list[int]) -> Vectors:
+        if not numbers:
+            raise ProtocolError("expected embeddings, got none")
+        if self._vectors is not None and not self._aside and numbers == rows == list(range(len(rows))):
+            return self._vectors
+        vectors: Vectors | None = None
+        for number, row in zip(numbers, rows, strict=True):
+            vector = self._aside[number] if number in self._aside or self._vectors is None else self._vectors[number]
+            if isinstance(vector, str):
+                raise ProtocolError(f"{vector} for text {row}")
+            if vectors is None:
+                vectors = np.empty((self._count, self._dimensions or len(vector)), np.float32)
+            if len(vector) != vectors.shape[1]:
+                raise ProtocolError(f"expected {vectors.shape[1]} dimensions, got {len(vector)} for text {row}")
+            vectors[row] = vector
+        assert vectors is not None
+        return vectors
 
 
-def _take_out_arrays(body: bytes) -> tuple[bytes, dict[str, slice]]:
-    """Put a name in the place of every array of numbers; return the rest, and where in the body each name's is."""
-    arrays: dict[str, slice] = {}
-    end = max(body.find(b'"embedding"'), 0)
-    if body.find(b"[", end) < 0:
-        return body, arrays  # base64 alone: no need to search megabytes of it for keys
-    pieces = [body[:end]]
-    while key := _ARRAY.search(body, end):
-        start = key.end() - 1
-        stop = body.find(b"]", start) + 1 or len(body)
-        name = f"array {len(arrays)}"  # a blank is no base64, so no vector is spelled like this
-        arrays[name] = slice(start, stop)
-        pieces += body[end:start], b'"%s"' % name.encode()
-        end = stop
-    pieces.append(body[end:])
-    return b"".join(pieces), arrays
-
-
-def _parse(body: bytes) -> Any:
+def _parse(text: bytes, size: int) -> Any:
     try:
         # two values for one key: whichever is taken may be the wrong one
-        return jiter.from_json(body, cache_mode="keys", catch_duplicate_keys=True)
+        return jiter.from_json(text, cache_mode="keys", catch_duplicate_keys=True)
     except (ValueError, RecursionError) as error:
         # from None: the message may quote the reply
-        raise ProtocolError(f"expected JSON, got {len(body):,} bytes that are not ({type(error).__name__})") from None
+        raise ProtocolError(f"expected JSON, got {size:,} bytes that are not ({type(error).__name__})") from None
 
 
 def _order(data: list[Any]) -> list[int]:
@@ -129,24 +197,34 @@ def _order(data: list[Any]) -> list[int]:
     return indices
 
 
-def _from_numbers(array: bytes, row: int) -> Vectors:
+def _from_numbers(array: bytes) -> Vectors:
     if array.translate(None, delete=_NUMBERS):
-        raise ProtocolError(f"expected numbers, got something else among them for text {row}")
+        raise ProtocolError("expected numbers, got something else among them")
     try:
         with np.errstate(over="ignore"):  # beyond float32 becomes infinity, which is refused
-            return np.array(_parse(array), np.float64).astype(np.float32)
-    except OverflowError:
-        raise ProtocolError(f"expected numbers, got one of hundreds of digits for text {row}") from None
+            vector = np.array(_parse(array, len(array)), np.float64).astype(np.float32)
+    except (OverflowError, ValueError):
+        raise ProtocolError("expected numbers, got one of hundreds of digits, or lists of them") from None
+    if vector.ndim != 1:
+        raise ProtocolError("expected numbers, got lists of them")
+    return vector
 
 
-def _from_base64(value: str, row: int) -> Vectors:
+def _from_base64(text: bytes) -> Vectors:
+    if b"\\" in text:  # "/" may be written as "\/"
+        text = _unescaped(text)
     try:
-        raw = pybase64.b64decode(value, validate=True)
+        raw = pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ProtocolError(f"expected base64, got something else for text {row}") from None
+        raise ProtocolError("expected base64, got something else") from None
     if not raw or len(raw) % 4:
-        raise ProtocolError(f"expected whole float32 numbers, got {len(raw)} bytes for text {row}")
+        raise ProtocolError(f"expected whole float32 numbers, got {len(raw)} bytes")
     return np.frombuffer(raw, "<f4")
+
+
+def _unescaped(text: bytes) -> bytes:
+    value = _parse(b'"%b"' % text, len(text))
+    return str(value).encode(errors="replace")
 
 
 def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import itertools
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from asyncembed import decoding
-from asyncembed.decoding import decode, most_bytes
+from asyncembed.decoding import Decoder, decode, most_bytes
 from asyncembed.errors import ProtocolError
 from asyncembed.types import Vectors
 
@@ -361,30 +360,75 @@ def test_no_bytes_break_the_decoder(body: bytes) -> None:
 
 
 @both
-async def test_a_large_reply_is_decoded_beside_a_live_loop(spell: Spelling) -> None:
-    # Not how fast, which is for bench/decode.py, but that the loop gets its turns: one at least in every 20 ms of work.
-    body = json.dumps(document(some_vectors(512, 1_536), spell)).encode()
-    loop = asyncio.get_running_loop()
-    started, turns = loop.time(), 0
-    decoding_it = asyncio.create_task(asyncio.to_thread(decode, body, 512, 1_536))
-    while not decoding_it.done():
-        await asyncio.sleep(0)
-        turns += 1
-    assert turns > (loop.time() - started) / 0.02
-    assert (await decoding_it).vectors.shape == (512, 1_536)
+@pytest.mark.parametrize("layout", [{"indent": 2}, {"separators": (",", ":")}])
+def test_a_reply_is_the_same_in_pieces_of_any_size(spell: Spelling, layout: dict[str, Any]) -> None:
+    vectors = some_vectors(5)
+    body = json.dumps(document(vectors, spell), **layout).encode()
+    for size in range(1, len(body) + 1):
+        decoder = Decoder(5, 4)
+        for start in range(0, len(body), size):
+            decoder.feed(memoryview(body)[start : start + size])
+        assert decoder.size == len(body)
+        assert (decoder.finish().vectors == vectors).all()
 
 
-@pytest.mark.parametrize(
-    ("step_s", "pauses"),
-    [
-        pytest.param(decoding.TURN_S / 100, 0, id="a small reply, which is decoded on the loop, waits for nobody"),
-        pytest.param(decoding.TURN_S * 1.1, 3, id="a long one stands aside after every turn"),
-    ],
-)
-def test_the_decoder_pauses_after_each_turn(monkeypatch: pytest.MonkeyPatch, step_s: float, pauses: int) -> None:
-    clock = itertools.count(0.0, step_s)
-    slept: list[float] = []
-    monkeypatch.setattr(decoding, "sleep", slept.append)
-    monkeypatch.setattr(decoding, "perf_counter", lambda: next(clock))
-    decode(GOOD[as_numbers], 3, 4)
-    assert slept == [decoding.PAUSE_S] * pauses
+def test_slashes_may_be_escaped_as_php_does() -> None:
+    vectors = some_vectors(200)
+    body = json.dumps(document(vectors)).replace("/", "\\/").encode()
+    assert body.count(b"\\/") > 50
+    assert (decode(body, 200, None).vectors == vectors).all()
+    assert "expected base64" in refused(body.replace(b"\\/", b"\\n"), 200, None)
+
+
+@both
+def test_vectors_that_stand_elsewhere_change_nothing(spell: Spelling) -> None:
+    vectors = some_vectors()
+    other = spell(np.ones(7, np.float32))
+    reply = {"embedding": other, **document(vectors, spell), "more": [{"embedding": other}]}
+    for dimensions in (4, None):
+        assert (decode(json.dumps(reply).encode(), 3, dimensions).vectors == vectors).all()
+
+
+@pytest.mark.parametrize("blanks", [1, 16, 17, 1_000])
+def test_base64_is_found_behind_any_number_of_blanks(blanks: int) -> None:
+    vectors = some_vectors()
+    body = json.dumps(document(vectors)).replace('"embedding": "', '"embedding":' + blanks * " " + '"').encode()
+    assert (decode(body, 3, None).vectors == vectors).all()
+
+
+def test_a_key_may_be_spelled_in_escapes() -> None:
+    vectors = some_vectors()
+    body = json.dumps(document(vectors)).replace('"embedding": "', '"\\u0065mbedding": "').encode()
+    assert (decode(body, 3, None).vectors == vectors).all()
+
+
+@pytest.mark.parametrize("name", ["vector 0", "vector 1", "vector 2"])
+@both
+def test_the_name_of_a_vector_that_was_taken_out_is_no_vector(spell: Spelling, name: str) -> None:
+    assert "expected base64" in refused(damaged(lambda data: data[1].update(embedding=name), spell))
+    hidden = damaged(lambda data: data[1].update(embedding=name), spell).replace(
+        f'"embedding": "{name}"'.encode(), f'"\\u0065mbedding": "{name}"'.encode()
+    )
+    refused(hidden)
+
+
+def test_a_size_that_no_vector_has_is_refused_before_there_is_memory_for_it() -> None:
+    too_long = base64.b64encode(bytes(4 * (decoding.MAX_DIMENSIONS + 1))).decode()
+    body = json.dumps({"data": [{"embedding": too_long}]}).encode()
+    assert refused(body, 1, None) == "expected 1 to 16,384 dimensions, got 16,385 for text 0"
+    assert "dimensions, got 0" in refused(b'{"data":[{"embedding":[]}]}', 1, None)
+
+
+def test_what_is_between_the_vectors_is_all_that_is_kept() -> None:
+    vectors = some_vectors(100, 1_536)
+    body = json.dumps(document(vectors)).encode()
+    decoder = Decoder(100, 1_536)
+    tracemalloc.start()
+    try:
+        for start in range(0, len(body), 4_096):
+            decoder.feed(body[start : start + 4_096])
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < vectors.nbytes + len(body) / 10
+    assert (decoder.finish().vectors == vectors).all()
