@@ -1,0 +1,28 @@
+"""What a user of a client that sends what it is given writes around it: chunks, and a semaphore."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from bench.job import Job
+
+# The API's limit of inputs a request (API reference, embeddings.create).
+MAX_INPUTS = 2_048
+
+
+async def in_chunks(
+    texts: Sequence[str], job: Job, send: Callable[[Sequence[str]], Awaitable[Sequence[Any]]]
+) -> list[Any]:
+    """Send the texts `job.batch` at a time, `job.concurrency` requests at once; return the rows in order."""
+    slots = asyncio.Semaphore(job.concurrency)
+
+    async def one(chunk: Sequence[str]) -> Sequence[Any]:
+        async with slots:
+            return await send(chunk)
+
+    size = job.batch or MAX_INPUTS
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(texts[at : at + size])) for at in range(0, len(texts), size)]
+    return [row for task in tasks for row in task.result()]

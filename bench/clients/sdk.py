@@ -1,0 +1,57 @@
+"""OpenAI's own SDK: as its README says, and as far as it goes without leaving its public methods."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from bench.clients.chunks import in_chunks
+from bench.job import Embed, Job
+
+# Its default of two gives up at the third refusal of a request; with rate limits its users raise it.
+MAX_RETRIES = 50
+
+
+def arguments(job: Job) -> dict[str, Any]:
+    return {"model": job.model} | ({"dimensions": job.dimensions} if job.dimensions else {})
+
+
+@asynccontextmanager
+async def documented(job: Job) -> AsyncIterator[Embed]:
+    """`embeddings.create`, and the lists of floats out of its answer."""
+    from openai import AsyncOpenAI
+
+    async with AsyncOpenAI(base_url=job.base_url, api_key="none", max_retries=MAX_RETRIES) as client:
+
+        async def send(texts: Sequence[str]) -> list[list[float]]:
+            answer = await client.embeddings.create(input=list(texts), **arguments(job))
+            return [item.embedding for item in answer.data]
+
+        yield lambda texts: in_chunks(texts, job, send)
+
+
+@asynccontextmanager
+async def raw(job: Job) -> AsyncIterator[Embed]:
+    """`with_raw_response`, and the fastest parser and decoder there are, into float32."""
+    import jiter
+    import numpy as np
+    import pybase64
+    from openai import AsyncOpenAI
+
+    async with AsyncOpenAI(base_url=job.base_url, api_key="none", max_retries=MAX_RETRIES) as client:
+
+        async def send(texts: Sequence[str]) -> Any:
+            answer = await client.embeddings.with_raw_response.create(
+                input=list(texts), encoding_format="base64", **arguments(job)
+            )
+            items = jiter.from_json(answer.content, cache_mode="keys")["data"]
+            rows = np.empty((len(texts), job.expected_dimensions), np.float32)
+            for item in items:
+                vector = item["embedding"]
+                rows[item["index"]] = (
+                    np.frombuffer(pybase64.b64decode(vector), "<f4") if isinstance(vector, str) else vector
+                )
+            return rows
+
+        yield lambda texts: in_chunks(texts, job, send)
