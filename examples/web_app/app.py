@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,8 +105,7 @@ async def read_text(request: Request, most_bytes: int) -> str:
 async def health(service: Service) -> JSONResponse:
     """Say whether searches can be answered; 503 if not."""
     found = await service.health()
-    body = {"status": "ok" if found.is_good else "unavailable", "provider": found.provider, "store": found.store}
-    return JSONResponse(body, 200 if found.is_good else 503)
+    return JSONResponse(asdict(found), 200 if found.is_good else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -125,7 +125,7 @@ def make_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         async with DocumentSearch.opened(settings) as app.state.service:
-            yield
+            yield  # the app serves; uvicorn goes on from here once all it had taken is answered
 
     # FastAPI's own pages of documentation load scripts from elsewhere
     app = FastAPI(title="Search", lifespan=lifespan, docs_url=None, redoc_url=None)

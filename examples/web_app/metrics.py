@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,12 +11,15 @@ CONTENT_TYPE = "text/plain; version=0.0.4"
 
 
 def exposition(stats: Any, prefix: str = "asyncembed") -> str:
-    """Return a line for each number in a dataclass, `embedder.stats()` for instance."""
-    return "".join(_lines(stats, prefix))
+    """Return a line for each number in a dataclass, `embedder.stats()` for instance, and for each in its mappings."""
+    return "".join(f"{prefix}_{name} {number:.17g}\n" for name, number in _numbers(stats))
 
 
-def _lines(stats: Any, prefix: str) -> Iterator[str]:
+def _numbers(stats: Any) -> Iterator[tuple[str, float]]:
     for one in fields(stats):
         value = getattr(stats, one.name)
-        if isinstance(value, int | float):
-            yield f"{prefix}_{one.name} {float(value):.17g}\n"
+        if isinstance(value, Mapping):
+            for kind, count in value.items():
+                yield f'{one.name}{{kind="{kind}"}}', float(count)
+        elif isinstance(value, int | float):
+            yield one.name, float(value)

@@ -12,6 +12,7 @@ from asyncembed import (
     AsyncEmbedError,
     DeadlineError,
     InputError,
+    OverloadedError,
     ProviderError,
     SinkBusyError,
     SinkError,
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # The first that fits counts, so the narrower kind stands before the wider one.
 _ANSWERS: tuple[tuple[type[AsyncEmbedError], int, str], ...] = (
+    (OverloadedError, 503, "Too many are searching at once. Try again."),
     (DeadlineError, 504, "This took too long. Try again."),
     (ProviderError, 502, "The embedding service does not answer as it should. Try again later."),
     (SinkBusyError, 503, "The store is busy. Try again."),
@@ -36,6 +38,6 @@ async def answer(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
     log.warning("%s: %s: %s", request.url.path, type(error).__name__, error)
     status, detail = next((status, detail) for kind, status, detail in _ANSWERS if isinstance(error, kind))
-    retry_after_s = getattr(error, "retry_after_s", None) or 1.0
-    headers = {"retry-after": str(math.ceil(retry_after_s))} if status == 503 else None
-    return JSONResponse({"detail": detail}, status, headers)
+    # whole seconds, at least one (RFC 9110, 10.2.3); who tells no time is asked again soon
+    wait_s = max(1, math.ceil(getattr(error, "retry_after_s", None) or 0))
+    return JSONResponse({"detail": detail}, status, {"retry-after": str(wait_s)} if status == 503 else None)

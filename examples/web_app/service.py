@@ -39,10 +39,19 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What provider and store say of themselves: "ok", or the kind of the error."""
+    """What provider and store say of themselves: "ok", or the name of the error.
+
+    Attributes:
+        provider: Whether key, address, model and dimensions are right, and vectors come.
+        store: Whether the store answers.
+        model: The embedding model.
+        latency_s: Seconds that the provider took; None if it did not answer.
+    """
 
     provider: str
     store: str
+    model: str
+    latency_s: float | None = None
 
     @property
     def is_good(self) -> bool:
@@ -76,7 +85,7 @@ class DocumentSearch:
         # The embedder is closed first, so that what it has under way can still be stored.
         async with (
             open_sink(settings.database_url) as store,
-            Embedder(settings.embedding_model) as embedder,
+            Embedder(settings.embedding_model, max_waiting=settings.max_waiting) as embedder,
         ):
             await store.prepare(embedder.model, embedder.dimensions)
             yield cls(embedder, store, settings)
@@ -126,13 +135,13 @@ class DocumentSearch:
             return self._checked[1]
 
     async def _check(self) -> Health:
-        provider = store = "ok"
+        provider, store, latency_s = "ok", "ok", None
         try:
-            await self.embedder.embed_one("ok", deadline=self._settings.search_deadline_s)
+            latency_s = (await self.embedder.check(deadline=self._settings.search_deadline_s)).latency_s
         except AsyncEmbedError as error:
             provider = type(error).__name__
         try:
-            await self._store.existing(self.embedder.model, {"health": ""})
+            await self._store.existing(self.embedder.model, {"health": ""})  # reads at most one row
         except AsyncEmbedError as error:
             store = type(error).__name__
-        return Health(provider, store)
+        return Health(provider, store, self.embedder.model, latency_s)

@@ -14,6 +14,7 @@ from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, poison, script
 from examples.web_app.app import PAGE
 from examples.web_app.settings import Settings
 from tests.examples.conftest import OpenApp
+from tests.stores import told
 
 HOUSE = """# Bread
 
@@ -162,7 +163,7 @@ async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenA
     assert (found.status_code, stored.status_code) == (502, 502)
     assert "sk-" not in found.text + stored.text + health.text
     assert health.status_code == 503
-    assert health.json() == {"status": "unavailable", "provider": "AuthenticationError", "store": "ok"}
+    assert health.json() == {"provider": "AuthenticationError", "store": "ok", "model": MODEL, "latency_s": None}
 
 
 async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider: EmbeddingServer) -> None:
@@ -179,7 +180,7 @@ async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
     provider.faults = script([], then=Hang())
     async with open_app(embedding_model=MODEL, max_waiting=2) as client, asyncio.TaskGroup() as group:
         waiting = [group.create_task(client.get("/search", params={"q": f"bread {n}"})) for n in range(2)]
-        await provider.until(lambda: provider.in_flight == 2)
+        await provider.until(lambda: provider.in_flight == 1)  # which both are in
         response = await client.get("/search", params={"q": "one too many"})
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) >= 1
@@ -187,9 +188,16 @@ async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
             task.cancel()
 
 
-async def test_a_broken_store_is_told_by_health(open_app: OpenApp, dsn: str) -> None:
-    async with open_app(database_url=dsn) as client:
-        assert (await client.get("/health")).json() == {"status": "ok", "provider": "ok", "store": "ok"}
+async def test_a_broken_store_is_told_by_health(open_app: OpenApp, bare_dsn: str) -> None:
+    async with open_app(database_url=bare_dsn, check_every_s=0) as client:
+        assert await ids(client) == []
+        healthy = await client.get("/health")
+        told(bare_dsn, "DROP TABLE embeddings")
+        broken = await client.get("/health")
+        found = await client.get("/search", params={"q": "bread"})
+    assert (healthy.status_code, healthy.json()["provider"], healthy.json()["store"]) == (200, "ok", "ok")
+    assert (broken.status_code, broken.json()["provider"], broken.json()["store"]) == (503, "ok", "SinkConfigError")
+    assert found.status_code == 503
 
 
 async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp, provider: EmbeddingServer) -> None:

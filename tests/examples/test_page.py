@@ -1,0 +1,148 @@
+"""The page as people meet it: in a real browser, with a keyboard."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from asyncembed.testing import EmbeddingServer, Fault, InvalidKey, script
+from tests.examples.browser import CHROMIUM, DRIVER, Browser, chromium
+from tests.examples.server import WebApp, web_app
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and chromedriver")
+
+DOCUMENT = """# Bread
+
+Mix flour, water and salt, let the dough rest overnight, bake it hot.
+
+# <b>Bold</b> claims
+
+<img src=x onerror="document.title = 'broken in'"><script>document.title = 'broken in'</script> & other tricks.
+
+# Bicycle
+
+The rear wheel loses air: it needs a new inner tube.
+"""
+STATUS = "document.getElementById('status').textContent"
+HITS = "[...document.querySelectorAll('#hits li')].map((hit) => hit.querySelector('.id').textContent)"
+FOCUSED = "document.activeElement.querySelector('.id')?.textContent ?? document.activeElement.id"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[WebApp]:
+    with web_app(tmp_path) as app:
+        yield app
+
+
+@dataclass(frozen=True)
+class Held(Fault):
+    """The right answer, once it is let go."""
+
+    gate: threading.Event
+
+    async def send(self, wire: Any, answer: Any) -> None:
+        await asyncio.to_thread(self.gate.wait)
+        await wire.send(answer)
+
+
+def store(app: WebApp) -> None:
+    httpx.put(f"{app.url}/documents/notes.md", content=DOCUMENT).raise_for_status()
+
+
+def test_what_is_typed_is_searched_for_and_the_nearest_comes_first(app: WebApp, browser: Browser) -> None:
+    store(app)
+    browser.open(app.url)
+    browser.type("how do I make a loaf?")  # the question has the focus from the beginning
+    browser.wait_for(f"{STATUS} === '3 sections, the nearest first'")
+    assert browser.ask(HITS)[0] == "notes.md#bread-1"
+    assert "let the dough rest" in browser.ask("document.querySelector('#hits li p').textContent")
+    assert 0 < float(browser.ask("document.querySelector('#hits li .score').textContent")) <= 1
+    assert browser.ask("document.title") == "how do I make a loaf? - Search"
+    assert browser.ask("location.search") == "?q=how%20do%20I%20make%20a%20loaf%3F"
+
+
+def test_a_link_to_a_search_shows_its_results(app: WebApp, browser: Browser) -> None:
+    store(app)
+    browser.open(f"{app.url}/?q=flat+tyre")
+    browser.wait_for(f"{HITS}[0] === 'notes.md#bicycle-1'")
+    assert browser.ask("document.getElementById('question').value") == "flat tyre"
+
+
+def test_the_keyboard_goes_through_the_results_and_back(app: WebApp, browser: Browser) -> None:
+    store(app)
+    browser.open(f"{app.url}/?q=bread")
+    first, second, _ = browser.wait_for(f"{HITS}.length === 3 && {HITS}")
+    for key, focused in [
+        ("ArrowDown", first),
+        ("ArrowDown", second),
+        ("ArrowUp", first),
+        ("ArrowUp", "question"),
+        ("ArrowUp", "question"),
+        ("ArrowDown", first),
+        ("/", "question"),
+    ]:
+        browser.type(key)
+        assert browser.ask(FOCUSED) == focused
+    assert browser.ask("document.getElementById('question').value") == "bread"  # the slash was not typed
+
+
+def test_a_document_is_shown_as_text_whatever_is_in_it(app: WebApp, browser: Browser) -> None:
+    store(app)
+    browser.open(f"{app.url}/?q=tricks")
+    browser.wait_for(f"{HITS}.length === 3")
+    assert "<script>document.title = 'broken in'</script> & other" in browser.ask("document.body.innerText")
+    assert browser.ask("document.querySelectorAll('#hits img, #hits b, #hits script').length") == 0
+    assert browser.ask("document.title") == "tricks - Search"
+
+
+def test_an_empty_store_says_what_to_do_and_a_document_can_be_added(app: WebApp, browser: Browser) -> None:
+    browser.open(f"{app.url}/?q=bread")
+    browser.wait_for(f"{STATUS}.startsWith('Nothing is stored yet')")
+    browser.ask("document.getElementById('adding').open = true")
+    browser.type("Mix flour, water and salt.", into="#text")
+    browser.ask("document.getElementById('add').requestSubmit()")
+    browser.wait_for(f"{HITS}[0] === 'notes.md#top-1'")
+    added = browser.ask("document.getElementById('added').textContent")
+    assert added == "1 section: 1 stored, 0 unchanged, 0 deleted."
+
+
+def test_an_error_is_said_where_the_results_were(app: WebApp, browser: Browser) -> None:
+    store(app)
+    browser.open(f"{app.url}/?q=bread")
+    browser.wait_for(f"{HITS}.length === 3")
+    app.process.send_signal(signal.SIGTERM)
+    app.wait()
+    browser.type("Enter", into="#question")
+    browser.wait_for(f"{STATUS} === 'The server cannot be reached.'")
+    assert browser.ask(HITS) == []
+    assert browser.ask("document.getElementById('status').className") == "bad"
+    assert browser.ask("document.getElementById('hits').ariaBusy") == "false"
+
+
+def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: Browser) -> None:
+    held = Held(threading.Event())
+    with EmbeddingServer(faults=script([None, held], then=InvalidKey())).in_thread() as provider:
+        environment = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
+        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **environment) as app:
+            store(app)
+            browser.open(f"{app.url}/?q=bread")
+            browser.wait_for(f"{STATUS} === 'Searching …' && document.getElementById('hits').ariaBusy === 'true'")
+            held.gate.set()
+            browser.wait_for(f"{HITS}.length === 3 && document.getElementById('hits').ariaBusy === 'false'")
+            browser.type("Enter", into="#question")
+            browser.wait_for(f"{STATUS} === 'The embedding service does not answer as it should. Try again later.'")
+            assert browser.ask(HITS) == []
