@@ -39,4 +39,13 @@ CLIENTS = {
     "asyncembed-bytes": Client("asyncembed without any vocabulary", "ours:without_vocabulary", "asyncembed"),
     "openai": Client("AsyncOpenAI as documented", "sdk:documented", "openai"),
     "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai"),
+    "baseten": Client("Baseten's client (Rust)", "peers:baseten", "baseten_performance_client", "baseten"),
+    "openaivec": Client("openaivec", "peers:openaivec", "openaivec", "openaivec"),
+    "llama-index": Client("LlamaIndex", "peers:llama_index", "llama_index.embeddings.openai", "llama-index"),
+    "langchain": Client("LangChain", "peers:langchain", "langchain_openai", "langchain"),
+    "langchain-unchecked": Client(
+        "LangChain, lengths unchecked", "peers:langchain_unchecked", "langchain_openai", "langchain"
+    ),
+    "haystack": Client("Haystack", "peers:haystack", "haystack.components.embedders", "haystack", 4_096),
+    "litellm": Client("LiteLLM", "peers:litellm", "litellm", "litellm", 4_096),
 }
