@@ -44,6 +44,7 @@ from .errors import (
     TransportError,
     WrongTypeError,
 )
+from .metrics import Observer, Stats
 from .pipeline import ingest
 from .report import Check, EmbeddingResult, IngestReport, Plan, Progress
 from .sinks import open_sink
@@ -75,6 +76,7 @@ __all__ = [
     "InvalidRecordError",
     "InvalidTextError",
     "NotFoundError",
+    "Observer",
     "OverloadedError",
     "PermissionDeniedError",
     "Plan",
@@ -102,6 +104,7 @@ __all__ = [
     "SinkError",
     "SomeFailedError",
     "SourceError",
+    "Stats",
     "TooLargeError",
     "TooLongError",
     "TransportError",

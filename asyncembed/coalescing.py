@@ -24,6 +24,7 @@ from .errors import AsyncEmbedError, OverloadedError, TransportError
 from .loops import ended
 from .run import Run
 from .types import Vectors
+from .watching import Watch
 from .weighing import Text
 
 # Two shared requests overlap, so that one that is slow does not hold up everybody; more of them would each be smaller,
@@ -54,6 +55,9 @@ class Call:
     """What it is billed: of a shared request its share, of an equal text nothing but for who asked first."""
     runs: set[Run] = field(default_factory=set, repr=False)
     """Those of the shared requests that its texts were in."""
+    caller: object = field(default=None, repr=False)
+    """Whoever made it, as the observer wants to remember them."""
+    came_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future(), repr=False)
 
     @property
@@ -114,13 +118,15 @@ class Coalescer:
 
     Args:
         send: Embeds some texts; see `Send`.
+        watch: Counts how long calls gather.
         most: Texts that leave together.
         most_requests: Shared requests that may be under way when some of them are late.
         most_waiting: Texts that may wait, over all calls.
     """
 
-    def __init__(self, send: Send, *, most: int, most_requests: int, most_waiting: int) -> None:
+    def __init__(self, send: Send, watch: Watch, *, most: int, most_requests: int, most_waiting: int) -> None:
         self._send = send
+        self._watch = watch
         self._most = most
         self._most_requests = max(most_requests, REQUESTS_AT_ONCE)
         self._most_waiting = most_waiting
@@ -149,6 +155,7 @@ class Coalescer:
         asked = [self._wanted(content) for content in call.contents]
         for index, wanted in enumerate(asked):
             wanted.calls[call] = index
+        call.caller = self._watch.caller()
         self._soon()
         self._waiting += count
         try:
@@ -213,11 +220,18 @@ class Coalescer:
             request = _Request([self._gathering.pop(content) for content in contents], Run(urgent=True))
             for wanted in request.wanted:
                 wanted.request = request
+            self._tell(request)
             self._requests.add(request)
             request.task = asyncio.create_task(self._run(request))
             request.task.add_done_callback(partial(self._done, request))
             patience_s = LATE_AT_FIRST_S if self._usual_s is None else max(LATE_LEAST_S, LATE * self._usual_s)
             request.late = asyncio.get_running_loop().call_later(patience_s, self._is_late, request)
+
+    def _tell(self, request: _Request) -> None:
+        now = asyncio.get_running_loop().time()
+        calls = dict.fromkeys(call for wanted in request.wanted for call in wanted.calls)
+        request.run.callers = [call.caller for call in calls]
+        self._watch.queued([now - call.came_at for call in calls])
 
     def _is_late(self, request: _Request) -> None:
         self._late.add(request)

@@ -15,6 +15,7 @@ from .engine import Deliver, Engine
 from .errors import AsyncEmbedError, ConfigError, DeadlineError, FatalProviderError, InputError, TransportError
 from .gathering import Order, Results
 from .loops import PerLoop, ended
+from .metrics import Observer, Stats
 from .pacing import Slots, shared_pace
 from .packing import OPEN_BATCHES, Limits
 from .planning import count_up
@@ -26,6 +27,7 @@ from .report import Check, EmbeddingResult, Plan, ProgressCallback, failed
 from .run import Run, Runs, StoppedError
 from .tokens import ByteBound, TokenCounter, load_counter
 from .types import EmbeddedRecord, Provider, Vectors
+from .watching import Metrics
 from .weighing import Text, TooLong, check_text
 
 # A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
@@ -58,6 +60,7 @@ class Embedder:
             kept without being given here.
         max_retries: How often a batch is sent again while nothing succeeds.
         timeout: Seconds, wall-clock, for one attempt.
+        observer: Is told of every request, in counts; see `metrics.Observer`, and `otel.OpenTelemetry`.
         max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their answers at once.
         allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
 
@@ -85,6 +88,7 @@ class Embedder:
         max_retries: int = 8,
         timeout: float = 60.0,
         max_waiting: int = 20_000,
+        observer: Observer | None = None,
         allow_insecure_http: bool = False,
     ) -> None:
         check_model(model, dimensions, too_long)
@@ -124,6 +128,7 @@ class Embedder:
                 allow_insecure_http=allow_insecure_http,
             )
         )
+        self._metrics = Metrics(model, self._provider, observer)
 
     def __repr__(self) -> str:
         host = getattr(self._provider, "host", None)
@@ -138,6 +143,11 @@ class Embedder:
         parts += [f"{queued:,} queued"] if queued else []
         parts += [f"paused for {paused_s:.1f} s"] if paused_s else []
         return ", ".join(parts)
+
+    def stats(self) -> Stats:
+        """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
+        slots = [(loop, engine.slots) for loop, engine in self._engines.items()]
+        return self._metrics.stats(slots, sum(each.gathering for _, each in self._coalescers.items()))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
@@ -379,6 +389,7 @@ class Embedder:
             self._provider,
             Slots(pace, self.concurrency),
             self._limits,
+            watch=self._metrics.here(),
             concurrency=self.concurrency,
             too_long=self._too_long,
             max_retries=self._max_retries,
@@ -386,7 +397,11 @@ class Embedder:
 
     def _new_coalescer(self) -> Coalescer:
         return Coalescer(
-            self._send, most=self._limits.inputs, most_requests=self.concurrency, most_waiting=self._max_waiting
+            self._send,
+            self._metrics.here(),
+            most=self._limits.inputs,
+            most_requests=self.concurrency,
+            most_waiting=self._max_waiting,
         )
 
     async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:

@@ -23,12 +23,13 @@ from .errors import (
     RejectedTextError,
     TooLargeError,
 )
-from .pacing import Pace, Slots
+from .pacing import Pace, Slots, Ticket
 from .packing import OPEN_BATCHES, Limits, Packer
 from .retry import Action, History, Probe, Reject, Retry, Split, Stop, decide, is_overload
 from .run import Run, StoppedError
 from .tokens import TokenCounter
-from .types import Provider
+from .types import Provider, Reply
+from .watching import Watch
 from .weighing import Item, Text, TooLong, weigh_texts
 from .workers import Workers
 
@@ -63,11 +64,13 @@ class Engine:
         slots: Slots,
         limits: Limits,
         *,
+        watch: Watch,
         concurrency: int,
         too_long: TooLong,
         max_retries: int,
     ) -> None:
         self._provider = provider
+        self._watch = watch
         self.slots = slots
         self._given = limits
         self._learned: Limits | None = None
@@ -128,11 +131,16 @@ class Engine:
         """
         packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
         error: BaseException | None = None
+
+        async def counted(outcome: Outcome) -> None:
+            self._watch.texts(len(outcome.texts), len(outcome.failed))
+            await deliver(outcome)
+
         try:
             async with asyncio.TaskGroup() as group:
-                work = Workers(group, self._workers, lambda batch: self._step(batch, run, deliver))
+                work = Workers(group, self._workers, lambda batch: self._step(batch, run, counted))
                 try:
-                    await self._feed(work, packer, slices, counter, run, deliver)
+                    await self._feed(work, packer, slices, counter, run, counted)
                 except Exception as broken:
                     error = broken
                 for items in packer.flush():
@@ -210,11 +218,8 @@ class Engine:
             async with run.unless_stopped():
                 ticket = await slot.enter_async_context(self.slots.slot(batch.weight, urgent=run.urgent))
             async with run.unless_stopped(GRACE_S):
-                run.requests += 1
-                run.retries += batch.sent
-                batch.sent = True
                 try:
-                    reply = await self._provider.embed([item.content for item in batch.items])
+                    reply = await self._request(batch, run, ticket)
                 except ProviderError as error:
                     self._pace.observe(ticket, error.rates)
                     self._pace.failed()
@@ -230,6 +235,17 @@ class Engine:
                 run.canary = min(batch.items, key=_length)
             await deliver(settled(batch, reply))
             return None
+
+    async def _request(self, batch: Batch, run: Run, ticket: Ticket) -> Reply:
+        run.requests += 1
+        run.retries += batch.sent
+        inputs, limits = len(batch.items), self.limits
+        fill = max(inputs / limits.inputs, ticket.tokens / limits.tokens)
+        request = self._watch.request(ticket, inputs, fill, is_retry=batch.sent, callers=run.callers)
+        batch.sent = True
+        with request:
+            request.reply = await self._provider.embed([item.content for item in batch.items])
+        return request.reply
 
     async def _after(self, error: ProviderError, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
         """Do what has to be done after a failed attempt; return what is left to be sent."""
@@ -272,12 +288,14 @@ class Engine:
         loop = asyncio.get_running_loop()
         if action.shared:
             if self._pace.pause(action.after_s):
+                self._watch.paused(action.after_s, everybody=True)
                 logger.warning("pausing for %.1f s: too fast for the provider", action.after_s)
         elif run.deadline_at is not None and loop.time() + action.after_s > run.deadline_at:
             run.stop(
                 DeadlineError(f"the next attempt would be in {action.after_s:.1f} s, which is beyond the deadline")
             )
         else:
+            self._watch.paused(action.after_s, everybody=False)
             async with run.unless_stopped():
                 await asyncio.sleep(action.after_s)
         return [batch]

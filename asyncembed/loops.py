@@ -36,6 +36,10 @@ class PerLoop(Generic[T]):
         except RuntimeError:
             return None
 
+    def items(self) -> list[tuple[asyncio.AbstractEventLoop, T]]:
+        """Return all loops and their values; any thread may ask."""
+        return list(self._values.items())
+
     def pop(self) -> T | None:
         """Forget the running loop's value and return it, if there was one."""
         return self._values.pop(asyncio.get_running_loop(), None)

@@ -201,8 +201,8 @@ class Stats:
         mean_s, fill = self.mean_request_s, self.batch_fill
         paused = f", paused for {self.paused_for_s:.1f} s" if self.paused_for_s else ""
         return (
-            f"{self.texts:,} texts, {self.tokens:,} tokens in {self.requests:,} requests"
-            f"{'' if mean_s is None else f' of {mean_s:.3f} s'}{'' if fill is None else f', {fill:.0%} full'}; "
-            f"{self.retries:,} retries, {self.texts_failed:,} texts failed{f' ({failures})' if failures else ''}\n"
+            f"{self.texts:,} texts embedded, {self.texts_failed:,} failed; {self.requests:,} requests"
+            f"{'' if mean_s is None else f' of {mean_s:.3f} s'}{'' if fill is None else f', {fill:.0%} full'}, "
+            f"{self.tokens:,} tokens; {self.retries:,} retries{f' ({failures})' if failures else ''}\n"
             f"now {self.under_way:,} under way, {self.waiting:,} waiting, {self.gathering:,} texts gathering{paused}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from .errors import AsyncEmbedError, ConfigError, DeadlineError
@@ -32,6 +32,8 @@ class Run:
             raise ConfigError("deadline=nan; it must be a number of seconds, or None")
         self.began_at = asyncio.get_running_loop().time()
         self.urgent = urgent
+        self.callers: Sequence[object] | None = None
+        """Those who share it, as the observer wants to remember them; None if it is one caller's own."""
         self._deadline_s = deadline_s
         self.deadline_at = None if deadline_s is None else self.began_at + deadline_s
         self.requests = 0

@@ -139,13 +139,14 @@ class Watch:
         """Return what the observer wants to remember of whoever calls now."""
         return None if self.metrics.observer is None else self.metrics.tell(self.metrics.observer.caller)
 
-    def queued(self, waited_s: float) -> None:
-        """A call leaves in a shared request after it has waited so long."""
-        self.tally.calls_queued += 1
-        self.tally.queue_s += waited_s
-        self.tally.queue_max_s = max(self.tally.queue_max_s, waited_s)
+    def queued(self, waited_s: Sequence[float]) -> None:
+        """Calls leave in a shared request, each after it has waited so long."""
+        self.tally.calls_queued += len(waited_s)
+        self.tally.queue_s += sum(waited_s)
+        self.tally.queue_max_s = max(self.tally.queue_max_s, *waited_s)
         if self.metrics.observer is not None:
-            self.metrics.tell(self.metrics.observer.queued, self.metrics.model, waited_s)
+            for seconds in waited_s:
+                self.metrics.tell(self.metrics.observer.queued, self.metrics.model, seconds)
 
 
 class Watched:

@@ -121,6 +121,17 @@ class OpenAIProvider:
         return urlsplit(self._base_url).netloc.rpartition("@")[2]
 
     @property
+    def address(self) -> tuple[str, int]:
+        """The server's name and port."""
+        parts = urlsplit(self._base_url)
+        return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+
+    @property
+    def encoding_format(self) -> str | None:
+        """What vectors are asked for in; None if nothing is said of it."""
+        return _ENCODINGS[self._encoding]
+
+    @property
     def identity(self) -> Hashable:
         """What the provider counts limits by, as far as we can tell: address and key, which is not in it."""
         key = self._api_key
