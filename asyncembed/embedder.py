@@ -165,7 +165,7 @@ class Embedder:
 
         Args:
             grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
-                their result so far on it.
+                their result so far on it. A `stream` is ended at once.
         """
         ends_at = asyncio.get_running_loop().time() + grace
         coalescer = self._coalescers.pop()
@@ -342,7 +342,8 @@ class Embedder:
 
     async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
         async with run.until_deadline(), aclosing(order.slices(records)) as slices:
-            await self._run(slices, await self._counter(), run, order.deliver, open_batches=1)
+            counter = await self._counter()
+            await self._run(slices, counter, run, order.deliver, open_batches=1, ends_by_itself=False)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -415,9 +416,11 @@ class Embedder:
         counter: TokenCounter,
         run: Run,
         deliver: Deliver,
+        *,
         open_batches: int = OPEN_BATCHES,
+        ends_by_itself: bool = True,
     ) -> None:
-        with self._runs.get().under_way(run):
+        with self._runs.get().under_way(run, ends_by_itself=ends_by_itself):
             await self._engines.get().run(slices, counter, run, deliver, open_batches=open_batches)
 
     async def _counter(self) -> TokenCounter:

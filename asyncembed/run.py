@@ -40,6 +40,8 @@ class Run:
         self.retries = 0
         self.tokens = 0
         self.tokens_known = True
+        self.cache_hits = 0
+        self.cache_misses = 0
         self.successes = 0
         self.rejections = 0
         self.canary: Item | None = None
@@ -108,19 +110,25 @@ class Runs:
 
     def __init__(self) -> None:
         self._runs: dict[Run, asyncio.Event] = {}
+        self._open: set[Run] = set()
 
     @contextmanager
-    def under_way(self, run: Run) -> Iterator[None]:
-        """Count the run while it lasts."""
+    def under_way(self, run: Run, *, ends_by_itself: bool) -> Iterator[None]:
+        """Count the run while it lasts; one that waits for its caller to take what it has need not end by itself."""
         ended = self._runs[run] = asyncio.Event()
+        if not ends_by_itself:
+            self._open.add(run)
         try:
             yield
         finally:
             del self._runs[run]
+            self._open.discard(run)
             ended.set()
 
     async def end(self, ends_at: float, error: AsyncEmbedError) -> None:
         """Wait until none is left, from that time of the loop's clock on by stopping them with the error."""
+        for run in self._open:
+            run.stop(error, at_once=True)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):

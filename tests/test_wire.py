@@ -266,7 +266,7 @@ async def test_fifty_calls_share_an_embedder_and_one_that_leaves_takes_only_itse
         make(server.base_url, concurrency=4) as embedder,
     ):
         calls = [asyncio.create_task(embedder.embed(TEXTS)) for _ in range(50)]
-        await server.until(lambda: server.in_flight == 4)
+        await server.until(lambda: server.in_flight == 1)  # they are few and the same
         calls[0].cancel()
         calls[49].cancel()
         await asyncio.wait(calls)

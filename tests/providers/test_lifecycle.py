@@ -62,7 +62,7 @@ async def test_cancelled_at_any_wait_it_leaves_no_task_and_a_pool_that_works(war
                 break
         await provider.aclose()
     assert not cancelled
-    assert step >= 4  # to encode, send, and read head and body at least
+    assert step >= 2  # to encode, and to read what comes at least
 
 
 async def _run(awaitable: Awaitable[bool]) -> bool:
@@ -80,9 +80,10 @@ async def test_aclose_lets_go_of_the_connections_and_the_provider_can_be_used_ag
 
 
 def run_script(script: str, *args: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", script, *args], capture_output=True, text=True, timeout=50
-    )
+    # but for the warning that it was not closed, which tests/test_lifetime.py looks at
+    warnings = ["-W", "error", "-W", "ignore:<OpenAIProvider:ResourceWarning"]
+    command = [sys.executable, "-X", "dev", *warnings, "-c", script, *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert (done.stderr, done.returncode) == ("", 0)
 
 
