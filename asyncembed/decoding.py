@@ -70,6 +70,7 @@ class Decoder:
     def __init__(self, count: int, dimensions: int | None) -> None:
         self.size = 0
         """Bytes taken so far."""
+        self.most_bytes = most_bytes(count, dimensions)
         self._count = count
         self._dimensions = dimensions
         self._unread = bytearray()

@@ -2,7 +2,8 @@
 
 The SDK carries keys, addresses, proxies and Azure. Its retries, its redirects, its encoding of the body and its
 parsing of the reply are not used: they lose data, repeat what is refused for good, and block the loop (measured:
-140 ms for a reply of 2,048 vectors). Bytes go in, bytes come out, up to as many as the reply can need.
+140 ms for a reply of 2,048 vectors). Bytes go in; bytes come out, up to as many as the reply can need, and are decoded
+as they come.
 
 An error of the SDK or of httpx holds its request, and with it key and texts. None leaves this module, not even as
 the context of one of ours.
@@ -18,14 +19,14 @@ import logging
 import os
 import ssl
 import sys
+import warnings
 from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
 from ..answers import error_of, is_other_model, rates_of
-from ..decoding import decode, most_bytes
+from ..decoding import Decoder
 from ..errors import (
     AuthenticationError,
     BadRequestError,
@@ -45,15 +46,12 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_HOST = "api.openai.com"
 
-# Below this a body is encoded and a reply decoded where it is: 0.1 ms of work, as much as handing it to a thread.
+# Below this a body is encoded and a reply looked through where it is: 0.1 ms of work, no more than a thread costs.
 INLINE_BYTES = 64 * 1024
 
 # What `encoding_format` is tried with, in turn, when a server refuses it: base64 is a third of the bytes, old vLLM
 # knows floats only (vllm issue 6174), and some proxies refuse the word itself (litellm issue 42421).
 _ENCODINGS = ("base64", "float", None)
-
-# Of an answer that is an error only the beginning is read: the longest message in faults.md has 300 bytes.
-_ERROR_BYTES = 64 * 1024
 
 # openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS is silent for as long as it is let.
 _CONNECT_S = 5.0
@@ -111,6 +109,12 @@ class OpenAIProvider:
 
     def __repr__(self) -> str:
         return f"<OpenAIProvider {self._model!r} at {self.host}>"
+
+    def __del__(self) -> None:
+        here, clients = os.getpid(), getattr(self, "_clients", {})
+        if any(pid == here and client.closing is not None for (pid, _), client in clients.items()):
+            advice = "write `async with Embedder(…)`, or await its aclose()"
+            warnings.warn(f"{self!r} was never closed: {advice}", ResourceWarning, source=self, stacklevel=1)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an OpenAIProvider holds a key and connections: make one in each process, do not pickle it")
@@ -172,11 +176,11 @@ class OpenAIProvider:
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None) -> Reply:
         size = sum(map(len, texts))
         body = await in_thread_if(size >= INLINE_BYTES, self._encode, texts, encoding)
-        limit = most_bytes(len(texts), self._expected)
-        response, answer = await self._post(client, body, limit)
+        decoder = Decoder(len(texts), self._expected)
+        response, refused = await self._post(client, body, decoder)
         if not response.is_success:
-            raise await in_thread_if(size >= INLINE_BYTES, _refusal, response, answer, texts)
-        reply = await in_thread_if(len(answer) >= INLINE_BYTES, decode, answer, len(texts), self._expected)
+            raise await in_thread_if(size >= INLINE_BYTES, _refusal, response, refused, texts)
+        reply = await in_thread_if(decoder.size >= INLINE_BYTES, decoder.finish)
         self._expected = self._expected or reply.vectors.shape[1]
         if reply.vectors.shape[1] != self._expected:  # two first replies at once, of different sizes
             raise ProtocolError(f"expected {self._expected} dimensions, got {reply.vectors.shape[1]}")
@@ -194,8 +198,8 @@ class OpenAIProvider:
             fields["dimensions"] = self._asked_dimensions
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
-    async def _post(self, client: _Client, body: bytes, limit: int) -> tuple[Any, bytes]:
-        """Return the response, of whatever status, and its body."""
+    async def _post(self, client: _Client, body: bytes, decoder: Decoder) -> tuple[Any, bytes]:
+        """Return the response and, if it is an error, its body; else that has gone to the decoder."""
         sdk = client.openai
         try:
             response = await client.sdk.post(
@@ -217,10 +221,11 @@ class OpenAIProvider:
                 },
             )
             try:
-                return response, await _read(response, limit)
+                await client.http.read(response, decoder.most_bytes, decoder.feed)
+                return response, b""
             finally:
                 await response.aclose()
-        except _RefusedError as refused:
+        except client.http.RefusedError as refused:
             return refused.response, refused.body
         except sdk.APIStatusError as error:
             return error.response, error.response.content
@@ -258,6 +263,9 @@ class OpenAIProvider:
         given = self._given_client or self._given_http_client
         if given and any(other != pid for other, _ in self._clients):
             raise RequestError("the client that was handed in has been used before os.fork(): make one in each process")
+        self._forget_closed_loops(pid)
+
+    def _forget_closed_loops(self, pid: int) -> None:
         for other, loop in list(self._clients):
             if other == pid and loop.is_closed():
                 self._clients.pop((other, loop), None)
@@ -277,17 +285,13 @@ class OpenAIProvider:
 
     def _load(self) -> tuple[Any, Any, Any]:
         openai = importlib.import_module("openai")
-        httpx2 = importlib.import_module("httpx2")
+        http = importlib.import_module(".http", __package__)
         if self._given_client is not None:
-            return openai, httpx2, self._given_client
-        http_client = self._given_http_client or httpx2.AsyncClient(
-            follow_redirects=False,
-            limits=httpx2.Limits(max_connections=self._connections, max_keepalive_connections=self._connections),
-            event_hooks={"response": [_stop_at_refusal]},
-        )
+            return openai, http, self._given_client
+        http_client = self._given_http_client or http.client_for(self._base_url, self._connections)
         key = self._fresh_key if callable(self._api_key) else self._api_key
         sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, http_client=http_client, max_retries=0)
-        return openai, httpx2, sdk
+        return openai, http, sdk
 
     async def _fresh_key(self) -> str:
         assert callable(self._api_key)
@@ -299,7 +303,9 @@ class OpenAIProvider:
 
     async def aclose(self) -> None:
         """Close the connections of this loop; clients that were handed in stay open."""
-        client = self._clients.pop((os.getpid(), asyncio.get_running_loop()), None)
+        pid = os.getpid()
+        self._forget_closed_loops(pid)
+        client = self._clients.pop((pid, asyncio.get_running_loop()), None)
         if client is not None and client.closing is not None:
             await finished(client.closing.aclose())  # half closed, its connections would be lost
 
@@ -312,9 +318,11 @@ class _Client:
         self.sdk: Any = None
         self.closing: AsyncGenerator[None, None] | None = None
 
-    def adopt(self, openai: Any, httpx2: Any, sdk: Any, timeout_s: float) -> None:
+    def adopt(self, openai: Any, http: Any, sdk: Any, timeout_s: float) -> None:
         legacy = sys.modules.get("httpx")  # loaded if the user's own client is one of the old httpx
         self.openai = openai
+        self.http = http
+        httpx2 = http.httpx2
         self.response_type = httpx2.Response
         self.timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
         self.transport_errors: tuple[type[Exception], ...] = (
@@ -337,37 +345,6 @@ async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:
         yield
     finally:
         await client.sdk.close()
-
-
-class _RefusedError(Exception):
-    """An answer that is an error, and the beginning of its body: the SDK would read it to whatever end it has."""
-
-    def __init__(self, response: Any, body: bytes) -> None:
-        super().__init__(response.status_code)
-        self.response = response
-        self.body = body
-
-
-async def _stop_at_refusal(response: Any) -> None:
-    if not response.is_success:
-        body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > _ERROR_BYTES:
-                break
-        raise _RefusedError(response, bytes(body[:_ERROR_BYTES]))
-
-
-async def _read(response: Any, limit: int) -> bytes:
-    told = response.headers.get("content-length", "")
-    # zeros cost nothing until written over; growing, or handing out a copy, of 50 MB stalls the loop for 50 ms
-    body = BytesIO(bytes(min(int(told), limit)) if told.isdecimal() and len(told) < 16 else b"")
-    async for chunk in response.aiter_bytes():
-        body.write(chunk)
-        if body.tell() > limit:
-            raise ProtocolError(f"expected a reply of at most {limit:,} bytes, got more")
-    body.truncate()
-    return body.getvalue()
 
 
 def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> ProviderError:
