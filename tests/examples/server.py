@@ -30,6 +30,10 @@ class WebApp:
                 return found[1]
         raise AssertionError(f"it ended without saying {pattern!r}:\n{self.log}")
 
+    def rss_bytes(self) -> int:
+        """The memory it has now (Linux)."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
     def wait(self) -> int:
         """Read the log to its end; return the exit code."""
         _, rest = self.process.communicate(timeout=30)
@@ -38,18 +42,38 @@ class WebApp:
 
 
 @contextmanager
-def web_app(folder: Path, **environment: str) -> Iterator[WebApp]:
+def web_app(folder: Path, *, watched: bool = False, **environment: str) -> Iterator[WebApp]:
     """Start it on a free port, with a store in the folder; kill it afterwards if it still runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "examples.web_app"],
+    command = ["examples.web_app"]
+    if watched:
+        command = ["uvicorn", "tests.examples.watched:make_app", "--factory", "--port=0", "--no-access-log"]
+    with _process(*command, PORT="0", **{"DATABASE_URL": str(folder / "search.db"), **environment}) as process:
+        yield WebApp(process)
+
+
+@contextmanager
+def provider(dimensions: int, latency_s: float, fault_rate: float) -> Iterator[str]:
+    """Start the server that stands for OpenAI as a process; yield its address."""
+    options = {"dimensions": dimensions, "latency": latency_s, "fault-rate": fault_rate}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with _process("asyncembed.testing", *arguments, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+
+
+@contextmanager
+def _process(
+    module: str, *arguments: str, stdout: int = subprocess.DEVNULL, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PORT": "0", "DATABASE_URL": str(folder / "search.db"), **environment},
-        stdout=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    with process:
+    ) as process:
         try:
-            yield WebApp(process)
+            yield process
         finally:
             process.kill()
