@@ -184,7 +184,12 @@ class _Job:
     async def deliver(self, outcome: Outcome) -> None:
         """Store what was embedded, in one transaction; count it only then."""
         if outcome.texts:
-            await self._store(outcome.texts, outcome.vectors)
+            try:
+                await self._store(outcome.texts, outcome.vectors)
+            except Exception as broken:
+                # before the slot is free, or somebody who waits for it would send what cannot be stored either
+                self._run.stop(broken if isinstance(broken, AsyncEmbedError) else _EndedEarlyError())
+                raise
         for text, error in outcome.failed:
             for index in text.indices:
                 pending = self._done(index)

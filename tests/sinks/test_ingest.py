@@ -348,6 +348,19 @@ async def test_an_error_of_a_store_that_is_not_ours_is_raised_as_it_is(where: st
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+@pytest.mark.parametrize("error", [SinkError("full"), RuntimeError("foreign")], ids=["ours", "foreign"])
+async def test_nobody_who_waits_for_a_slot_sends_when_a_store_has_failed(error: Exception) -> None:
+    class Full(BrokenSink):
+        async def write(self, model: str, rows: Sequence[Row]) -> Any:
+            await asyncio.sleep(0)
+            raise error
+
+    embedder, provider = make(max_batch_size=10, concurrency=1)
+    with pytest.raises(type(error)):
+        await ingest(records(100), embedder, Full(batches=0))
+    assert sent(provider) == 10
+
+
 async def test_a_run_that_is_asked_to_end_stores_what_is_under_way_and_says_so(open_store: OpenStore) -> None:
     stop = asyncio.Event()
     embedder, provider = make(max_batch_size=10, concurrency=2)

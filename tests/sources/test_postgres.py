@@ -272,7 +272,7 @@ async def test_a_row_that_cannot_be_computed_ends_the_run_and_is_not_quoted(docs
 )
 async def test_a_value_that_the_driver_cannot_encode_is_not_quoted(docs: str, condition: str, value: Any) -> None:
     source = PostgresSource(docs, f"SELECT id, text FROM docs WHERE {condition}", args=[value])
-    with pytest.raises(ConfigError, match="in the driver: look at .* args=") as caught:
+    with pytest.raises(ConfigError, match=r"in the driver: look at .* args=") as caught:
         await read(source)
     assert "a secret" not in "".join(traceback.format_exception(caught.value))
 

@@ -133,6 +133,11 @@ class Layout:
     def _column(self, role: str) -> Column:
         return self.facts.columns[self.names[role]]
 
+    @property
+    def parameter_count(self) -> int:
+        """How many `insert` and `update` have."""
+        return len(self._written())
+
     def of(self, role: str) -> str:
         """Return the role's column, quoted; NULL if there is none."""
         return quoted(self.names[role]) if role in self.names else "NULL"

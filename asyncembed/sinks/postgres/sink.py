@@ -295,8 +295,11 @@ class PostgresSink:
                 self._layout = await self._target.look_up(connection)
             return await work(connection, self._layout)
 
+        known = self._layout is not None
         try:
             return await self._transactions.run(with_layout)
         except SinkConfigError:
-            self._layout = None  # the table may have been changed: look at it again next time
-            raise
+            self._layout = None
+            if not known:
+                raise
+        return await self._run(work)  # the table may have been altered: look at it again, and say what it lacks now

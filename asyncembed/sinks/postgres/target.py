@@ -70,7 +70,14 @@ class Target:
                 raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
             stored = await agreed_size(connection, layout, model, dimensions)
             schema.check_dimensions(model, stored, dimensions, self.where)
+        await self._rehearse(connection, layout)
         return layout
+
+    async def _rehearse(self, connection: Any, layout: Layout) -> None:
+        """Have the server refuse now what it would refuse when rows are written: for want of rights, for instance."""
+        statement = layout.update() if self.update_only else layout.insert()
+        await connection.fetch(f"EXPLAIN {statement}", *[None] * layout.parameter_count)
+        await connection.execute(f"SELECT FROM {layout.sql_table} LIMIT 0 FOR UPDATE")  # not if all is read-only
 
     async def look_up(self, connection: Any) -> Layout:
         """Return the layout of the table as it is.
@@ -81,7 +88,7 @@ class Target:
         extension = await find_extension(connection)
         facts = await self._facts(connection, extension) if extension else None
         if facts is None:
-            raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
+            raise SinkConfigError(f"{self.where} does not exist: ingest into it first")
         return self._layout(facts)
 
     def _layout(self, facts: Facts) -> Layout:

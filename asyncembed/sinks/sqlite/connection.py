@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import aiosqlite
@@ -32,17 +34,33 @@ class _StoppedError(Exception):
     """The caller is gone; what it began is rolled back."""
 
 
-class ThreadConnection:
-    """One sqlite3 connection on a thread of its own, opened at first use; it runs whole functions, one at a time."""
+class MovedError(Exception):
+    """The file is not where it was opened: what was written may be in none that anybody will open."""
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection], wait_s: float) -> None:
+
+class ThreadConnection:
+    """One sqlite3 connection on a thread of its own, opened at first use; it runs whole functions, one at a time.
+
+    Args:
+        connect: Called on that thread.
+        wait_s: How long another process's lock is waited for.
+        path: The file; None if there is none.
+    """
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection], wait_s: float, path: Path | None) -> None:
         self._connect = connect
         self._wait_s = wait_s
+        self._path = path
+        self._file: tuple[int, int] | None = None
         self._turn = asyncio.Lock()
         self._db: aiosqlite.Connection | None = None
 
     async def run(self, job: Job[T]) -> T:
-        """Run the job on the thread. When this returns or raises, even CancelledError, the job runs no more."""
+        """Run the job on the thread. When this returns or raises, even CancelledError, the job runs no more.
+
+        Raises:
+            MovedError: It ran, but the file is not there any more.
+        """
         async with self._turn:
             stop = threading.Event()
             if self._db is None:
@@ -53,12 +71,24 @@ class ThreadConnection:
             # A bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the thread would
             # report to a closed loop. aiosqlite's own methods forget what they started when they are cancelled.
             future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-            self._db._tx.put_nowait((future, partial(_patiently, job, connection, self._wait_s, stop)))
+            self._db._tx.put_nowait((future, partial(self._work, job, connection, stop)))
             self._db._tx.put_nowait((None, _nothing))  # the thread holds what it did last, a batch of rows, until then
             return await _settled(future, stop)
 
+    def _work(self, job: Job[T], connection: sqlite3.Connection, stop: threading.Event) -> T:
+        result = _patiently(job, connection, self._wait_s, stop)
+        # SQLite looks, too (os_unix.c, fileHasMoved), but not if there is a write-ahead log
+        if _identity(self._path) != self._file:
+            raise MovedError
+        return result
+
+    def _connected(self) -> sqlite3.Connection:
+        connection = self._connect()
+        self._file = _identity(self._path)
+        return connection
+
     async def _open(self) -> None:
-        db = aiosqlite.Connection(self._connect, iter_chunk_size=64)
+        db = aiosqlite.Connection(self._connected, iter_chunk_size=64)
         db._thread.daemon = True  # aiosqlite's is not, and a sink that nobody closed would keep the process alive
         try:
             self._db = await db
@@ -120,6 +150,15 @@ def _patiently(job: Job[T], connection: sqlite3.Connection, wait_s: float, stop:
 
 
 def _nothing() -> None: ...
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    if path is None:
+        return None
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def primary_code(error: sqlite3.Error) -> int:

@@ -21,7 +21,7 @@ from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 from ...types import Hit, RecordId, Row, Vectors
 from .. import schema
 from ..search import Ranking, check_query
-from .connection import Job, ThreadConnection, connect, ended, primary_code
+from .connection import Job, MovedError, ThreadConnection, connect, ended, primary_code
 from .table import Table, transaction
 
 T = TypeVar("T")
@@ -196,6 +196,10 @@ class SQLiteSink:
             return await self._connections[which].run(job)
         except sqlite3.Error as error:
             raise self._explained(error, writing=which == 0) from error
+        except MovedError:
+            raise SinkError(
+                f"{self._shown} was moved, replaced or deleted while it was open: close the sink, and run again"
+            ) from None
 
     def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that the connections are this loop's."""
@@ -206,11 +210,12 @@ class SQLiteSink:
         for connection in self._connections:
             connection.abandon()
         if self._memory:
-            connects = [partial(connect, "file::memory:", writes=True)]
+            path, connects = None, [partial(connect, "file::memory:", writes=True)]
         else:
-            uri = self._path.as_uri()
+            path = self._path
+            uri = path.as_uri()
             connects = [partial(connect, f"{uri}?mode=rwc", writes=True), partial(connect, f"{uri}?mode=rw")]
-        self._connections = tuple(ThreadConnection(connect, self._busy_timeout) for connect in connects)
+        self._connections = tuple(ThreadConnection(connect, self._busy_timeout, path) for connect in connects)
         self._loop = loop
 
     def _explained(self, error: sqlite3.Error, *, writing: bool) -> SinkError:

@@ -140,6 +140,8 @@ class Table:
             connection.executemany(sql, (values(key, row) for key, row in rows.items()))
             return {}
         except _REFUSED:
+            if not connection.in_transaction:
+                raise  # a trigger of the user's has rolled all of it back
             refused: schema.Refusals = {}  # rare, so only now one by one: a refused statement undoes only itself
         for key, row in rows.items():
             try:
