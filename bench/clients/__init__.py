@@ -39,7 +39,10 @@ CLIENTS = {
     "asyncembed-bytes": Client("asyncembed without any vocabulary", "ours:without_vocabulary", "asyncembed"),
     "openai": Client("AsyncOpenAI as documented", "sdk:documented", "openai"),
     "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai"),
-    "baseten": Client("Baseten's client (Rust)", "peers:baseten", "baseten_performance_client", "baseten"),
+    "baseten": Client("Baseten's client (Rust), base64", "peers:baseten", "baseten_performance_client", "baseten"),
+    "baseten-arrays": Client(
+        "Baseten's client (Rust), as documented", "peers:baseten_arrays", "baseten_performance_client", "baseten"
+    ),
     "openaivec": Client("openaivec", "peers:openaivec", "openaivec", "openaivec"),
     "llama-index": Client("LlamaIndex", "peers:llama_index", "llama_index.embeddings.openai", "llama-index"),
     "langchain": Client("LangChain", "peers:langchain", "langchain_openai", "langchain"),

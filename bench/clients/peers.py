@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from bench.clients.chunks import MAX_INPUTS, in_chunks
+from bench.clients.chunks import MAX_INPUTS, float32_rows, in_chunks
 from bench.clients.sdk import MAX_RETRIES
 from bench.job import Embed, Job
 
@@ -58,7 +57,6 @@ async def llama_index(job: Job) -> AsyncIterator[Embed]:
 @asynccontextmanager
 async def litellm(job: Job) -> AsyncIterator[Embed]:
     """`aembedding` sends what it is given, so its user writes chunks and semaphore as for the SDK."""
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
     from litellm import aembedding
 
     async def send(texts: Sequence[str]) -> list[list[float]]:
@@ -69,7 +67,6 @@ async def litellm(job: Job) -> AsyncIterator[Embed]:
             api_base=job.base_url,
             api_key="none",
             max_retries=MAX_RETRIES,
-            encoding_format="base64",
         )
         return [item["embedding"] for item in answer.data]
 
@@ -117,19 +114,37 @@ async def haystack(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def baseten(job: Job) -> AsyncIterator[Embed]:
-    from baseten_performance_client import PerformanceClient, RequestProcessingPreference
-
-    client = PerformanceClient(base_url=job.base_url.removesuffix("/v1"), api_key="none")
-    preference = RequestProcessingPreference(
-        batch_size=min(job.batch or MAX_INPUTS, 1_024),  # the most it allows
-        max_concurrent_requests=job.concurrency,
-        max_chars_per_request=1_048_576,  # likewise; its default of 8,000 makes 1,400 requests
-    )
+    """Asks for base64, as it may, and decodes that by hand, since it does not: three times as fast as its arrays."""
+    client, preference = _baseten(job)
 
     async def embed(texts: Sequence[str]) -> Any:
         answer = await client.async_embed(
             list(texts), job.model, encoding_format="base64", dimensions=job.dimensions, preference=preference
         )
+        return float32_rows((item.embedding for item in answer.data), len(texts), job.expected_dimensions)
+
+    yield embed
+
+
+@asynccontextmanager
+async def baseten_arrays(job: Job) -> AsyncIterator[Embed]:
+    """As its documents say: `numpy()` of an answer in numbers."""
+    client, preference = _baseten(job)
+
+    async def embed(texts: Sequence[str]) -> Any:
+        answer = await client.async_embed(list(texts), job.model, dimensions=job.dimensions, preference=preference)
         return answer.numpy()
 
     yield embed
+
+
+def _baseten(job: Job) -> tuple[Any, Any]:
+    from baseten_performance_client import PerformanceClient, RequestProcessingPreference
+
+    preference = RequestProcessingPreference(
+        batch_size=min(job.batch or MAX_INPUTS, 1_024),  # the most it allows
+        max_concurrent_requests=job.concurrency,
+        max_chars_per_request=1_048_576,  # likewise; its default of 8,000 makes 1,400 requests
+        max_retries=6,  # the most it allows
+    )
+    return PerformanceClient(base_url=job.base_url.removesuffix("/v1"), api_key="none"), preference

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from operator import itemgetter
 from typing import Any
 
-from bench.clients.chunks import in_chunks
+from bench.clients.chunks import float32_rows, in_chunks
 from bench.job import Embed, Job
 
 # Its default of two gives up at the third refusal of a request; with rate limits its users raise it.
@@ -35,8 +36,6 @@ async def documented(job: Job) -> AsyncIterator[Embed]:
 async def raw(job: Job) -> AsyncIterator[Embed]:
     """`with_raw_response`, and the fastest parser and decoder there are, into float32."""
     import jiter
-    import numpy as np
-    import pybase64
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=job.base_url, api_key="none", max_retries=MAX_RETRIES) as client:
@@ -46,12 +45,7 @@ async def raw(job: Job) -> AsyncIterator[Embed]:
                 input=list(texts), encoding_format="base64", **arguments(job)
             )
             items = jiter.from_json(answer.content, cache_mode="keys")["data"]
-            rows = np.empty((len(texts), job.expected_dimensions), np.float32)
-            for item in items:
-                vector = item["embedding"]
-                rows[item["index"]] = (
-                    np.frombuffer(pybase64.b64decode(vector), "<f4") if isinstance(vector, str) else vector
-                )
-            return rows
+            items.sort(key=itemgetter("index"))
+            return float32_rows((item["embedding"] for item in items), len(texts), job.expected_dimensions)
 
         yield lambda texts: in_chunks(texts, job, send)

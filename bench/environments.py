@@ -1,0 +1,68 @@
+"""Where each client runs: this environment, or one of its own, made from its file in `bench/peers`."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_CACHE = ROOT / ".bench"
+_REQUIREMENTS = ROOT / "bench" / "peers"
+# The name under which tiktoken looks for cl100k_base: the SHA-1 of the address it would download it from (its load.py).
+_VOCABULARY = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+
+
+def python_of(environment: str) -> Path:
+    """Return the interpreter of an environment, which may not be there yet; "" is this one."""
+    return _CACHE / environment / "bin" / "python" if environment else Path(sys.executable)
+
+
+def is_ready(environment: str) -> bool:
+    return not environment or _stamp(environment).exists()
+
+
+def _stamp(environment: str) -> Path:
+    return _CACHE / environment / "ready"
+
+
+def prepare() -> None:
+    """Make the environments that are missing; one that cannot be made is told of and left out."""
+    for requirements in sorted(_REQUIREMENTS.glob("*.txt")):
+        environment = requirements.stem
+        if is_ready(environment):
+            continue
+        print(f"{environment}: installing", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", _CACHE / environment], check=True)
+        pip = [python_of(environment), "-m", "pip", "install", "--quiet", "--requirement", requirements]
+        if subprocess.run(pip).returncode == 0:
+            _stamp(environment).touch()
+        else:
+            print(f"{environment}: cannot be installed, so it does not take part", file=sys.stderr, flush=True)
+
+
+@cache
+def variables() -> dict[str, str]:
+    """Return the environment variables of a measured process."""
+    return {
+        **os.environ,
+        "TIKTOKEN_CACHE_DIR": str(_vocabulary_folder()),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import asks the network for prices
+    }
+
+
+def _vocabulary_folder() -> Path:
+    """Return where tiktoken finds its vocabulary: from `quicktok` (extra `dev`), else downloaded."""
+    folder = _CACHE / "tiktoken"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _VOCABULARY
+    if not path.exists() and find_spec("quicktok"):
+        encoding = import_module("quicktok").get_encoding("cl100k_base")
+        tokens = (encoding.decode_single_token_bytes(rank) for rank in range(100_256))
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return folder

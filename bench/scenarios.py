@@ -1,0 +1,135 @@
+"""What is measured: how much of what, against which server, by which clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bench.job import Measured
+
+OURS = ("asyncembed", "asyncembed-tiktoken", "asyncembed-bytes")
+PEERS = (
+    "openai-raw",
+    "baseten",
+    "baseten-arrays",
+    "openai",
+    "openaivec",
+    "llama-index",
+    "langchain",
+    "langchain-unchecked",
+    "haystack",
+    "litellm",
+)
+# These take minutes where others take seconds, so they take part in the first scenario only.
+_HOPELESS = ("haystack", "litellm")
+_FAST_PEERS = tuple(name for name in PEERS if name not in _HOPELESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One table.
+
+    Attributes:
+        title: What the table is about.
+        clients: Names of `clients.CLIENTS`, the first two being what the others are compared with: floor and ours.
+        server: Options of `server`; None if none is needed.
+        count: How many texts, `quick_count` of them with --quick.
+        characters: Of each, on average; from half to one and a half of it.
+        batch: Texts a request for all clients; None for the best of each.
+        peers_batch: Texts a request for all but ours, which chooses by itself.
+        ideal_s: The least seconds there can be, of what was measured; None if the floor tells.
+        slow: Whether one round is enough, because it takes minutes and is not about seconds.
+    """
+
+    title: str
+    clients: tuple[str, ...]
+    server: tuple[str, ...] | None = ()
+    count: int = 20_000
+    quick_count: int = 2_000
+    characters: int = 550
+    model: str = "text-embedding-3-small"
+    dimensions: int | None = None
+    expected_dimensions: int = 1_536
+    batch: int | None = None
+    peers_batch: int | None = None
+    ideal_s: Callable[[Measured], float] | None = field(default=None, repr=False)
+    slow: bool = False
+
+    def batch_of(self, client: str) -> int | None:
+        return self.batch if client in OURS else self.peers_batch or self.batch
+
+
+_LATENCY_S = 0.3
+_CONCURRENCY = 8
+_TOKENS_PER_MINUTE = 20_000_000
+_BURST_S = 1.5
+
+
+def _latency_bound(measured: Measured) -> float:
+    """Whole rounds of eight requests."""
+    return -(-(measured.requests or 0) // _CONCURRENCY) * _LATENCY_S
+
+
+def _rate_bound(measured: Measured) -> float:
+    """What the bucket does not hold at the start has to flow."""
+    per_s = _TOKENS_PER_MINUTE / 60
+    return max(0.0, (measured.tokens or 0) / per_s - _BURST_S)
+
+
+_RATES = ("--tokens-per-minute", str(_TOKENS_PER_MINUTE), "--burst", str(_BURST_S), "--latency", "0.05")
+
+SCENARIOS = {
+    "bulk": Scenario("bulk: 20,000 texts of 550 characters, 1,536 dimensions", ("floor", *OURS, *PEERS)),
+    "bulk-3072": Scenario(
+        "bulk, 3,072 dimensions",
+        ("floor", "asyncembed", *_FAST_PEERS),
+        ("--dimensions", "3072"),
+        model="text-embedding-3-large",
+        expected_dimensions=3_072,
+    ),
+    "bulk-256": Scenario(
+        "bulk, 256 dimensions",
+        ("floor", *OURS, *_FAST_PEERS),
+        ("--dimensions", "256"),
+        dimensions=256,
+        expected_dimensions=256,
+    ),
+    "floats": Scenario(
+        "bulk, from a server that answers in numbers whatever is asked for",
+        ("floor", "asyncembed", *_FAST_PEERS),
+        ("--floats",),
+    ),
+    "latency": Scenario(
+        "latency-bound: 5,000 texts, 50 a request, 0.3 s each, 8 at once",
+        ("floor", "asyncembed", *_FAST_PEERS),
+        ("--latency", str(_LATENCY_S)),
+        count=5_000,
+        quick_count=800,
+        batch=50,
+        ideal_s=_latency_bound,
+    ),
+    "rates": Scenario(
+        "rate-limited: 20,000 texts, 20 million tokens a minute, peers 256 texts a request",
+        ("asyncembed", *_FAST_PEERS),
+        _RATES,
+        quick_count=6_000,
+        peers_batch=256,
+        ideal_s=_rate_bound,
+    ),
+    "rates-small": Scenario(
+        "rate-limited, all clients 64 texts a request",
+        ("asyncembed", *_FAST_PEERS),
+        _RATES,
+        quick_count=6_000,
+        batch=64,
+        ideal_s=_rate_bound,
+    ),
+    "long": Scenario(
+        "long texts: 1,000 of 20,000 characters; peers 40 a request, the most that surely fit",
+        ("floor", *OURS, *_FAST_PEERS),
+        count=1_000,
+        quick_count=200,
+        characters=20_000,
+        peers_batch=40,
+    ),
+}
