@@ -110,6 +110,26 @@ class Provider(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """Keeps vectors by a hash of their text and all that decides their numbers. Safe to call from many tasks at once.
+
+    It can fail no call: what it raises is logged once and counts as a miss, except a `ConfigError`, which says that
+    it can never work. What it takes its time for, its callers wait for: give it a timeout.
+    """
+
+    async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
+        """Return those it has, each float32[d]. A key has 32 bytes. The caller alters none of them."""
+        ...
+
+    async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
+        """Keep copies of the vectors, each float32[d]: what is handed in is a part of something larger."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what was opened here."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row on its way to a store.

@@ -1,0 +1,33 @@
+"""Vectors that need not be paid for again, in memory or in a file.
+
+A cache knows neither texts nor models, but keys of 32 bytes; `lookup` makes them, asks, and keeps what comes back.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import ConfigError
+from ..types import Cache
+from .memory import MemoryCache
+
+
+def open_cache(option: object) -> tuple[Cache | None, bool]:
+    """Return the cache that an option stands for, and whether it was made here, so that it is to be closed.
+
+    Raises:
+        ConfigError: The option stands for none.
+    """
+    if option is None or option is False:
+        return None, False
+    if option is True:
+        return MemoryCache(), True
+    if isinstance(option, (str, os.PathLike)):
+        from .sqlite import SQLiteCache
+
+        return SQLiteCache(option), True
+    cache: Any = option
+    if isinstance(option, type) or not all(callable(getattr(cache, name, None)) for name in ("get", "put", "aclose")):
+        raise ConfigError(f"cache is {type(option).__name__}; it must be a Cache, a path, or True for one in memory")
+    return cache, False

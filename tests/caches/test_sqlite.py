@@ -1,0 +1,457 @@
+"""`SQLiteCache`: the stored bytes, who leaves first, several users of one file, and files that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from asyncembed.caches.sqlite import LEAST_BYTES, SQLiteCache
+from asyncembed.caches.sqlite_file import APPLICATION_ID, MOST_NOTED, ROW_BYTES, CacheFile, parts
+from asyncembed.errors import AsyncEmbedError, ConfigError
+from tests.caches.keys import key_of, vector
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache.db"
+
+
+def numbered(first: int, last: int, size: int = 256) -> dict[bytes, np.ndarray]:
+    return {key_of(number): vector(number, size) for number in range(first, last)}
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def fill(path: Path, data: bytes, start: int = 0) -> None:
+    with path.open("r+b" if start else "wb") as file:
+        file.seek(start)
+        file.write(data)
+
+
+# ---- what is stored
+
+
+async def test_what_was_put_in_is_there_for_the_next_one(path: Path) -> None:
+    first = SQLiteCache(path)
+    await first.put({key_of(name): vector(name) for name in "abc"})
+    await first.aclose()
+
+    second = SQLiteCache(path)
+    found = await second.get([key_of(name) for name in "xcbaa"])
+    await second.aclose()
+
+    assert set(found) == {key_of(name) for name in "abc"}
+    for name in "abc":
+        np.testing.assert_array_equal(found[key_of(name)], vector(name))
+        assert found[key_of(name)].dtype == np.float32
+
+
+async def test_the_file_holds_little_endian_float32_and_is_for_its_owner_alone(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put({key_of("a"): np.array([1.5, -2.0, 0.25], np.float32)})
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    await cache.aclose()
+
+    database = sqlite3.connect(path)
+    assert database.execute("SELECT key, hex(vector) FROM vectors").fetchall() == [
+        (key_of("a"), "0000C03F000000C00000803E")
+    ]
+    assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    database.close()
+
+
+async def test_a_key_that_comes_again_has_its_new_vector(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put({key_of("a"): vector("a", 16)})
+    await cache.put({key_of("a"): vector("b")})
+    np.testing.assert_array_equal((await cache.get([key_of("a")]))[key_of("a")], vector("b"))
+    await cache.aclose()
+
+
+async def test_it_may_be_used_again_after_it_was_closed(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.aclose()
+    await cache.put({key_of("a"): vector("a")})
+    await cache.aclose()
+    assert set(await cache.get([key_of("a")])) == {key_of("a")}
+    await cache.aclose()
+
+
+async def test_more_keys_than_one_statement_takes_are_found(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 1_700, 4))
+    assert len(await cache.get([key_of(number) for number in range(2_000)])) == 1_700
+    await cache.aclose()
+
+
+# ---- its size
+
+
+async def test_it_never_takes_more_than_it_may_and_what_was_used_last_stays(path: Path) -> None:
+    cache = SQLiteCache(path, max_bytes=2 * LEAST_BYTES)
+    for start in range(0, 6_000, 200):  # 6 MB of numbers
+        await cache.put(numbered(start, start + 200))
+        assert set(await cache.get([key_of(number) for number in range(20)])) == set(numbered(0, 20)), start
+        assert pages_in_use(path) <= 2 * LEAST_BYTES
+    last = await cache.get([key_of(number) for number in range(6_000)])
+    await cache.aclose()
+
+    assert size_of(path) <= 2 * LEAST_BYTES
+    assert {key_of(number) for number in range(5_500, 6_000)} <= set(last)
+    assert 600 < len(last) < 2_000
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    puts=st.lists(
+        st.tuples(st.integers(1, 400), st.sampled_from([1, 64, 1_536, 2_300, 5_000])), min_size=1, max_size=12
+    )
+)
+async def test_whatever_the_sizes_the_file_stays_within_its_bytes(puts: list[tuple[int, int]], tmp_path: Path) -> None:
+    path = tmp_path / f"{os.urandom(8).hex()}.db"
+    cache = SQLiteCache(path, max_bytes=LEAST_BYTES)
+    kept: dict[bytes, np.ndarray] = {}
+    for round_, (count, size) in enumerate(puts):
+        vectors = {key_of((round_, number)): vector((round_, number), size) for number in range(count)}
+        kept |= vectors
+        await cache.put(vectors)
+        assert pages_in_use(path) <= LEAST_BYTES
+        for key, found in (await cache.get(list(kept))).items():
+            np.testing.assert_array_equal(found, kept[key])
+        newest = list(vectors)[-1]
+        assert newest in await cache.get([newest])
+    await cache.aclose()
+    assert size_of(path) <= LEAST_BYTES
+
+
+async def test_hits_alone_count_as_use_too(path: Path) -> None:
+    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    await cache.put(numbered(0, 3_000))
+    await cache.get([key_of(number) for number in range(MOST_NOTED)])  # noted without any writing
+    await cache.aclose()
+
+    again = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    await again.put(numbered(3_000, 3_900))
+    left = await again.get([key_of(number) for number in range(3_000)])
+    await again.aclose()
+    assert {key_of(number) for number in range(MOST_NOTED)} <= set(left)
+    assert len(left) < 3_000
+
+
+async def test_a_lower_limit_holds_from_the_next_writing_on(path: Path) -> None:
+    large = SQLiteCache(path, max_bytes=None)
+    await large.put(numbered(0, 5_000))
+    await large.aclose()
+    small = SQLiteCache(path, max_bytes=LEAST_BYTES)
+    await small.put(numbered(5_000, 5_001))
+    assert pages_in_use(path) <= LEAST_BYTES
+    assert key_of(5_000) in await small.get([key_of(5_000)])
+    await small.aclose()
+
+
+def pages_in_use(path: Path) -> int:
+    database = sqlite3.connect(path)
+    total, free, size = (
+        database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    database.close()
+    return (total - free) * size
+
+
+def test_parts_hold_all_vectors_once_but_those_that_fit_into_none() -> None:
+    sizes = [10, 20, 3_000, 40, 1, 230, 230]
+    vectors = {key_of(index): np.zeros(size, np.float32) for index, size in enumerate(sizes)}
+    most = 2 * ROW_BYTES + 4 * 240
+    cut = list(parts(vectors, most))
+    assert [len(part) for part in cut] == [4, 1, 1]
+    assert [key for part in cut for key in part] == [key for key in vectors if key != key_of(2)]
+    assert all(sum(ROW_BYTES + one.nbytes for one in part.values()) <= most for part in cut)
+
+
+# ---- files that are none, and options
+
+
+@pytest.mark.parametrize("max_bytes", [0, LEAST_BYTES - 1, 1e9, True])
+def test_a_size_that_is_too_small_or_none_is_refused(max_bytes: object) -> None:
+    with pytest.raises(ConfigError, match="max_bytes"):
+        SQLiteCache("cache.db", max_bytes=max_bytes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["", ":memory:", b"cache.db"])
+def test_a_path_that_is_no_file_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="path of a file"):
+        SQLiteCache(path)
+
+
+async def refused(path: Path, words: str) -> None:
+    cache = SQLiteCache(path)
+    for use in (cache.get([key_of("a")]), cache.put({key_of("a"): vector("a")})):
+        with pytest.raises(ConfigError) as caught:
+            await use
+        assert words in str(caught.value)
+        assert str(path) in str(caught.value)
+    await cache.aclose()
+
+
+async def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path) -> None:
+    fill(path, b"a diary, not a database" * 100)
+    await refused(path, "is not an SQLite database")
+    assert content(path) == b"a diary, not a database" * 100
+
+
+async def test_somebody_elses_database_is_refused_and_left_as_it_is(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE vectors (name TEXT)")
+    database.close()
+    before = content(path)
+    await refused(path, "is a database, but no cache")
+    assert content(path) == before
+
+
+async def test_a_cache_of_a_later_version_is_refused(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put({key_of("a"): vector("a")})
+    await cache.aclose()
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+    await refused(path, "has version 2; this library writes 1")
+
+
+async def test_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
+    await refused(tmp_path, "Is a directory")
+    await refused(tmp_path / "none" / "cache.db", "No such file or directory")
+
+
+async def test_a_file_that_breaks_later_is_an_error_each_time_and_not_a_config_error(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 1_000))
+    await cache.aclose()
+    await cache.get([key_of(0)])
+    fill(path, os.urandom(size_of(path) - 16_384), start=16_384)
+    with pytest.raises(AsyncEmbedError) as caught:
+        for number in range(1_000):
+            await cache.get([key_of(number)])
+    assert not isinstance(caught.value, ConfigError)
+    await cache.aclose()
+
+
+async def test_a_row_that_holds_no_vector_is_not_found(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put({key_of(name): vector(name) for name in "abcd"})
+    database = sqlite3.connect(path)
+    for name, blob in (("a", b""), ("b", b"12345"), ("c", "text")):
+        database.execute("UPDATE vectors SET vector = ? WHERE key = ?", (blob, key_of(name)))
+    database.commit()
+    database.close()
+    assert set(await cache.get([key_of(name) for name in "abcd"])) == {key_of("d")}
+    await cache.aclose()
+
+
+# ---- several users
+
+
+async def test_a_lock_of_another_process_is_waited_for_a_second_and_leaves_nothing_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.caches.sqlite_file.BUSY_S", 0.05)
+    cache = SQLiteCache(path)
+    await cache.put({key_of("a"): vector("a")})
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(AsyncEmbedError, match="locked"):
+        await cache.put({key_of("b"): vector("b")})
+    assert set(await cache.get([key_of("a"), key_of("b")])) == {key_of("a")}  # who reads waits for nobody
+    other.execute("COMMIT")
+    await cache.put({key_of("b"): vector("b")})
+    other.close()
+    await cache.aclose()
+
+
+PROCESS = """
+import asyncio, sys
+from asyncembed.caches.sqlite import SQLiteCache
+from tests.caches.keys import key_of, vector
+
+async def main():
+    cache = SQLiteCache(sys.argv[1])
+    for number in range(40):
+        await cache.put({key_of((sys.argv[2], number, k)): vector((number, k)) for k in range(10)})
+        await cache.put({key_of(number): vector(number)})
+    await cache.aclose()
+
+asyncio.run(main())
+"""
+
+
+def test_processes_that_start_at_once_share_one_file(path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    children = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(path), name], cwd=root, stderr=subprocess.PIPE, text=True)
+        for name in "abcd"
+    ]
+    errors = [child.communicate()[1] for child in children]
+    assert errors == [""] * 4
+    database = sqlite3.connect(path)
+    assert database.execute("SELECT count(*) FROM vectors").fetchone() == (4 * 400 + 40,)
+    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+
+
+async def test_lookups_that_come_while_one_is_under_way_are_answered_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    read = CacheFile.read
+
+    def counted(self: CacheFile, keys: list[bytes]) -> object:
+        asked.append(len(keys))
+        return read(self, keys)
+
+    monkeypatch.setattr(CacheFile, "read", counted)
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 100))
+
+    async def look_up(number: int) -> None:
+        found = await cache.get([key_of(number), key_of(number + 1), key_of(-number - 1)])
+        assert set(found) == set(numbered(number, number + 2))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(99):
+            group.create_task(look_up(number))
+    await cache.aclose()
+    assert asked == [100 + 99]  # different ones
+
+
+async def test_lookups_cancelled_at_any_time_harm_nobody(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 50))
+    for turns in range(12):
+        tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(50)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in tasks[::3]:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for number, task in enumerate(tasks):
+            if not task.cancelled():
+                assert set(task.result()) == {key_of(number)}
+        assert sum(task.cancelled() for task in tasks) <= 17
+        assert cache._lanes.get().waiting == []
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await cache.aclose()
+
+
+async def test_an_error_reaches_all_who_were_asked_for_together(path: Path) -> None:
+    fill(path, b"no database" * 1_000)
+    cache = SQLiteCache(path)
+    tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(5)]
+    await asyncio.wait(tasks)
+    assert [type(task.exception()) for task in tasks] == [ConfigError] * 5
+    await cache.aclose()
+
+
+async def test_a_put_that_is_cancelled_leaves_no_transaction_and_whole_vectors(path: Path) -> None:
+    cache = SQLiteCache(path)
+    vectors = numbered(0, 8_000)  # several transactions
+    for turns in range(0, 40, 3):
+        task = asyncio.create_task(cache.put(vectors))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        other = sqlite3.connect(path, timeout=0, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")  # raises if a transaction was left open
+        other.execute("ROLLBACK")
+        other.close()
+        for key, found in (await cache.get(list(vectors)[:100])).items():
+            np.testing.assert_array_equal(found, vectors[key])
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await cache.aclose()
+
+
+def test_one_cache_serves_one_loop_after_another_and_several_at_once(path: Path) -> None:
+    cache = SQLiteCache(path)
+    wrong: list[BaseException] = []
+
+    async def use(name: int) -> None:
+        for number in range(20):
+            await cache.put({key_of((name, number)): vector((name, number))})
+            found = await cache.get([key_of((name, number)), key_of((name - 1, number))])
+            np.testing.assert_array_equal(found[key_of((name, number))], vector((name, number)))
+
+    def work(name: int) -> None:
+        try:
+            asyncio.run(use(name))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    work(4)
+    asyncio.run(cache.aclose())
+    assert wrong == []
+
+
+FORK = """
+import asyncio, os, sys
+from asyncembed.caches.sqlite import SQLiteCache
+from tests.caches.keys import key_of, vector
+
+cache = SQLiteCache(sys.argv[1])
+
+async def use(name):
+    await cache.put({key_of((name, number)): vector(number) for number in range(100)})
+    found = await cache.get([key_of(("parent", number)) for number in range(100)])
+    assert len(found) == 100
+    if name != "parent":
+        await cache.aclose()
+
+asyncio.run(use("parent"))
+child = os.fork()
+asyncio.run(use("child" if child == 0 else "parent again"))
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_it_may_be_used_on_both_sides_of_a_fork(path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(path)], cwd=root, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    database = sqlite3.connect(path)
+    assert database.execute("SELECT count(*) FROM vectors").fetchone() == (300,)
+    database.close()
+
+
+def test_one_that_nobody_closed_does_not_hold_up_the_exit(path: Path) -> None:
+    code = (
+        "import asyncio, sys; from asyncembed.caches.sqlite import SQLiteCache\n"
+        "cache = SQLiteCache(sys.argv[1]); asyncio.run(cache.get([b'key']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False, timeout=20)
+    assert done.returncode == 0
