@@ -228,6 +228,7 @@ class Coalescer:
             request.late = asyncio.get_running_loop().call_later(patience_s, self._is_late, request)
 
     def _tell(self, request: _Request) -> None:
+        """Tell how long each of its calls has waited, and whose request it is."""
         now = asyncio.get_running_loop().time()
         calls = dict.fromkeys(call for wanted in request.wanted for call in wanted.calls)
         request.run.callers = [call.caller for call in calls]

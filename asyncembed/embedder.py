@@ -146,7 +146,7 @@ class Embedder:
 
     def stats(self) -> Stats:
         """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
-        slots = [(loop, engine.slots) for loop, engine in self._engines.items()]
+        slots = [(loop, engine.slots) for loop, engine in self._engines.items() if not loop.is_closed()]
         return self._metrics.stats(slots, sum(each.gathering for _, each in self._coalescers.items()))
 
     def __reduce__(self) -> NoReturn:

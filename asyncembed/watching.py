@@ -37,8 +37,10 @@ class Metrics:
     """
 
     def __init__(self, model: str, provider: Provider, observer: Observer | None = None) -> None:
-        if observer is not None and not isinstance(observer, Observer):
-            raise ConfigError(f"observer is {type(observer).__name__}, which lacks methods of asyncembed.Observer")
+        if observer is not None and (isinstance(observer, type) or not isinstance(observer, Observer)):
+            raise ConfigError(
+                f"observer is {type(observer).__name__}, which is no asyncembed.Observer: it lacks methods"
+            )
         self.model = model
         self.provider = provider
         self.address: tuple[str, int] | None = getattr(provider, "address", None)
@@ -63,7 +65,7 @@ class Metrics:
         """Return a snapshot. Safe to call from any thread.
 
         Args:
-            slots: Those of each loop.
+            slots: Those of each loop that is not closed.
             gathering: Texts that wait for the next shared request.
         """
         total = Tally()

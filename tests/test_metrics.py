@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asyncembed import Embedder, Observer, Stats
+import asyncembed
+from asyncembed import Embedder, Observer, Record, SQLiteSink, Stats, ingest
 from asyncembed.errors import (
     AsyncEmbedError,
     BadRequestError,
@@ -23,6 +26,7 @@ from asyncembed.errors import (
     TransportError,
 )
 from asyncembed.metrics import RequestFinished, RequestStarted, Tally
+from asyncembed.watching import Metrics
 from tests.fakes import FakeProvider, Script
 
 SECRET = "the patient's name"
@@ -92,6 +96,19 @@ async def test_counts_are_the_sums_of_what_results_say(seed: int) -> None:
     assert stats.refusals == stats.failures.get("RateLimitedError", 0)
     assert stats.request_s == pytest.approx(stats.requests * 1.0, abs=1e-3)
     assert (stats.under_way, stats.waiting, stats.gathering, stats.cancelled) == (0, 0, 0, 0)
+
+
+async def test_counts_agree_with_a_report_of_ingest(tmp_path: Path) -> None:
+    def script(number: int, sent: Sequence[str]) -> AsyncEmbedError | None:
+        return BadRequestError("no") if "text 13" in sent else None
+
+    embedder, _ = make(script, latency_s=0.0, max_batch_size=10)
+    async with SQLiteSink(tmp_path / "vectors.db") as sink:
+        report = await ingest([Record(number, text) for number, text in enumerate(texts(50))], embedder, sink)
+
+    stats = embedder.stats()
+    assert (stats.texts, stats.texts_failed) == (report.success_count, report.failed_count) == (49, 1)
+    assert (stats.requests, stats.retries, stats.tokens) == (report.requests, report.retries, report.total_tokens)
 
 
 @pytest.mark.virtual_time
@@ -275,7 +292,7 @@ def test_the_counts_of_all_loops_are_summed_also_of_those_that_are_closed() -> N
 
 
 async def test_another_thread_may_ask_while_requests_run() -> None:
-    embedder, provider = make(latency_s=0.001, max_batch_size=1)
+    embedder, provider = make(latency_s=0.0, max_batch_size=1)
     seen: list[int] = []
     stop = threading.Event()
 
@@ -425,7 +442,20 @@ def test_an_observer_without_all_methods_is_refused_at_once() -> None:
 
     with pytest.raises(ConfigError, match="Half"):
         make(observer=Half())
+    with pytest.raises(ConfigError):
+        make(observer=Recorder)  # the class, and not one of it
     assert isinstance(Recorder(), Observer)
+
+
+async def test_lookups_in_a_cache_are_counted_and_told() -> None:
+    observer = Recorder()
+    metrics = Metrics("fake", FakeProvider(), observer)
+    metrics.here().cached(3, 2)
+    metrics.here().cached(1, 0)
+
+    stats = metrics.stats([], 0)
+    assert (stats.cache_hits, stats.cache_misses) == (4, 2)
+    assert observer.events == [("cached", "fake", 3, 2), ("cached", "fake", 1, 0)]
 
 
 def test_what_is_told_cannot_be_changed_by_who_is_told() -> None:
@@ -433,3 +463,18 @@ def test_what_is_told_cannot_be_changed_by_who_is_told() -> None:
     with pytest.raises(FrozenInstanceError):
         finished.tokens = 5  # type: ignore[misc]
     assert replace(finished, tokens=5).tokens == 5
+
+
+# ---- log records
+
+PACKAGE = Path(asyncembed.__file__).parent
+CALL = re.compile(r"^\s+logger\.(debug|info|warning|error|exception)\(", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_whoever_logs_is_in_the_table_with_its_levels(path: Path) -> None:
+    levels = {"ERROR" if name == "exception" else name.upper() for name in CALL.findall(path.read_text())}
+    name = ".".join(("asyncembed", *path.relative_to(PACKAGE).with_suffix("").parts))
+    table = (PACKAGE.parent / "docs" / "observability.md").read_text()
+    rows = re.findall(rf"^\| `{re.escape(name)}` (.*\n(?:\| \| .*\n)*)", table, re.MULTILINE)
+    assert {level for row in rows for level in re.findall(r"^\|? ?\| (\w+) \|", row, re.MULTILINE)} == levels
