@@ -102,9 +102,9 @@ class Engine:
             nonlocal dimensions
             dimensions = outcome.vectors.shape[1]
 
-        text = Text("a", [0])
+        text = Text("a", [0], tokens=1, weight=1)
         try:
-            error = await self._send(Batch([Item(text, text.content, 1, 1)]), run, look)
+            error = await self._send(Batch([text]), run, look)
         except StoppedError:
             return 0
         if error is not None:
@@ -314,7 +314,7 @@ class Engine:
         What passes of its own is delivered, and no longer part of it.
         """
         if run.canary is not None:
-            known = Item(Text(run.canary.content, []), run.canary.content, run.canary.tokens, run.canary.weight)
+            known = Text(run.canary.content, [], tokens=run.canary.tokens, weight=run.canary.weight)
             return await self._send(Batch([known], sent=True), run, _to_nobody)
         item = batch.to_probe()
         error = await self._send(Batch([item], sent=True), run, deliver)

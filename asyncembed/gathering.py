@@ -50,10 +50,18 @@ class Results:
         self._report(self._run.progress(done, self._count, len(self._errors)))
 
     def _place(self, embeddings: Vectors, outcome: Outcome) -> None:
+        rows = [text.indices[0] for text in outcome.texts]
+        first, end = rows[0], rows[-1] + 1
+        if rows == list(range(first, end)):
+            embeddings[first:end] = outcome.vectors  # which lets others run meanwhile
+        else:
+            embeddings[rows] = outcome.vectors
+        self._done[rows] = True
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
-            for index in text.indices:
-                embeddings[index] = vector
-                self._done[index] = True
+            if len(text.indices) > 1:
+                others = list(text.indices[1:])
+                embeddings[others] = vector
+                self._done[others] = True
 
     def finish(
         self, dimensions: int | None, cost_usd: float | None, stopped_by: AsyncEmbedError | None
@@ -76,6 +84,8 @@ class Results:
             run.retries,
             run.elapsed_s,
             cost_usd,
+            run.cache_hits,
+            run.cache_misses,
         )
 
 

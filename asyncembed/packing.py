@@ -66,8 +66,10 @@ class Packer(Generic[T]):
 
     def add(self, item: T, weight: int) -> list[T] | None:
         """Take one item; return a batch if that completes one, else None."""
-        fitting = (batch for batch in self._open if batch.weight + weight <= self._max_tokens)
-        best = max(fitting, key=_weight, default=None)
+        best: _Open[T] | None = None
+        for batch in self._open:
+            if batch.weight + weight <= self._max_tokens and (best is None or batch.weight > best.weight):
+                best = batch
         done = None
         if best is None:
             if len(self._open) >= self._may_open:

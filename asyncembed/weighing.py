@@ -22,21 +22,36 @@ TooLong: TypeAlias = Literal["error", "truncate", "mean"]
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """One text of a call, and the positions in the call's input that its vector answers."""
+    """One text of a call, and the positions in the call's input that its vector answers.
+
+    If it is not cut into pieces it is its own input of a request: of many texts a second object each would be felt, by
+    the garbage collector most of all.
+    """
 
     content: str = field(repr=False)
-    indices: list[int]
+    indices: Sequence[int]
     mean: Mean | None = None
+    tokens: int = 0
+    weight: int = 0
+
+    @property
+    def text(self) -> Text:
+        """The text whose vector this input brings: its own."""
+        return self
 
 
 @dataclass(slots=True, eq=False)
-class Item:
-    """One input of a request: a whole text, or one piece of a long one."""
+class Piece:
+    """One input of a request that is a part of a long text."""
 
     text: Text
     content: str = field(repr=False)
     tokens: int
     weight: int
+
+
+Item: TypeAlias = Text | Piece
+"""One input of a request."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,9 +113,11 @@ def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = Non
     for index, content in texts:
         text = found.get(content)
         if text is None:
-            found[content] = Text(content, [index])
-        else:
+            found[content] = Text(content, (index,))  # which the garbage collector need not look at
+        elif isinstance(text.indices, list):
             text.indices.append(index)
+        else:
+            text.indices = [*text.indices, index]
     return list(found.values())
 
 
@@ -130,7 +147,8 @@ def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, to
         elif least > limits.tokens:
             failed.append((text, _too_long(f"a weight of {least:,} tokens; a batch takes", least, limits.tokens)))
         else:
-            items.append(Item(text, text.content, tokens, weight))
+            text.tokens, text.weight = tokens, weight
+            items.append(text)
     return items, failed
 
 
@@ -147,12 +165,12 @@ def _too_long(has: str, tokens: int, limit: int) -> TooLongError:
     return TooLongError(f"has {has} {limit:,}. {advice}", tokens=tokens, limit=limit)
 
 
-def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Item]:
+def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Piece]:
     pieces = list(_cut(text.content, counter, limit, only_first=too_long == "truncate"))
     if len(pieces) > 1:
         text.mean = Mean(missing=len(pieces))
     for piece, tokens in zip(pieces, counter.count(pieces), strict=True):
-        yield Item(text, piece, tokens, weigh(tokens, _size(piece)))
+        yield Piece(text, piece, tokens, weigh(tokens, _size(piece)))
 
 
 def _cut(text: str, counter: TokenCounter, limit: int, *, only_first: bool) -> Iterator[str]:
