@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from asyncembed import Embedder, Record, Row, ingest, open_sink
+from asyncembed.errors import SinkBusyError
 from asyncembed.testing import EmbeddingServer, embedding_of
 
 MODEL = "text-embedding-3-small"
@@ -52,6 +53,7 @@ class Job:
         records: How many; their ids are the numbers from `first` on.
         die: Where the process kills itself: "before" a write, "inside" its transaction, "after" it; or "" for never.
         die_at: In which write, counted from 1.
+        rollback: Keep SQLite to its rollback journal; the file must have been prepared.
     """
 
     target: str
@@ -62,6 +64,7 @@ class Job:
     concurrency: int = 8
     die: str = ""
     die_at: int = 0
+    rollback: bool = False
 
     @property
     def most_in_flight(self) -> int:
@@ -140,11 +143,23 @@ async def work(job: Job) -> int:
             max_batch_size=job.max_batch_size,
             concurrency=job.concurrency,
         ) as embedder,
-        open_sink(job.target) as sink,
+        open_sink(job.target, **({"busy_timeout": 0.5} if job.rollback else {})) as sink,
     ):
+        if job.rollback:
+            # whoever reads now keeps the sink from changing to a write-ahead log, and then from writing
+            with a_reader_of(job.target), suppress(SinkBusyError):
+                await sink.prepare(MODEL, DIMENSIONS)
         print("ready", flush=True)
         report = await ingest(records(job), embedder, DyingSink(sink, job))
     return 1 if report.failures else 0
+
+
+@contextmanager
+def a_reader_of(path: str) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM embeddings").fetchone()
+        yield
 
 
 # ---- the process that kills ----

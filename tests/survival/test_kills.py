@@ -6,14 +6,19 @@ import asyncio
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from asyncembed import SQLiteSink
 from asyncembed.testing import EmbeddingServer
-from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, run_and_kill, start, work
+from bench.kills import DIMENSIONS, MODEL, Figures, Job, Store, finish, inputs_of, run_and_kill, start, work
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 
@@ -56,3 +61,25 @@ def test_a_batch_is_paid_twice_only_if_it_was_not_committed(target: str, die: st
         figures = Figures()
         figures.add(job, Store(target), inputs_of(server), kills=1)
     assert figures == Figures(jobs=1, kills=1, repaid=paid_twice, bound=50)
+
+
+@pytest.mark.parametrize(
+    ("die", "stored"),
+    [pytest.param("inside", 100, id="inside the transaction"), pytest.param("after", 150, id="after the commit")],
+)
+async def test_a_kill_without_a_write_ahead_log_leaves_whole_batches_too(tmp_path: Path, die: str, stored: int) -> None:
+    path = tmp_path / "vectors.db"
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, DIMENSIONS)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    with EmbeddingServer(dimensions=DIMENSIONS, keep_texts=False).in_thread() as server:
+        job = Job(str(path), server.base_url, 500, concurrency=1, die=die, die_at=3, rollback=True)
+        assert await asyncio.to_thread(lambda: finish(start(job))) == -signal.SIGKILL
+        assert not path.with_name("vectors.db-wal").exists()
+        store = Store(str(path))
+        assert len(store.rows()) == stored
+        assert await work(replace(job, die="")) == 0
+        assert len(store.rows()) == 500
+        assert store.is_sound()
+        assert inputs_of(server) == 500 + (150 - stored)
