@@ -151,6 +151,7 @@ class Coalescer:
         """
         count = len(call.contents)
         if self._waiting + count > self._most_waiting:
+            self._watch.tally.overloads += 1
             raise self._overloaded()
         asked = [self._wanted(content) for content in call.contents]
         for index, wanted in enumerate(asked):

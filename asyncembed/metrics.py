@@ -109,6 +109,7 @@ class Tally:
     calls_queued: int = 0
     queue_s: float = 0.0
     queue_max_s: float = 0.0
+    overloads: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
 
@@ -148,6 +149,7 @@ class Stats:
         calls_queued: Calls of `embed_one`, and small ones of `embed`, that have left in a shared request.
         queue_s: Seconds they waited for it to leave, summed;
         queue_max_s: and the longest of them.
+        overloads: Such calls that were refused with an `OverloadedError`.
         cache_hits: Texts that the cache answered.
         cache_misses: Texts that it did not have.
         under_way: Requests that hold a slot now: sent, or being delivered.
@@ -173,6 +175,7 @@ class Stats:
     calls_queued: int = 0
     queue_s: float = 0.0
     queue_max_s: float = 0.0
+    overloads: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
     under_way: int = 0

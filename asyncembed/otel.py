@@ -6,8 +6,8 @@ Names follow the semantic conventions for generative AI of OpenTelemetry 1.41 (s
 before they moved to a repository of their own; what they do not know is under `asyncembed.`.
 
 A span is one HTTP request, so that a retry is seen as such. Its parent is the span in which `embed`, `stream` or
-`ingest` was called. A request that several calls share belongs to no single one of them: it begins a trace of its own,
-with a link to the span of each caller; if all were made in one span, that is its parent.
+`ingest` was called. A request that several small calls share belongs to no single one of them: it begins a trace of its
+own, with a link to the span of each caller; if all were made in one span, that is its parent.
 """
 
 from __future__ import annotations

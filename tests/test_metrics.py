@@ -20,6 +20,7 @@ from asyncembed.errors import (
     AsyncEmbedError,
     BadRequestError,
     ConfigError,
+    OverloadedError,
     QuotaError,
     RateLimitedError,
     ServerError,
@@ -224,6 +225,20 @@ async def test_the_time_in_which_calls_gather_is_their_queue_time() -> None:
     assert stats.queue_max_s == pytest.approx(0.5, abs=0.01)  # until the first request is answered
     assert stats.queue_s == pytest.approx(3 * 0.5, abs=0.01)
     assert (stats.requests, stats.texts) == (3, 4)
+
+
+@pytest.mark.virtual_time
+async def test_calls_that_are_turned_away_are_counted() -> None:
+    embedder, _ = make(max_waiting=2)
+    async with asyncio.TaskGroup() as group:
+        for name in ("a", "b"):
+            group.create_task(embedder.embed_one(name))
+        await asyncio.sleep(0.5)
+        with pytest.raises(OverloadedError):
+            await embedder.embed_one("c")
+
+    stats = embedder.stats()
+    assert (stats.overloads, stats.calls_queued, stats.texts) == (1, 2, 2)
 
 
 @pytest.mark.virtual_time
