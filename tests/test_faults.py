@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ROW = re.compile(r"^\| ([IWC]\d\d) \|[^|]*\|([^|]*)\|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([IWCDQ]\d\d) \|[^|]*\|([^|]*)\|$", re.MULTILINE)
 ROWS = dict(ROW.findall((TESTS / "FAULTS.md").read_text()))
 
 KNOWN = {
@@ -16,6 +16,8 @@ KNOWN = {
     *(f"W{number:02}" for number in (1, 2, 4, 5, 6, *range(9, 13), *range(14, 21), *range(22, 26), *range(27, 31))),
     *(f"W{number:02}" for number in (*range(32, 36), *range(38, 41), *range(42, 45), 46, 47)),
     *(f"C{number:02}" for number in (*range(1, 8), *range(9, 20))),
+    *(f"D{number:02}" for number in (*range(1, 14), 15, 16, 17, 18, 20, 21, 22)),
+    *(f"Q{number:02}" for number in range(1, 14)),
 }
 
 
