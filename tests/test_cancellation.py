@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import threading
 import types
@@ -248,3 +249,39 @@ async def test_one_of_fifty_calls_is_cancelled_and_the_others_are_served() -> No
         await asyncio.wait(calls)
         assert [call.cancelled() for call in calls] == [number == 7 for number in range(50)]
         assert all(call.exception() is None for call in calls if not call.cancelled())
+
+
+async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_behind() -> None:
+    dice = random.Random(0)
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005).in_thread() as server:
+        embedder = Embedder("fake", base_url=server.base_url, api_key="none", max_batch_size=100)
+        await embedder.embed_one("the connections")
+        loop = asyncio.get_running_loop()
+        answered = 0
+
+        async def call(number: int) -> None:
+            nonlocal answered
+            texts = [f"text {dice.randrange(2_000)}" for _ in range(1 + number % 3)]
+            if len(texts) == 1:
+                right(await embedder.embed_one(texts[0]), texts[0])
+            else:
+                for vector, text in zip((await embedder.embed(texts)).embeddings, texts, strict=True):
+                    right(vector, text)
+            answered += 1
+
+        tasks = [loop.create_task(call(number)) for number in range(10_000)]
+        for task in tasks:
+            loop.call_later(dice.expovariate(1 / 0.3), task.cancel)
+            if dice.random() < 0.01:
+                await asyncio.sleep(0)
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() or task.exception() is None for task in tasks)
+        assert 0 < answered < 10_000
+
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        coalescer, slots = embedder._coalescers.get(), embedder._engines.get().slots
+        assert (coalescer._all, coalescer._gathering, coalescer._requests) == ({}, {}, set())
+        assert (coalescer._waiting, slots.under_way, slots.waiting, len(slots.pace.queue)) == (0, 0, 0, 0)
+        right(await embedder.embed_one("text 0"), "text 0")
+        await embedder.aclose()
+        assert server.in_flight == 0
