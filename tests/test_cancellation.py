@@ -149,7 +149,7 @@ async def test_a_call_cancelled_at_any_step_leaves_nothing_and_harms_nothing(
             assert foreign_threads() == threads
         await work(embedder)
         await embedder.aclose()
-    assert step > 20
+    assert step > 10
 
 
 async def test_ingest_cancelled_at_any_step_leaves_no_transaction_and_whole_batches(tmp_path: Path) -> None:
@@ -278,6 +278,7 @@ async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_beh
         assert all(task.cancelled() or task.exception() is None for task in tasks)
         assert 0 < answered < 10_000
 
+        await asyncio.sleep(0)  # for the callbacks of tasks that have ended
         assert asyncio.all_tasks() == {asyncio.current_task()}
         coalescer, slots = embedder._coalescers.get(), embedder._engines.get().slots
         assert (coalescer._all, coalescer._gathering, coalescer._requests) == ({}, {}, set())
