@@ -12,6 +12,7 @@ the context of one of ours.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import importlib
 import json
@@ -136,10 +137,15 @@ class OpenAIProvider:
         return _ENCODINGS[self._encoding]
 
     @property
+    def base_url(self) -> str:
+        """Where texts are sent to, path included."""
+        return self._base_url.rstrip("/")
+
+    @property
     def identity(self) -> Hashable:
         """What the provider counts limits by, as far as we can tell: address and key, which is not in it."""
         key = self._api_key
-        return self._base_url.rstrip("/"), hashlib.sha256(key.encode()).digest() if isinstance(key, str) else key
+        return self.base_url, hashlib.sha256(key.encode()).digest() if isinstance(key, str) else key
 
     @property
     def dimensions(self) -> int | None:
@@ -286,6 +292,9 @@ class OpenAIProvider:
     def _load(self) -> tuple[Any, Any, Any]:
         openai = importlib.import_module("openai")
         http = importlib.import_module(".http", __package__)
+        # Two hundred thousand new objects let the collector's next full pass come soon; here, where the import has
+        # kept the interpreter busy anyway, it is not felt, and in the middle of a job it stalls the loop for 60 ms.
+        gc.collect()
         if self._given_client is not None:
             return openai, http, self._given_client
         http_client = self._given_http_client or http.client_for(self._base_url, self._connections)
