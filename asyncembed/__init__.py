@@ -8,6 +8,7 @@ Importing this loads no driver: each is loaded when it is first needed.
 
 from typing import TYPE_CHECKING, Any
 
+from .caches import MemoryCache
 from .embedder import Embedder
 from .errors import (
     AllFailedError,
@@ -48,9 +49,10 @@ from .metrics import Observer, Stats
 from .pipeline import ingest
 from .report import Check, EmbeddingResult, IngestReport, Plan, Progress
 from .sinks import open_sink
-from .types import EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, Sink
+from .types import Cache, EmbeddedRecord, Failure, Hit, Provider, Record, Reply, Row, Sink
 
 if TYPE_CHECKING:
+    from .caches.sqlite import SQLiteCache
     from .sinks import PostgresSink, SQLiteSink
     from .sources import PostgresSource
 
@@ -61,6 +63,7 @@ __all__ = [
     "AsyncEmbedError",
     "AuthenticationError",
     "BadRequestError",
+    "Cache",
     "CertificateError",
     "Check",
     "ConfigError",
@@ -75,6 +78,7 @@ __all__ = [
     "InputError",
     "InvalidRecordError",
     "InvalidTextError",
+    "MemoryCache",
     "NotFoundError",
     "Observer",
     "OverloadedError",
@@ -96,6 +100,7 @@ __all__ = [
     "RequestError",
     "Row",
     "RowRefusedError",
+    "SQLiteCache",
     "SQLiteSink",
     "ServerError",
     "Sink",
@@ -119,6 +124,10 @@ def __getattr__(name: str) -> Any:
         from . import sinks
 
         return getattr(sinks, name)
+    if name == "SQLiteCache":
+        from .caches.sqlite import SQLiteCache
+
+        return SQLiteCache
     if name == "PostgresSource":
         from . import sources
 

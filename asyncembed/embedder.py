@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from . import models
 from .arguments import check_amount, check_model, check_range, checked, listed
+from .caches import open_cache
+from .caches.cached import CachedCall
+from .caches.lookup import Lookup
 from .coalescing import Call, Coalescer
 from .engine import Deliver, Engine
 from .errors import AsyncEmbedError, ConfigError, DeadlineError, FatalProviderError, InputError, TransportError
@@ -26,7 +31,7 @@ from .records import AnyIterable
 from .report import Check, EmbeddingResult, Plan, ProgressCallback, failed
 from .run import Run, Runs, StoppedError
 from .tokens import ByteBound, TokenCounter, load_counter
-from .types import EmbeddedRecord, Provider, Vectors
+from .types import Cache, EmbeddedRecord, Provider, Vectors
 from .watching import Metrics
 from .weighing import Text, TooLong, check_text
 
@@ -62,6 +67,8 @@ class Embedder:
         timeout: Seconds, wall-clock, for one attempt.
         observer: Is told of every request, in counts; see `metrics.Observer`, and `otel.OpenTelemetry`.
         max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their answers at once.
+        cache: Answers texts that were embedded before: True for one in memory, a path for one in an SQLite file, or any
+            `types.Cache`, which is never closed.
         allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
 
     Raises:
@@ -89,6 +96,7 @@ class Embedder:
         timeout: float = 60.0,
         max_waiting: int = 20_000,
         observer: Observer | None = None,
+        cache: Cache | str | os.PathLike[str] | bool | None = None,
         allow_insecure_http: bool = False,
     ) -> None:
         check_model(model, dimensions, too_long)
@@ -129,6 +137,9 @@ class Embedder:
             )
         )
         self._metrics = Metrics(model, self._provider, observer)
+        opened, is_ours = open_cache(cache)
+        self._own_cache = opened if is_ours else None
+        self._lookup = None if opened is None else self._new_lookup(opened)
 
     def __repr__(self) -> str:
         host = getattr(self._provider, "host", None)
@@ -175,7 +186,11 @@ class Embedder:
             await self._runs.get().end(ends_at, TransportError("the embedder was closed before the answer came"))
         finally:
             self._engines.pop()
-            await self._provider.aclose()
+            try:
+                await self._provider.aclose()
+            finally:
+                if self._own_cache is not None:
+                    await self._own_cache.aclose()
 
     @property
     def dimensions(self) -> int | None:
@@ -220,7 +235,9 @@ class Embedder:
         async with run.until_deadline():
             waiting = await checked(contents)
             if on_progress is None and self._is_small(waiting):
-                await self._share(waiting, run, results)
+                missing = waiting if self._lookup is None else await self._lookup.few(waiting, run, results.deliver)
+                if missing:
+                    await self._share(missing, run, results)
             else:
                 await self._send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
@@ -252,6 +269,9 @@ class Embedder:
             raise type(error)(f"text {error}") from None
         run, call = Run(deadline), Call([text])
         async with run.until_deadline():
+            vector = None if self._lookup is None else await self._lookup.one(text, run)
+            if vector is not None:
+                return vector
             await self._ask(call, run)
         if run.stopped_by is not None:
             raise run.stopped_by
@@ -342,8 +362,7 @@ class Embedder:
 
     async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
         async with run.until_deadline(), aclosing(order.slices(records)) as slices:
-            counter = await self._counter()
-            await self._run(slices, counter, run, order.deliver, open_batches=1, ends_by_itself=False)
+            await self._run(slices, self._counter, run, order.deliver, open_batches=1, ends_by_itself=False)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -367,7 +386,7 @@ class Embedder:
 
     async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
         """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
-        await self._run(slices, await self._counter(), run, deliver)
+        await self._run(slices, self._counter, run, deliver)
 
     def cost_usd(self, run: Run) -> float | None:
         """The list price of what a run was billed; None if price or count is unknown."""
@@ -396,6 +415,18 @@ class Embedder:
             max_retries=self._max_retries,
         )
 
+    def _new_lookup(self, cache: Cache) -> Lookup:
+        limits, kind = self._limits, type(self._provider)
+        settings = {
+            "place": getattr(self._provider, "base_url", f"{kind.__module__}.{kind.__qualname__}"),
+            "model": self.model,
+            "dimensions": self._asked_dimensions,
+            # these decide what is embedded of a long text
+            "too_long": self._too_long,
+            "tokens_per_text": min(limits.tokens_per_text, limits.tokens),
+        }
+        return Lookup(cache, settings, lambda: self.dimensions, lambda *counts: self._metrics.here().cached(*counts))
+
     def _new_coalescer(self) -> Coalescer:
         return Coalescer(
             self._send,
@@ -406,22 +437,28 @@ class Embedder:
         )
 
     async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:
-        counter = await self._counter_for(texts)
         async with aclosing(_once(texts)) as slices:
-            await self._run(slices, counter, run, deliver)
+            await self._run(slices, partial(self._counter_for, texts), run, deliver, at_once=True)
 
     async def _run(
         self,
         slices: AsyncIterator[Sequence[Text]],
-        counter: TokenCounter,
+        counter: Callable[[], Awaitable[TokenCounter]],
         run: Run,
         deliver: Deliver,
         *,
         open_batches: int = OPEN_BATCHES,
         ends_by_itself: bool = True,
+        at_once: bool = False,
     ) -> None:
+        async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
+            await self._engines.get().run(slices, await counter(), run, deliver, open_batches=open_batches)
+
         with self._runs.get().under_way(run, ends_by_itself=ends_by_itself):
-            await self._engines.get().run(slices, counter, run, deliver, open_batches=open_batches)
+            if self._lookup is None:
+                await send(slices, deliver)
+            else:
+                await CachedCall(self._lookup, run, deliver, send, at_once=at_once).run(slices)
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):

@@ -247,6 +247,8 @@ class _Job:
             retries=run.retries,
             elapsed_s=run.elapsed_s,
             cost_usd=self._embedder.cost_usd(run),
+            cache_hits=run.cache_hits,
+            cache_misses=run.cache_misses,
         )
 
 

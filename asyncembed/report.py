@@ -60,6 +60,8 @@ class EmbeddingResult:
         retries: Of `requests`, those that repeated one.
         elapsed_s: Seconds the call took.
         cost_usd: List price of `total_tokens`; None if the price or the count is unknown.
+        cache_hits: Texts whose vectors were there; equal ones count once.
+        cache_misses: Texts that were looked up in vain.
     """
 
     embeddings: Vectors = field(repr=False)
@@ -69,6 +71,8 @@ class EmbeddingResult:
     retries: int
     elapsed_s: float
     cost_usd: float | None
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     @property
     def failed_indices(self) -> list[int]:
@@ -122,6 +126,8 @@ class IngestReport:
         cost_usd: List price of `total_tokens`; None if the price or the count is unknown.
         pruned_count: Rows deleted because the source no longer has them; None unless that was asked for and the
             pass was complete.
+        cache_hits: Texts whose vectors were in the embedder's cache; equal ones that are read together count once.
+        cache_misses: Texts that were looked up there in vain.
     """
 
     success_count: int = 0
@@ -133,6 +139,8 @@ class IngestReport:
     elapsed_s: float = 0.0
     cost_usd: float | None = None
     pruned_count: int | None = None
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     @property
     def failed_count(self) -> int:

@@ -12,6 +12,8 @@ from ..errors import ConfigError
 from ..types import Cache
 from .memory import MemoryCache
 
+__all__ = ["MemoryCache", "open_cache"]
+
 
 def open_cache(option: object) -> tuple[Cache | None, bool]:
     """Return the cache that an option stands for, and whether it was made here, so that it is to be closed.

@@ -9,9 +9,18 @@ In one call all vectors have one size. While nobody knows it, the first reply te
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, suppress
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..batches import Outcome
 from ..engine import GRACE_S, SLICE_TEXTS, Deliver, portions
@@ -153,7 +162,7 @@ class CachedCall:
         return coming.result()
 
     async def _fresh(self, outcome: Outcome) -> None:
-        """Deliver what came back, and keep it meanwhile."""
+        """Keep what came back, and deliver it."""
         outcome = self._of_one_size(outcome)
         came = {self._sent.pop(text): vector for text, vector in zip(outcome.texts, outcome.vectors, strict=True)}
         for key, vector in came.items():
@@ -163,18 +172,26 @@ class CachedCall:
         if not came:
             await self._deliver(outcome)
             return
-        keeping = asyncio.create_task(self._lookup.put(came))
+        if self._run.urgent:  # whoever is answered goes on, and may ask again
+            await self._lookup.put(came)
+            await self._deliver(outcome)
+        else:
+            await self._deliver_while(self._lookup.put(came), outcome)
+        for key in came:
+            self._forget(key)
+
+    async def _deliver_while(self, work: Coroutine[Any, Any, None], outcome: Outcome) -> None:
+        """Deliver and do the work at the same time; what a store raises does not end the work."""
+        working = asyncio.create_task(work)
         broken: Exception | None = None
         try:
             try:
                 await self._deliver(outcome)
-            except Exception as error:  # a store's; what was paid for is kept all the same
+            except Exception as error:
                 broken = error
-            await keeping
+            await working
         finally:
-            await ended(keeping)
-        for key in came:
-            self._forget(key)
+            await ended(working)
         if broken is not None:
             raise broken
 
