@@ -21,30 +21,53 @@ async def connected(host: str, port: int) -> socket.socket:
     Raises:
         OSError: Of the last address that was tried. Nothing is left open.
     """
-    loop = asyncio.get_running_loop()
-    waiting = _alternating(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    attempts: dict[asyncio.Task[None], socket.socket] = {}
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    attempts: list[asyncio.Task[socket.socket]] = []
+    winner: asyncio.Task[socket.socket] | None = None
     try:
-        while True:
-            if waiting:
-                family, kind, protocol, _, address = waiting.pop(0)
-                attempt = socket.socket(family, kind, protocol)
-                attempt.setblocking(False)
-                attempts[asyncio.create_task(loop.sock_connect(attempt, address))] = attempt
-            delay_s = NEXT_ADDRESS_S if waiting else None
-            done, _ = await asyncio.wait(attempts, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                error = task.exception()
-                if error is None:
-                    return attempts.pop(task)
-                attempts.pop(task).close()
-                if not (attempts or waiting):
-                    raise error
+        winner = await _first(_alternating(addresses), attempts)
     finally:
-        for attempt in attempts.values():
-            attempt.close()
-        if attempts:
-            await ended(*attempts)
+        losers = [attempt for attempt in attempts if attempt is not winner]
+        try:
+            await ended(*losers)
+        except asyncio.CancelledError:
+            losers = attempts
+            raise
+        finally:
+            for attempt in losers:
+                if not attempt.cancelled() and attempt.exception() is None:
+                    attempt.result().close()
+    return winner.result()
+
+
+async def _first(addresses: list[Any], attempts: list[asyncio.Task[socket.socket]]) -> asyncio.Task[socket.socket]:
+    """Try one address after the other, the next one when those before are late or have failed."""
+    waiting = list(addresses)
+    pending: set[asyncio.Task[socket.socket]] = set()
+    while True:
+        if waiting:
+            attempts.append(asyncio.create_task(_attempt(waiting.pop(0))))
+            pending.add(attempts[-1])
+        delay_s = NEXT_ADDRESS_S if waiting else None
+        done, pending = await asyncio.wait(pending, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED)
+        for attempt in done:
+            error = attempt.exception()
+            if error is None:
+                return attempt
+            if not (pending or waiting):
+                raise error
+
+
+async def _attempt(address: Any) -> socket.socket:
+    family, kind, protocol, _, name = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _alternating(addresses: list[Any]) -> list[Any]:

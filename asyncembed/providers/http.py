@@ -29,8 +29,9 @@ Take: TypeAlias = Callable[[memoryview], object]
 Place: TypeAlias = tuple[str, str, int]
 """Scheme, host and port."""
 
-# As asyncio's own reads (`selector_events`, `max_size`), and what is decoded between two turns of the loop.
-PIECE_BYTES = 256 * 1024
+# Eight connections that are read and decoded in one turn of the loop take it 3 ms; with 256 kB, which is what asyncio
+# reads at once, the longest stall is twice as long, and nothing is faster (bench/stalls.py).
+PIECE_BYTES = 128 * 1024
 # httpx2's limit for a head (httpcore2/_async/http11.py, MAX_INCOMPLETE_EVENT_SIZE) and for connections not in use
 # (httpx2/_config.py, keepalive_expiry): servers close theirs soon after.
 _LONGEST_HEAD = 100 * 1024

@@ -1,0 +1,315 @@
+"""The connections a request travels on: what is kept, what is closed, and what a server may do with them."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from asyncembed.errors import ProtocolError, TransportError
+from asyncembed.providers import http
+from asyncembed.providers.http import PIECE_BYTES, Transport, read
+
+from .helpers import plain, provider_at
+from .raw_server import SELF_SIGNED, Act, RawServer, good_answer, raw_server
+
+
+async def answer(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1]))
+    await writer.drain()
+
+
+def head_and_body(answer: bytes) -> tuple[bytes, bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, body
+
+
+async def ask_twice(act: Act, **options: Any) -> int:
+    """Send two requests, one after the other; return how many connections that took."""
+    async with raw_server(act) as raw:
+        provider = provider_at(raw.base_url, **options)
+        for text in ("first", "second"):
+            reply = await provider.embed([text])
+            np.testing.assert_allclose(reply.vectors, plain(text), rtol=1e-6)
+            await asyncio.sleep(0.02)  # for the server to close, or say, what it wants
+        await provider.aclose()
+        return raw.connections
+
+
+async def chunked(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    _, body = head_and_body(good_answer(raw.bodies[-1]))
+    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    for start in range(0, len(body), 7):
+        chunk = body[start : start + 7]
+        writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+    writer.write(b"0\r\n\r\n")
+    await writer.drain()
+
+
+async def byte_by_byte(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    whole = good_answer(raw.bodies[-1])
+    for place in range(len(whole)):
+        writer.write(whole[place : place + 1])
+        await writer.drain()
+        await asyncio.sleep(0)
+
+
+async def after_interim_answers(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n")
+    await answer(raw, writer)
+
+
+@pytest.mark.parametrize("act", [answer, chunked, byte_by_byte, after_interim_answers])
+async def test_a_connection_is_used_again_after_any_whole_answer(act: Act) -> None:
+    assert await ask_twice(act) == 1
+
+
+async def told_to_close(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1], extra="Connection: Close\r\n"))
+    await writer.drain()
+
+
+async def closed_in_silence(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    await answer(raw, writer)
+    writer.close()
+
+
+async def as_http_1_0(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    head, body = head_and_body(good_answer(raw.bodies[-1]))
+    writer.write(head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"\r\n\r\n" + body)
+    await writer.drain()
+
+
+async def until_the_end(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + head_and_body(good_answer(raw.bodies[-1]))[1])
+    await writer.drain()
+    writer.close()
+
+
+async def and_something_unasked(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1]) + b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+
+
+async def something_unasked_later(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    await answer(raw, writer)
+    await asyncio.sleep(0.01)
+    writer.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
+    await writer.drain()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        told_to_close,
+        closed_in_silence,
+        as_http_1_0,
+        until_the_end,
+        and_something_unasked,
+        something_unasked_later,
+    ],
+)
+async def test_a_connection_that_is_not_sound_is_not_used_again_and_nobody_notices(act: Act) -> None:
+    assert await ask_twice(act) == 2
+
+
+async def test_a_connection_is_not_used_after_the_time_that_servers_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_KEPT_S", 0.001)
+    assert await ask_twice(answer) == 2
+
+
+async def cut(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1])[:-5])
+    await writer.drain()
+    writer.close()
+
+
+async def cut_in_the_head(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-le")
+    await writer.drain()
+    writer.close()
+
+
+async def reset(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def two_lengths(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1], extra="content-length: 3\r\n"))
+    await writer.drain()
+
+
+async def endless_head(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        writer.write(b"x-more: " + b"y" * 10_000 + b"\r\n")
+        await writer.drain()
+
+
+@pytest.mark.parametrize("act", [cut, cut_in_the_head, reset, two_lengths, endless_head])
+async def test_what_is_not_a_whole_answer_is_an_error_and_the_next_request_has_a_new_connection(act: Act) -> None:
+    async def once(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        await (act if len(raw.bodies) == 1 else answer)(raw, writer)
+
+    async with raw_server(once) as raw:
+        provider = provider_at(raw.base_url, connections=1)
+        with pytest.raises(TransportError):
+            await provider.embed(["a"])
+        await provider.embed(["a"])
+        await provider.aclose()
+        assert raw.connections == 2
+
+
+async def test_no_more_connections_are_opened_than_are_allowed() -> None:
+    here, most = 0, 0
+
+    async def slowly(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        nonlocal here, most
+        here += 1
+        most = max(most, here)
+        await asyncio.sleep(0.01)
+        here -= 1
+        await answer(raw, writer)
+
+    async with raw_server(slowly) as raw:
+        provider = provider_at(raw.base_url, connections=2)
+        async with asyncio.TaskGroup() as group:
+            for number in range(8):
+                group.create_task(provider.embed([str(number)]))
+        await provider.aclose()
+        assert (raw.connections, most) == (2, 2)
+
+
+@pytest.mark.parametrize("sent", [0, 10, 60, 90])
+async def test_who_leaves_in_the_middle_of_an_answer_leaves_no_connection_and_takes_no_place(sent: int) -> None:
+    reading = asyncio.Event()
+
+    async def stops(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        if len(raw.bodies) > 1:
+            await answer(raw, writer)
+            return
+        whole = good_answer(raw.bodies[-1])
+        writer.write(whole[: len(whole) * sent // 100])
+        await writer.drain()
+        reading.set()
+        assert not await gone(writer)
+
+    async with raw_server(stops) as raw:
+        provider = provider_at(raw.base_url, connections=1)
+        call = asyncio.create_task(provider.embed(["a"]))
+        await reading.wait()
+        await asyncio.sleep(0.02)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        async with asyncio.timeout(5):
+            await provider.embed(["b"])
+        await provider.aclose()
+        assert raw.connections == 2
+
+
+async def gone(writer: asyncio.StreamWriter) -> bytes:
+    reader: asyncio.StreamReader = writer.transport.get_protocol()._stream_reader  # type: ignore[attr-defined]
+    try:
+        return await reader.read()
+    except ConnectionError:
+        return b""
+
+
+async def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with raw_server(answer) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        provider = provider_at("http://api.example/v1", allow_insecure_http=True)
+        await provider.embed(["a"])
+        await provider.aclose()
+    assert proxy.heads[0].startswith(b"POST http://api.example/v1/embeddings HTTP/1.1\r\n")
+
+
+# ---- the client alone, with bodies of many pieces ----
+
+LONG = bytes(range(256)) * 4 * (PIECE_BYTES // 512)
+
+
+async def answer_long(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(LONG) + LONG)
+    await writer.drain()
+
+
+@asynccontextmanager
+async def long_answer(raw: RawServer, tls: ssl.SSLContext | None = None) -> AsyncIterator[httpx2.Response]:
+    async with (
+        httpx2.AsyncClient(transport=Transport(1, tls)) as client,
+        client.stream("POST", raw.base_url, content=LONG) as response,
+    ):
+        yield response
+
+
+def trusting() -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=SELF_SIGNED)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_long_body_comes_whole_in_either_direction(tls: bool) -> None:
+    pieces: list[bytes] = []
+    async with raw_server(answer_long, tls=tls) as raw, long_answer(raw, trusting() if tls else None) as response:
+        await read(response, len(LONG), lambda piece: pieces.append(bytes(piece)))
+    assert b"".join(pieces) == LONG
+    assert max(map(len, pieces)) <= PIECE_BYTES
+    assert raw.bodies == [LONG]
+
+
+async def test_a_long_body_is_the_same_read_as_httpx2_reads() -> None:
+    async with raw_server(answer_long) as raw, long_answer(raw) as response:
+        assert await response.aread() == LONG
+
+
+async def test_a_body_that_is_one_long_piece_is_handed_on_in_small_ones() -> None:
+    pieces: list[bytes] = []
+    await read(httpx2.Response(200, content=LONG), len(LONG), lambda piece: pieces.append(bytes(piece)))
+    assert b"".join(pieces) == LONG
+    assert max(map(len, pieces)) <= PIECE_BYTES
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_no_more_is_handed_on_than_was_allowed(over: int) -> None:
+    size = 0
+
+    def count(piece: memoryview) -> None:
+        nonlocal size
+        size += len(piece)
+
+    limit = len(LONG) // 2 if over else len(LONG)
+    async with raw_server(answer_long) as raw, long_answer(raw) as response:
+        if over:
+            with pytest.raises(ProtocolError, match=f"at most {limit:,} bytes"):
+                await read(response, limit, count)
+        else:
+            await read(response, limit, count)
+    assert size <= limit
+
+
+async def test_a_reader_that_raises_ends_the_reading() -> None:
+    def full(piece: memoryview) -> None:
+        raise ValueError("full")
+
+    async with raw_server(answer_long) as raw:
+        with pytest.raises(ValueError, match="full"):
+            async with long_answer(raw) as response:
+                await read(response, len(LONG), full)
+
+
+@pytest.mark.parametrize("runner", ["asyncio", "uvloop"])
+def test_it_works_on_either_loop(runner: str) -> None:
+    run: Callable[[Coroutine[Any, Any, int]], int] = asyncio.run
+    if runner == "uvloop":
+        run = pytest.importorskip("uvloop").run
+    for act, connections in ((answer, 1), (chunked, 1), (closed_in_silence, 2), (something_unasked_later, 2)):
+        assert run(ask_twice(act)) == connections
