@@ -209,6 +209,13 @@ async def test_a_limit_of_the_users_own_holds_requests_up() -> None:
 
 
 @pytest.mark.virtual_time
+async def test_an_answer_to_another_request_does_not_shorten_what_one_was_held() -> None:
+    embedder, _ = make(max_batch_size=1, requests_per_minute=1, latency_s=30.0)
+    await embedder.embed(["a", "b"])
+    assert embedder.stats().held_s == pytest.approx(60, rel=0.02)
+
+
+@pytest.mark.virtual_time
 async def test_the_time_in_which_calls_gather_is_their_queue_time() -> None:
     embedder, _ = make()
     async with asyncio.TaskGroup() as group:

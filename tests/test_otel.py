@@ -191,8 +191,9 @@ def test_the_buckets_are_the_conventions_own() -> None:
 
 async def test_cache_lookups_are_counted_by_their_result() -> None:
     exported = Exported()
-    exported.observer.cached(MODEL, 3, 2)
     exported.observer.cached(MODEL, 1, 0)
+    assert len(exported.points()["asyncembed.cache.lookups"]) == 1
+    exported.observer.cached(MODEL, 3, 2)
 
     lookups = exported.points()["asyncembed.cache.lookups"]
     assert one(lookups, asyncembed__cache__result="hit").value == 4
@@ -209,7 +210,9 @@ def parent_of(span: ReadableSpan) -> int | None:
 @pytest.mark.virtual_time
 async def test_requests_of_a_bulk_call_are_children_of_its_callers_span() -> None:
     exported = Exported()
-    embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer, max_batch_size=40)
+    embedder = Embedder(
+        "fake", provider=FakeProvider(), observer=exported.observer, max_batch_size=40, concurrency=1
+    )  # one task sends several, one after the other
     with exported.tracer.start_as_current_span("job"):
         await embedder.embed([f"text {number}" for number in range(100)])
     with exported.tracer.start_as_current_span("stream"):
@@ -267,6 +270,19 @@ async def test_a_request_that_calls_of_one_span_share_is_its_child() -> None:
 
     [span] = exported.spans
     assert parent_of(span) == exported.named("handler").context.span_id
+
+
+@pytest.mark.virtual_time
+async def test_of_callers_only_those_count_that_are_in_a_span() -> None:
+    exported = Exported()
+    embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(embedder.embed_one("in no span"))
+        with exported.tracer.start_as_current_span("alone"):
+            group.create_task(embedder.embed_one("in one"))
+
+    [span] = exported.spans
+    assert parent_of(span) == exported.named("alone").context.span_id
 
 
 @pytest.mark.virtual_time
