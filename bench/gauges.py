@@ -33,12 +33,12 @@ async def read_off(work: Callable[[], Awaitable[Any]]) -> Reading:
     """Do the work and measure it."""
     reading = Reading()
     _forget_peak()
-    reading.start_mb = _memory_mb("VmRSS")
+    reading.start_mb = memory_mb("VmRSS")
     async with _watch_loop(reading):
         cpu_began, began = time.process_time(), time.perf_counter()
         reading.result = await work()
         reading.seconds, reading.cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
-    reading.peak_mb = _memory_mb("VmHWM")
+    reading.peak_mb = memory_mb("VmHWM")
     return reading
 
 
@@ -48,7 +48,7 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
 
 
-def _memory_mb(name: str) -> float:
+def memory_mb(name: str) -> float:
     """Return VmRSS or VmHWM. Not ru_maxrss where it can be helped: it begins at what the parent had."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))

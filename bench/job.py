@@ -23,7 +23,8 @@ class Job:
         dimensions: The size to ask for; None for the model's own, which is then `expected_dimensions`.
         batch: Texts a request, for clients that have to be told; None for what suits the client best.
         concurrency: Requests under way at once, where that can be set.
-        target: Where a stream of records is stored; "" for nowhere.
+        target: Where records are stored, as for `open_sink`; "" for nowhere.
+        floats: Whether answers have numbers, where the client makes them itself.
     """
 
     client: str
@@ -36,6 +37,7 @@ class Job:
     batch: int | None = None
     concurrency: int = 8
     target: str = ""
+    floats: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -44,9 +46,27 @@ class Job:
     def from_json(cls, line: str) -> Job:
         return cls(**json.loads(line))
 
-    def read_texts(self) -> list[str]:
-        texts = Path(self.texts).read_text().split("\n")
-        return [texts[n] if n < len(texts) else f"{n} {texts[n % len(texts)]}" for n in range(self.count)]
+    def texts_to_embed(self) -> Texts:
+        return Texts(Path(self.texts).read_text().split("\n"), self.count)
+
+
+class Texts(Sequence[str]):
+    """So many texts, made of some lines as they are asked for: half a million need no memory."""
+
+    def __init__(self, lines: list[str], count: int) -> None:
+        self._lines = lines
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self._count))]
+        if index >= self._count:
+            raise IndexError(index)
+        line = self._lines[index % len(self._lines)]
+        return line if index < len(self._lines) else f"{index} {line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +74,8 @@ class Measured:
     """What one process saw. What it cannot know is None.
 
     Attributes:
-        seconds: From just before the call to the result in hand; imports and one warm-up request are outside.
+        version: The library's.
+        seconds: From just before the call to the result in hand; imports and the warm-up are outside.
         cpu_s: CPU seconds of this process in that time, all threads.
         import_s: The import of the library.
         start_mb: Resident memory just before the call, texts and library included.
@@ -65,12 +86,13 @@ class Measured:
     """
 
     client: str
+    version: str
     count: int
     seconds: float
     cpu_s: float
     import_s: float
-    start_mb: float
-    peak_mb: float
+    start_mb: float | None = None
+    peak_mb: float | None = None
     stall_ms: float | None = None
     requests: int | None = None
     refusals: int | None = None

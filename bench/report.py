@@ -24,7 +24,7 @@ class Column:
     """One figure of each client."""
 
     title: str
-    format: str
+    write: Callable[[float], str]
     value: Callable[[Table, str], float | None]
 
 
@@ -61,6 +61,16 @@ class Table:
         ideal_s = self.scenario.ideal_s
         return self.median(client, lambda one: one.seconds / ideal_s(one)) if ideal_s else None
 
+    def seconds_per_text(self, client: str) -> float:
+        return self.median(client, lambda one: one.seconds / one.count) or 0.0
+
+    def texts_per_s(self, client: str) -> float | None:
+        return None if self.scenario.imports_only else 1 / self.seconds_per_text(client)
+
+    def title_of(self, client: str) -> str:
+        version = self.rounds[client][0].version
+        return f"{CLIENTS[client].title} {version}" if CLIENTS[client].environment else CLIENTS[client].title
+
     def markdown(self) -> str:
         columns = [c for c in COLUMNS if any(c.value(self, name) is not None for name in self.rounds)]
         lines = [
@@ -69,18 +79,12 @@ class Table:
             "| client | " + " | ".join(column.title for column in columns) + " |",
             "|---|" + "---:|" * len(columns),
         ]
-        for name in sorted(self.rounds, key=lambda name: self.median(name, seconds_per_text) or 0):
-            cells = (column.value(self, name) for column in columns)
-            texts = [
-                "" if cell is None else format(cell, column.format) for cell, column in zip(cells, columns, strict=True)
-            ]
-            lines.append(f"| {CLIENTS[name].title} | " + " | ".join(texts) + " |")
+        for name in sorted(self.rounds, key=self.seconds_per_text):
+            values = (column.value(self, name) for column in columns)
+            cells = ["" if v is None else c.write(v) for v, c in zip(values, columns, strict=True)]
+            lines.append(f"| {self.title_of(name)} | {' | '.join(cells)} |")
         lines += [f"\n{CLIENTS[name].title} failed: {told}" for name, told in self.complaints.items()]
         return "\n".join(lines) + "\n"
-
-
-def seconds_per_text(one: Measured) -> float:
-    return one.seconds / one.count
 
 
 def _of(name: str) -> Callable[[Table, str], float | None]:
@@ -90,24 +94,36 @@ def _of(name: str) -> Callable[[Table, str], float | None]:
     return value
 
 
+def _grown_mb(one: Measured) -> float | None:
+    return None if one.start_mb is None or one.peak_mb is None else one.peak_mb - one.start_mb
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def three_digits(value: float) -> str:
+    return whole(value) if value >= 100 else f"{value:#.3g}" if value >= 1e-3 else f"{value:.4f}"
+
+
 COLUMNS = (
-    Column("texts", ",.0f", _of("count")),
-    Column("seconds", ".2f", _of("seconds")),
-    Column("texts/s", ",.0f", lambda table, client: table.median(client, lambda one: one.count / one.seconds)),
-    Column("CPU s", ".2f", _of("cpu_s")),
-    Column("peak MB", ",.0f", _of("peak_mb")),
-    Column("grown MB", ",.0f", lambda table, client: table.median(client, lambda one: one.peak_mb - one.start_mb)),
-    Column("longest stall ms", ",.0f", _of("stall_ms")),
-    Column("requests", ",.0f", _of("requests")),
-    Column("refused", ",.0f", _of("refusals")),
-    Column("/ ideal", ".2f", Table.over_ideal),
-    Column("/ floor", ".1f", lambda table, client: table.ratio(client, "floor")),
-    Column("/ ours", ".1f", lambda table, client: table.ratio(client, "asyncembed")),
+    Column("texts", whole, _of("count")),
+    Column("seconds", three_digits, _of("seconds")),
+    Column("texts/s", whole, Table.texts_per_s),
+    Column("CPU s", three_digits, _of("cpu_s")),
+    Column("peak MB", whole, _of("peak_mb")),
+    Column("grown MB", whole, lambda table, client: table.median(client, _grown_mb)),
+    Column("longest stall ms", whole, _of("stall_ms")),
+    Column("requests", whole, _of("requests")),
+    Column("refused", whole, _of("refusals")),
+    Column("/ ideal", three_digits, Table.over_ideal),
+    Column("/ floor", three_digits, lambda table, client: table.ratio(client, table.scenario.floor)),
+    Column("/ ours", three_digits, lambda table, client: table.ratio(client, table.scenario.ours)),
 )
 
 
 def draw(tables: Sequence[Table], path: Path) -> None:
-    """Draw a panel of bars for each table: seconds for 1,000 texts, on a log scale."""
+    """Draw a panel of bars for each table: seconds for all its texts, on a log scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,11 +134,10 @@ def draw(tables: Sequence[Table], path: Path) -> None:
         len(tables), 1, figsize=(9, 0.3 * sum(heights) + 0.5), height_ratios=heights, squeeze=False
     )
     for axes, table in zip(panels[:, 0], tables, strict=True):
-        shown = {name: table.median(name, seconds_per_text) or 0.0 for name in table.rounds}
-        names = sorted(shown, key=shown.__getitem__)
-        seconds = [shown[name] * table.scenario.count for name in names]
+        names = sorted(table.rounds, key=table.seconds_per_text)
+        seconds = [table.seconds_per_text(name) * table.scenario.count for name in names]
         colors = ["#2a6fdb" if name in OURS else "#444a52" if name == "floor" else "#b7bcc4" for name in names]
-        bars = axes.barh([CLIENTS[name].title.strip("*") for name in names], seconds, color=colors)
+        bars = axes.barh([table.title_of(name).strip("*") for name in names], seconds, color=colors)
         axes.set_xscale("log")
         axes.set_xlim(min(seconds) / 2, max(seconds) * 3)
         axes.bar_label(bars, [f" {value:,.2f} s" for value in seconds], fontsize=8)
@@ -130,7 +145,7 @@ def draw(tables: Sequence[Table], path: Path) -> None:
         axes.set_title(table.scenario.title, fontsize=9, loc="left")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("seconds (log scale)", fontsize=8)
+    panels[-1, 0].set_xlabel("seconds (log scale); of clients that were given fewer texts, in proportion", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import environments
@@ -26,6 +26,15 @@ from bench.scenarios import SCENARIOS, Scenario
 
 # Longer than the slowest client takes for the most it is given; who hangs is told of and left out.
 _TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What a scenario's processes find: the server, a file of texts, a PostgreSQL; "" for what there is not."""
+
+    base_url: str
+    texts: Path
+    dsn: str
 
 
 @contextmanager
@@ -43,12 +52,17 @@ def server(options: Sequence[str] | None) -> Iterator[str]:
             process.terminate()
 
 
-def measure(job: Job) -> Measured | str:
+def measure(job: Job, *, imports_only: bool = False) -> Measured | str:
     """Run one client in a process of its own; return what it measured, or the last line of its complaint."""
-    command = [environments.python_of(CLIENTS[job.client].environment), "-m", "bench.client", job.to_json()]
+    client = CLIENTS[job.client]
+    what = (
+        ["bench.importing", job.client, client.imports, client.distribution]
+        if imports_only
+        else ["bench.client", job.to_json()]
+    )
     try:
         done = subprocess.run(
-            command,
+            [environments.python_of(client.environment), "-m", *what],
             capture_output=True,
             text=True,
             cwd=environments.ROOT,
@@ -56,46 +70,59 @@ def measure(job: Job) -> Measured | str:
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return f"gave no result in {_TIMEOUT_S:g} s"
+        return f"no result within {_TIMEOUT_S:g} s"
     if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return lines[-1].strip(" |") if lines else f"exit {done.returncode}"
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def jobs_of(scenario: Scenario, clients: Sequence[str], base_url: str, texts: Path, *, quick: bool) -> list[Job]:
-    jobs = []
-    for name in clients:
-        most = CLIENTS[name].most_texts
-        count = scenario.quick_count if quick else scenario.count
-        jobs.append(
-            Job(
-                name,
-                base_url,
-                str(texts),
-                min(count, most) if most else count,
-                scenario.model,
-                scenario.dimensions,
-                scenario.expected_dimensions,
-                scenario.batch_of(name),
-            )
-        )
-    return jobs
+def job_of(scenario: Scenario, client: str, places: Places, *, quick: bool) -> Job:
+    count = scenario.quick_count if quick else scenario.count
+    return Job(
+        client,
+        places.base_url,
+        str(places.texts),
+        min(count, CLIENTS[client].most_texts or count),
+        scenario.model,
+        scenario.dimensions,
+        scenario.expected_dimensions,
+        scenario.batch_of(client),
+        target=places.dsn,
+        floats=scenario.floats,
+    )
+
+
+@contextmanager
+def places_of(scenario: Scenario, folder: Path) -> Iterator[Places]:
+    """Start what the scenario needs, and write its texts."""
+    texts = folder / f"{scenario.characters}.txt"
+    if not texts.exists():
+        texts.write_text("\n".join(sections(scenario.lines, scenario.characters)))
+    with ExitStack() as stack:
+        dsn = stack.enter_context(_postgres()) if scenario.needs_postgres else ""
+        yield Places(stack.enter_context(server(scenario.server)), texts, dsn)
+
+
+@contextmanager
+def _postgres() -> Iterator[str]:
+    from bench.sinks import postgres  # which imports drivers that only some scenarios need
+
+    with postgres() as dsn:
+        yield dsn
 
 
 def run(scenario: Scenario, clients: Sequence[str], rounds: int, folder: Path, *, quick: bool) -> Table:
     """Measure all clients in turn, round after round, so that whatever else the machine does hits all of them."""
-    texts = folder / f"{scenario.characters}.txt"
-    if not texts.exists():
-        texts.write_text("\n".join(sections(20_000 if scenario.characters < 10_000 else 1_000, scenario.characters)))
     table = Table(scenario)
-    with server(scenario.server) as base_url:
-        jobs = jobs_of(scenario, clients, base_url, texts, quick=quick)
-        for number in range(1 if scenario.slow else rounds):
-            for job in jobs:
-                measured = measure(job)
-                table.add(job.client, measured)
+    with places_of(scenario, folder) as places:
+        for number in range(1 if scenario.is_slow else rounds):
+            for client in clients:
+                job = job_of(scenario, client, places, quick=quick)
+                measured = measure(job, imports_only=scenario.imports_only)
+                table.add(client, measured)
                 told = measured if isinstance(measured, str) else f"{measured.seconds:.2f} s"
-                print(f"{scenario.title}; round {number + 1}: {job.client}: {told}", file=sys.stderr, flush=True)
+                print(f"{scenario.title}; round {number + 1}: {client}: {told}", file=sys.stderr, flush=True)
     return table
 
 

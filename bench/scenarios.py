@@ -23,6 +23,7 @@ PEERS = (
 # These take minutes where others take seconds, so they take part in the first scenario only.
 _HOPELESS = ("haystack", "litellm")
 _FAST_PEERS = tuple(name for name in PEERS if name not in _HOPELESS)
+_SAME_IMPORT = ("openai-raw", "baseten-arrays", "langchain-unchecked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,19 @@ class Scenario:
 
     Attributes:
         title: What the table is about.
-        clients: Names of `clients.CLIENTS`, the first two being what the others are compared with: floor and ours.
+        clients: Names of `clients.CLIENTS`.
+        floor, ours: Those of them that the others are compared with.
         server: Options of `server`; None if none is needed.
         count: How many texts, `quick_count` of them with --quick.
         characters: Of each, on average; from half to one and a half of it.
+        lines: How many different ones are written; more are made of these and a number.
         batch: Texts a request for all clients; None for the best of each.
         peers_batch: Texts a request for all but ours, which chooses by itself.
         ideal_s: The least seconds there can be, of what was measured; None if the floor tells.
-        slow: Whether one round is enough, because it takes minutes and is not about seconds.
+        floats: Whether answers that the client makes itself have numbers.
+        imports_only: Whether nothing but the import is measured.
+        needs_postgres: Whether there has to be a PostgreSQL.
+        is_slow: Whether one round is enough, because it takes minutes and is more about memory than seconds.
     """
 
     title: str
@@ -47,13 +53,19 @@ class Scenario:
     count: int = 20_000
     quick_count: int = 2_000
     characters: int = 550
+    lines: int = 20_000
     model: str = "text-embedding-3-small"
     dimensions: int | None = None
     expected_dimensions: int = 1_536
     batch: int | None = None
     peers_batch: int | None = None
     ideal_s: Callable[[Measured], float] | None = field(default=None, repr=False)
-    slow: bool = False
+    floats: bool = False
+    imports_only: bool = False
+    needs_postgres: bool = False
+    is_slow: bool = False
+    floor: str = "floor"
+    ours: str = "asyncembed"
 
     def batch_of(self, client: str) -> int | None:
         return self.batch if client in OURS else self.peers_batch or self.batch
@@ -63,23 +75,23 @@ _LATENCY_S = 0.3
 _CONCURRENCY = 8
 _TOKENS_PER_MINUTE = 20_000_000
 _BURST_S = 1.5
+_ANSWER_S = 0.05
 
 
 def _latency_bound(measured: Measured) -> float:
-    """Whole rounds of eight requests."""
+    """Return how long whole rounds of eight requests take."""
     return -(-(measured.requests or 0) // _CONCURRENCY) * _LATENCY_S
 
 
 def _rate_bound(measured: Measured) -> float:
-    """What the bucket does not hold at the start has to flow."""
-    per_s = _TOKENS_PER_MINUTE / 60
-    return max(0.0, (measured.tokens or 0) / per_s - _BURST_S)
+    """Return how long it takes what the bucket did not hold to flow, and the last answer to come."""
+    return (measured.tokens or 0) / (_TOKENS_PER_MINUTE / 60) - _BURST_S + _ANSWER_S
 
 
-_RATES = ("--tokens-per-minute", str(_TOKENS_PER_MINUTE), "--burst", str(_BURST_S), "--latency", "0.05")
+_RATES = ("--tokens-per-minute", str(_TOKENS_PER_MINUTE), "--burst", str(_BURST_S), "--latency", str(_ANSWER_S))
 
 SCENARIOS = {
-    "bulk": Scenario("bulk: 20,000 texts of 550 characters, 1,536 dimensions", ("floor", *OURS, *PEERS)),
+    "bulk": Scenario("bulk: texts of 550 characters, 1,536 dimensions", ("floor", *OURS, *PEERS)),
     "bulk-3072": Scenario(
         "bulk, 3,072 dimensions",
         ("floor", "asyncembed", *_FAST_PEERS),
@@ -100,7 +112,7 @@ SCENARIOS = {
         ("--floats",),
     ),
     "latency": Scenario(
-        "latency-bound: 5,000 texts, 50 a request, 0.3 s each, 8 at once",
+        "latency-bound: 50 texts a request, 0.3 s each, 8 at once",
         ("floor", "asyncembed", *_FAST_PEERS),
         ("--latency", str(_LATENCY_S)),
         count=5_000,
@@ -109,7 +121,7 @@ SCENARIOS = {
         ideal_s=_latency_bound,
     ),
     "rates": Scenario(
-        "rate-limited: 20,000 texts, 20 million tokens a minute, peers 256 texts a request",
+        "rate-limited: 20 million tokens a minute",
         ("asyncembed", *_FAST_PEERS),
         _RATES,
         quick_count=6_000,
@@ -117,7 +129,7 @@ SCENARIOS = {
         ideal_s=_rate_bound,
     ),
     "rates-small": Scenario(
-        "rate-limited, all clients 64 texts a request",
+        "rate-limited, 64 texts a request",
         ("asyncembed", *_FAST_PEERS),
         _RATES,
         quick_count=6_000,
@@ -125,11 +137,69 @@ SCENARIOS = {
         ideal_s=_rate_bound,
     ),
     "long": Scenario(
-        "long texts: 1,000 of 20,000 characters; peers 40 a request, the most that surely fit",
+        "long texts of 20,000 characters; peers send 40 a request, the most that surely fit",
         ("floor", *OURS, *_FAST_PEERS),
         count=1_000,
         quick_count=200,
         characters=20_000,
+        lines=1_000,
         peers_batch=40,
+    ),
+    "stream": Scenario(
+        "streaming, with bounded memory",
+        ("stream", "ingest-sqlite", "ingest-postgres"),
+        count=500_000,
+        quick_count=20_000,
+        needs_postgres=True,
+        is_slow=True,
+        ours="stream",
+    ),
+    "linear": Scenario(
+        "ten times as many texts",
+        ("asyncembed", "asyncembed-20k"),
+        count=200_000,
+        quick_count=60_000,
+    ),
+    "counting": Scenario(
+        "counting tokens of texts of 550 characters, in one thread",
+        ("count-fast", "count-tiktoken", "count-bytes"),
+        None,
+        ours="count-fast",
+    ),
+    "packing": Scenario(
+        "packing texts whose tokens are counted",
+        ("pack", "pack-greedy"),
+        None,
+        ours="pack",
+    ),
+    "decoding": Scenario(
+        "decoding vectors in base64, in one thread",
+        ("decode", "decode-jiter", "decode-json"),
+        None,
+        ours="decode",
+    ),
+    "decoding-floats": Scenario(
+        "decoding vectors in numbers, in one thread",
+        ("decode", "decode-jiter", "decode-json"),
+        None,
+        floats=True,
+        ours="decode",
+    ),
+    "sinks": Scenario(
+        "storing rows of 1,536 dimensions",
+        ("sqlite", "sqlite-bare", "postgres", "postgres-bare"),
+        None,
+        count=10_000,
+        needs_postgres=True,
+        ours="sqlite",
+    ),
+    "import": Scenario(
+        "the import, in a new process",
+        ("import-numpy", "asyncembed", *(name for name in PEERS if name not in _SAME_IMPORT)),
+        None,
+        count=1,
+        quick_count=1,
+        floor="import-numpy",
+        imports_only=True,
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from bench.job import Open
 
@@ -17,14 +18,20 @@ class Client:
         opener: `module:function` in this package; the function is a `job.Open`.
         imports: What its user imports.
         environment: The file in `bench/peers` with its requirements, whose environment it runs in; "" for this one.
-        most_texts: It is given no more texts than this, because it would take minutes.
+        distribution: What has its version; "" for the standard library.
+        most_texts: It is given no more texts than this, mostly because more would take minutes.
+        gives_vectors: Whether rows can be looked at; else they are only counted.
+        is_lazy: Whether texts are made as it asks for them.
     """
 
     title: str
     opener: str
     imports: str
+    distribution: str = ""
     environment: str = ""
     most_texts: int | None = None
+    gives_vectors: bool = True
+    is_lazy: bool = False
 
     def load(self) -> Open:
         module, _, name = self.opener.partition(":")
@@ -32,23 +39,79 @@ class Client:
         return opener
 
 
+def _ours(title: str, opener: str, **options: Any) -> Client:
+    return Client(title, opener, "asyncembed", "asyncembed", **options)
+
+
+def _peer(title: str, opener: str, imports: str, distribution: str, **options: Any) -> Client:
+    return Client(title, f"peers:{opener}", imports, distribution, **options)
+
+
+def _part(title: str, opener: str, distribution: str = "asyncembed") -> Client:
+    return Client(title, opener, "asyncembed", distribution, gives_vectors=False)
+
+
 CLIENTS = {
-    "floor": Client("the bytes off the socket", "floor:floor", "socket"),
-    "asyncembed": Client("**asyncembed**", "ours:with_fast", "asyncembed"),
-    "asyncembed-tiktoken": Client("asyncembed without `fast`: tiktoken", "ours:with_tiktoken", "asyncembed"),
-    "asyncembed-bytes": Client("asyncembed without any vocabulary", "ours:without_vocabulary", "asyncembed"),
-    "openai": Client("AsyncOpenAI as documented", "sdk:documented", "openai"),
-    "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai"),
-    "baseten": Client("Baseten's client (Rust), base64", "peers:baseten", "baseten_performance_client", "baseten"),
-    "baseten-arrays": Client(
-        "Baseten's client (Rust), as documented", "peers:baseten_arrays", "baseten_performance_client", "baseten"
+    "floor": Client("the bytes off the socket", "floor:floor", "socket", gives_vectors=False),
+    "asyncembed": _ours("**asyncembed**", "ours:with_fast"),
+    "asyncembed-tiktoken": _ours("asyncembed without `fast`: tiktoken", "ours:with_tiktoken"),
+    "asyncembed-bytes": _ours("asyncembed without any vocabulary", "ours:without_vocabulary"),
+    "asyncembed-20k": _ours("asyncembed, 20,000 texts only", "ours:with_fast", most_texts=20_000),
+    "stream": _ours("`stream`", "ours:streamed", gives_vectors=False, is_lazy=True),
+    "ingest-sqlite": _ours("`ingest` into SQLite", "ours:into_sqlite", gives_vectors=False, is_lazy=True),
+    "ingest-postgres": _ours("`ingest` into PostgreSQL", "ours:into_postgres", gives_vectors=False, is_lazy=True),
+    "openai": Client("AsyncOpenAI as documented", "sdk:documented", "openai", "openai"),
+    "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai", "openai"),
+    "baseten": _peer(
+        "Baseten's client (Rust), base64",
+        "baseten",
+        "baseten_performance_client",
+        "baseten-performance-client",
+        environment="baseten",
     ),
-    "openaivec": Client("openaivec", "peers:openaivec", "openaivec", "openaivec"),
-    "llama-index": Client("LlamaIndex", "peers:llama_index", "llama_index.embeddings.openai", "llama-index"),
-    "langchain": Client("LangChain", "peers:langchain", "langchain_openai", "langchain"),
-    "langchain-unchecked": Client(
-        "LangChain, lengths unchecked", "peers:langchain_unchecked", "langchain_openai", "langchain"
+    "baseten-arrays": _peer(
+        "Baseten's client (Rust), as documented",
+        "baseten_arrays",
+        "baseten_performance_client",
+        "baseten-performance-client",
+        environment="baseten",
     ),
-    "haystack": Client("Haystack", "peers:haystack", "haystack.components.embedders", "haystack", 4_096),
-    "litellm": Client("LiteLLM", "peers:litellm", "litellm", "litellm", 4_096),
+    "openaivec": _peer("openaivec", "openaivec", "openaivec", "openaivec", environment="openaivec"),
+    "llama-index": _peer(
+        "LlamaIndex",
+        "llama_index",
+        "llama_index.embeddings.openai",
+        "llama-index-embeddings-openai",
+        environment="llama-index",
+    ),
+    "langchain": _peer("LangChain", "langchain", "langchain_openai", "langchain-openai", environment="langchain"),
+    "langchain-unchecked": _peer(
+        "LangChain, lengths unchecked",
+        "langchain_unchecked",
+        "langchain_openai",
+        "langchain-openai",
+        environment="langchain",
+    ),
+    "haystack": _peer(
+        "Haystack",
+        "haystack",
+        "haystack.components.embedders",
+        "haystack-ai",
+        environment="haystack",
+        most_texts=4_096,
+    ),
+    "litellm": _peer("LiteLLM", "litellm", "litellm", "litellm", environment="litellm", most_texts=4_096),
+    "count-fast": _part("`fast`: toktok", "parts:count_fast", "toktok-rs"),
+    "count-tiktoken": _part("tiktoken", "parts:count_tiktoken", "tiktoken"),
+    "count-bytes": _part("the bound by bytes", "parts:count_bytes"),
+    "pack": _part("**asyncembed**: `Packer`", "parts:packed"),
+    "pack-greedy": _part("a loop that starts a new batch when one is full", "parts:packed_greedily", ""),
+    "decode": _part("**asyncembed**", "parts:decoded"),
+    "decode-jiter": _part("jiter and pybase64, unchecked", "parts:decoded_by_jiter", "jiter"),
+    "decode-json": _part("json and base64, unchecked", "parts:decoded_by_json", ""),
+    "sqlite": _part("**asyncembed**: SQLiteSink", "parts:our_sqlite"),
+    "sqlite-bare": _part("sqlite3, executemany", "parts:bare_sqlite", ""),
+    "postgres": _part("**asyncembed**: PostgresSink", "parts:our_postgres"),
+    "postgres-bare": _part("asyncpg, executemany, binary", "parts:bare_postgres", "asyncpg"),
+    "import-numpy": Client("`import numpy, asyncio`", "", "numpy,asyncio", "numpy"),
 }

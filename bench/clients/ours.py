@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.job import Embed, Job
@@ -18,17 +21,17 @@ async def with_fast(job: Job) -> AsyncIterator[Embed]:
 
 def with_tiktoken(job: Job) -> AbstractAsyncContextManager[Embed]:
     """As without the extra `fast`. The environment's TIKTOKEN_CACHE_DIR has the vocabulary."""
-    _hide("toktok")
+    hide("toktok")
     return with_fast(job)
 
 
 def without_vocabulary(job: Job) -> AbstractAsyncContextManager[Embed]:
     """As without the extra `fast` on a machine without a network: packed by an upper bound."""
-    _hide("toktok", "tiktoken")
+    hide("toktok", "tiktoken")
     return with_fast(job)
 
 
-def _hide(*modules: str) -> None:
+def hide(*modules: str) -> None:
     for module in modules:
         sys.modules[module] = None  # type: ignore[assignment]  # importing it raises ImportError
 
@@ -45,3 +48,52 @@ def embedder(job: Job) -> Any:
         concurrency=job.concurrency,
         **options,
     )
+
+
+@asynccontextmanager
+async def streamed(job: Job) -> AsyncIterator[Embed]:
+    """Vectors are let go of as they come, as somebody does who writes them to a place of his own."""
+    async with embedder(job) as client:
+
+        async def embed(texts: Sequence[str]) -> Sequence[Any]:
+            done = 0
+            async with aclosing(client.stream(texts)) as items:
+                async for item in items:
+                    done += item.vector is not None
+            return range(done)
+
+        yield embed
+
+
+@asynccontextmanager
+async def into_sqlite(job: Job) -> AsyncIterator[Embed]:
+    from asyncembed import SQLiteSink
+
+    with TemporaryDirectory() as folder:
+        async with embedder(job) as client, SQLiteSink(Path(folder) / "vectors.db") as sink:
+            yield ingesting(client, sink)
+
+
+@asynccontextmanager
+async def into_postgres(job: Job) -> AsyncIterator[Embed]:
+    """`job.target` is a DSN; the table is this process's own and goes with it."""
+    import asyncpg
+
+    from asyncembed import PostgresSink
+
+    table = f"bench_{os.getpid()}"
+    async with embedder(job) as client, PostgresSink(job.target, table=table) as sink:
+        yield ingesting(client, sink)
+    connection = await asyncpg.connect(job.target)
+    await connection.execute(f"DROP TABLE {table}")
+    await connection.close()
+
+
+def ingesting(client: Any, sink: Any) -> Embed:
+    async def embed(texts: Sequence[str]) -> Sequence[Any]:
+        from asyncembed import ingest
+
+        report = await ingest(((f"{len(texts)}-{n}", text) for n, text in enumerate(texts)), client, sink)
+        return range(report.success_count)
+
+    return embed

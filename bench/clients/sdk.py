@@ -11,7 +11,7 @@ from bench.clients.chunks import float32_rows, in_chunks
 from bench.job import Embed, Job
 
 # Its default of two gives up at the third refusal of a request; with rate limits its users raise it.
-MAX_RETRIES = 50
+MAX_RETRIES = 1_000
 
 
 def arguments(job: Job) -> dict[str, Any]:
