@@ -27,7 +27,6 @@ from asyncembed.errors import (
     TransportError,
 )
 from asyncembed.metrics import RequestFinished, RequestStarted, Tally
-from asyncembed.watching import Metrics
 from tests.fakes import FakeProvider, Script
 
 SECRET = "the patient's name"
@@ -469,15 +468,19 @@ def test_an_observer_without_all_methods_is_refused_at_once() -> None:
     assert isinstance(Recorder(), Observer)
 
 
+@pytest.mark.virtual_time
 async def test_lookups_in_a_cache_are_counted_and_told() -> None:
     observer = Recorder()
-    metrics = Metrics("fake", FakeProvider(), observer)
-    metrics.here().cached(3, 2)
-    metrics.here().cached(1, 0)
+    embedder, provider = make(observer=observer, cache=True)
+    first = await embedder.embed(texts(50))
+    second = await embedder.embed([*texts(50), "new"])
 
-    stats = metrics.stats([], 0)
-    assert (stats.cache_hits, stats.cache_misses) == (4, 2)
-    assert observer.events == [("cached", "fake", 3, 2), ("cached", "fake", 1, 0)]
+    stats = embedder.stats()
+    assert stats.cache_hits == first.cache_hits + second.cache_hits == 50
+    assert stats.cache_misses == first.cache_misses + second.cache_misses == 51
+    assert stats.texts == sum(map(len, provider.requests)) == 51  # what the cache answers is not embedded
+    told = [event[2:] for event in observer.events if event[0] == "cached"]
+    assert [sum(counts) for counts in zip(*told, strict=True)] == [50, 51]
 
 
 def test_what_is_told_cannot_be_changed_by_who_is_told() -> None:
