@@ -8,6 +8,7 @@ import itertools
 import logging
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from asyncembed.errors import (
 from asyncembed.types import Reply, Vectors
 from tests.caches.keys import in_one_turn
 from tests.fakes import FakeProvider, Script, vector_of
+from tests.test_cancellation import cancelled_at
 
 Make = Callable[[], Any]
 
@@ -570,6 +572,47 @@ async def test_calls_cancelled_at_random_leave_nothing_behind_and_pay_little_twi
     assert provider.in_flight == 0
     assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
     assert len(sent(provider)) < 1_000  # without a cache 8,800
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("count", [1, 3, 40], ids=["embed_one", "a small call", "a job"])
+async def test_a_call_cancelled_at_any_step_leaves_nothing_and_whole_vectors(
+    kind: str, count: int, tmp_path: Path
+) -> None:
+    cache = MemoryCache() if kind == "memory" else SQLiteCache(tmp_path / "cache.db")
+    step, reached = 0, True
+    while reached:
+        step += 1
+        embedder, provider = make(cache, max_batch_size=15)
+        known, new = many(0, count), [f"{step}: {text}" for text in many(0, count)]
+        await embedder.embed(known)
+
+        async def work() -> None:
+            if count == 1:
+                right([await embedder.embed_one(new[0])], new)  # noqa: B023  # it ends within this round
+            else:
+                right((await embedder.embed([*new, *known])).embeddings, [*new, *known])  # noqa: B023
+
+        reached = await cancelled_at(step, work)
+        assert provider.in_flight == 0
+        assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
+        right((await embedder.embed([*known, *new])).embeddings, [*known, *new])
+    await cache.aclose()
+    assert step > 5
+
+
+@pytest.mark.parametrize("kind", [MemoryCache, Recorded])
+async def test_a_stream_that_is_left_early_leaves_nothing(kind: Make) -> None:
+    cache = kind()
+    await make(cache)[0].embed(many(0, 50))
+    for left_at in (0, 10, 49, 50, 70):
+        embedder, provider = make(cache, max_batch_size=10)
+        async with aclosing(embedder.stream(many(0, 5_000))) as items:
+            async for item in items:
+                if item.record.id == left_at:
+                    break
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert provider.in_flight == 0
 
 
 # ---- properties
