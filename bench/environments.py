@@ -12,15 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_CACHE = ROOT / ".bench"
-_REQUIREMENTS = ROOT / "bench" / "peers"
+CACHE = ROOT / ".bench"
+REQUIREMENTS = ROOT / "bench" / "peers"
 # The name under which tiktoken looks for cl100k_base: the SHA-1 of the address it would download it from (its load.py).
 _VOCABULARY = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
 
 
 def python_of(environment: str) -> Path:
     """Return the interpreter of an environment, which may not be there yet; "" is this one."""
-    return _CACHE / environment / "bin" / "python" if environment else Path(sys.executable)
+    return CACHE / environment / "bin" / "python" if environment else Path(sys.executable)
 
 
 def is_ready(environment: str) -> bool:
@@ -28,17 +28,17 @@ def is_ready(environment: str) -> bool:
 
 
 def _stamp(environment: str) -> Path:
-    return _CACHE / environment / "ready"
+    return CACHE / environment / "ready"
 
 
 def prepare() -> None:
     """Make the environments that are missing; one that cannot be made is told of and left out."""
-    for requirements in sorted(_REQUIREMENTS.glob("*.txt")):
+    for requirements in sorted(REQUIREMENTS.glob("*.txt")):
         environment = requirements.stem
         if is_ready(environment):
             continue
         print(f"{environment}: installing", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", _CACHE / environment], check=True)
+        subprocess.run([sys.executable, "-m", "venv", CACHE / environment], check=True)
         pip = [python_of(environment), "-m", "pip", "install", "--quiet", "--requirement", requirements]
         if subprocess.run(pip).returncode == 0:
             _stamp(environment).touch()
@@ -58,7 +58,7 @@ def variables() -> dict[str, str]:
 
 def _vocabulary_folder() -> Path:
     """Return where tiktoken finds its vocabulary: from `quicktok` (extra `dev`), else downloaded."""
-    folder = _CACHE / "tiktoken"
+    folder = CACHE / "tiktoken"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _VOCABULARY
     if not path.exists() and find_spec("quicktok"):
