@@ -15,6 +15,12 @@ import pytest
 from tests.stores import bare_dsn, dsn, open_store, postgres, shared_dsn  # noqa: F401
 
 
+try:
+    import uvloop
+except ImportError:  # Windows has none
+    uvloop = None
+
+
 class _JumpingSelector(selectors.DefaultSelector):
     """Never waits: tells the loop's clock to jump to the next timer instead."""
 
@@ -57,7 +63,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     if item.get_closest_marker("virtual_time"):
         return {"virtual": VirtualLoop}
-    return {"real": asyncio.new_event_loop}
+    if item.get_closest_marker("any_loop") and uvloop is not None:
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -251,6 +251,7 @@ async def test_one_of_fifty_calls_is_cancelled_and_the_others_are_served() -> No
         assert all(call.exception() is None for call in calls if not call.cancelled())
 
 
+@pytest.mark.any_loop
 async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_behind() -> None:
     dice = random.Random(0)
     with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005).in_thread() as server:

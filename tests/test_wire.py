@@ -69,6 +69,8 @@ from asyncembed.testing import (
 )
 from tests.providers.raw_server import raw_server
 
+pytestmark = pytest.mark.any_loop
+
 DIMENSIONS = 8
 TEXTS = [f"text {number}" for number in range(20)]
 

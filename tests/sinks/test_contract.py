@@ -14,6 +14,8 @@ from asyncembed.errors import ConfigError, RowRefusedError, SinkConfigError
 
 from .sink_rows import MODEL, hashes, nearest, row, rows, vec
 
+pytestmark = pytest.mark.any_loop
+
 OpenStore = Callable[..., Any]
 
 
