@@ -36,7 +36,8 @@ def as_record(value: object) -> Record:
         InvalidRecordError: It stands for none, or its id cannot be one.
     """
     if isinstance(value, Record):
-        return Record(_record_id(value.id), value.text, value.metadata)
+        record_id = _record_id(value.id)
+        return value if record_id is value.id else Record(record_id, value.text, value.metadata)
     if isinstance(value, InputError):
         raise value  # a source's word for a record it could not read
     if isinstance(value, tuple) and len(value) in (2, 3):

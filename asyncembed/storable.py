@@ -27,7 +27,7 @@ def why_unstorable(key: str, text: str, metadata: str | None) -> str | None:
         return f"has no usable id: 1 to {MAX_ID_BYTES:,} bytes of UTF-8 without NUL"
     if not has_bytes(text):
         return "has a text with NUL or half a surrogate pair in it, which stores cannot hold; remove it"
-    if metadata is not None and (not has_bytes(metadata) or _ESCAPED_NUL.search(metadata)):
+    if metadata is not None and (not has_bytes(metadata) or ("\\u0000" in metadata and _ESCAPED_NUL.search(metadata))):
         return "has metadata with NUL or half a surrogate pair in it, which stores cannot hold; remove it"
     return None
 
