@@ -17,7 +17,7 @@ from ..loops import PerLoop, finished
 from ..types import Vectors
 from .sqlite_file import CacheFile, parts
 
-# 340,000 vectors of 1,536 dimensions.
+# 320,000 vectors of 1,536 dimensions.
 DEFAULT_MAX_BYTES = 2 * 1024 * 1024 * 1024
 
 # Less would be little more than the file's own pages.

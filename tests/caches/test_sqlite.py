@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncembed.caches.sqlite import LEAST_BYTES, SQLiteCache
-from asyncembed.caches.sqlite_file import APPLICATION_ID, MOST_NOTED, ROW_BYTES, CacheFile, parts
+from asyncembed.caches.sqlite_file import APPLICATION_ID, MOST_NOTED, PAGE_BYTES, ROW_BYTES, CacheFile, parts
 from asyncembed.errors import AsyncEmbedError, ConfigError
 from tests.caches.keys import key_of, vector
 
@@ -246,7 +246,7 @@ async def test_a_file_that_breaks_later_is_an_error_each_time_and_not_a_config_e
     await cache.put(numbered(0, 1_000))
     await cache.aclose()
     await cache.get([key_of(0)])
-    fill(path, os.urandom(size_of(path) - 16_384), start=16_384)
+    fill(path, os.urandom(size_of(path) - PAGE_BYTES), start=PAGE_BYTES)
     with pytest.raises(AsyncEmbedError) as caught:
         for number in range(1_000):
             await cache.get([key_of(number)])
