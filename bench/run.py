@@ -1,8 +1,10 @@
 """Rounds of all clients in turn, then medians and ratios in a table for each scenario.
 
-python -m bench.run --prepare                 make the peers' environments, once
-python -m bench.run --quick                   less of everything, one round
-python -m bench.run --only bulk,rates --rounds 5 --json results.json --picture results.png
+    python -m bench.run --prepare                 make the peers' environments, once
+    python -m bench.run --quick                   less of everything, one round
+    python -m bench.run --only bulk,rates --rounds 5 --json results.json --picture results.png
+
+The tables go to the standard output; what is being measured is told on the standard error.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ It prints its base URL in one line. `POST /v1/embeddings` answers any body with 
 same ones every time: item i is item i of `items()`, whatever the text. `GET /stats` tells what came, `DELETE /stats`
 forgets it.
 
-The items of the longest answer lie one after the other in a file in memory, so an answer of n vectors is the beginning
-of that file, and `sendfile` hands it to the kernel.
+The items of the longest answer lie one after the other in a file that the kernel keeps in memory, so an answer of n
+vectors is the beginning of that file, and `sendfile` has the kernel send it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import argparse
 import asyncio
 import base64
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, cast
 
@@ -53,7 +51,8 @@ _REFUSAL = json.dumps(
 def vectors(dimensions: int) -> npt.NDArray[np.float32]:
     """Return float32[256, d] at unit length: item i of an answer has row i % 256."""
     rows = np.random.default_rng(0).standard_normal((_DIFFERENT, dimensions)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def items(dimensions: int, *, floats: bool) -> Iterator[bytes]:
@@ -73,16 +72,12 @@ class Prepared:
     """The items in a file, and where each of them ends."""
 
     def __init__(self, dimensions: int, *, floats: bool) -> None:
-        self.file: IO[bytes] = tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else _memory_file()  # noqa: SIM115
+        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server runs
         self.ends = [0]
         for item in items(dimensions, floats=floats):
             self.file.write(item)
             self.ends.append(self.ends[-1] + len(item))
         self.file.flush()
-
-
-def _memory_file() -> IO[bytes]:
-    return open(os.memfd_create("bench"), "w+b")
 
 
 @dataclass(slots=True)
@@ -171,29 +166,31 @@ class Desk:
 
     async def answer(self, transport: asyncio.Transport, body: bytes) -> None:
         """Answer one request for vectors."""
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
         asked = read_body(body)
+        if not 1 <= asked.inputs <= MAX_INPUTS:
+            raise ValueError(f"{asked.inputs} inputs; at most {MAX_INPUTS} are taken")
         self.stats.requests += 1
-        exceeded = self._rates.take("tokens", asked.tokens, loop.time())
-        told = "".join(f"{name}: {value}\r\n" for name, value in self._rates.headers(loop.time()).items())
+        exceeded = self._rates.take("tokens", asked.tokens, now)
+        told = "".join(f"{name}: {value}\r\n" for name, value in self._rates.headers(now).items())
         if exceeded is not None:
             self.stats.refusals += 1
             wait_s = exceeded.wait_s or 60.0
             told += f"retry-after-ms: {wait_s * 1000:.0f}\r\nretry-after: {max(1, round(wait_s))}\r\n"
             transport.write(_head(b"429 Too Many Requests", len(_REFUSAL), told) + _REFUSAL)
             return
-        if not 1 <= asked.inputs <= MAX_INPUTS:
-            transport.write(_head(b"400 Bad Request", 2, told) + b"{}")
-            return
         self.stats.inputs += asked.inputs
         self.stats.tokens += asked.tokens
-        prepared = self.prepared(floats=not asked.base64)
+        await self._send(transport, self.prepared(floats=not asked.base64), asked, told)
+
+    async def _send(self, transport: asyncio.Transport, prepared: Prepared, asked: Asked, told: str) -> None:
         if self._latency_s:
             await asyncio.sleep(self._latency_s)
         suffix = _SUFFIX % (asked.tokens, asked.tokens)
         length = prepared.ends[asked.inputs]
         transport.write(_head(b"200 OK", len(_PREFIX) + length + len(suffix), told) + _PREFIX)
-        await loop.sendfile(transport, prepared.file, 0, length)
+        # without sendfile, asyncio would read through the one position of the file that all connections share
+        await asyncio.get_running_loop().sendfile(transport, prepared.file, 0, length, fallback=False)
         transport.write(suffix)
 
     def tell(self, transport: asyncio.Transport) -> None:
@@ -250,8 +247,13 @@ class Connection(asyncio.Protocol):
         self._desk.tell(self._transport)
 
     async def _answer(self, body: bytes) -> None:
-        with suppress(ConnectionError):  # the client has left
+        try:
             await self._desk.answer(self._transport, body)
+        except ValueError as error:
+            told = json.dumps({"error": {"message": str(error), "type": "invalid_request_error"}}).encode()
+            self._transport.write(_head(b"400 Bad Request", len(told), "") + told)
+        except ConnectionError:  # the client has left
+            self._transport.abort()
 
 
 async def serve(options: argparse.Namespace) -> None:
