@@ -18,7 +18,7 @@ import numpy as np
 import pybase64
 
 from .errors import ProtocolError
-from .types import Reply, Vectors
+from .types import Place, Reply, Vectors
 
 # A quote inside a JSON string is escaped, so this matches keys only. A vector with more blanks before it than
 # these, or with its key in escapes, is not taken out but parsed with the rest.
@@ -65,14 +65,16 @@ class Decoder:
     Args:
         count: How many texts were sent.
         dimensions: The size each vector must have; None if the first one may tell.
+        place: Where to put the vectors.
     """
 
-    def __init__(self, count: int, dimensions: int | None) -> None:
+    def __init__(self, count: int, dimensions: int | None, place: Place | None = None) -> None:
         self.size = 0
         """Bytes taken so far."""
         self.most_bytes = most_bytes(count, dimensions)
         self._count = count
         self._dimensions = dimensions
+        self._place = place
         self._unread = bytearray()
         self._searched = 0
         """So much of `unread` does not hold the end of the vector which it begins with."""
@@ -118,11 +120,15 @@ class Decoder:
             if self._dimensions is None and not 0 < len(vector) <= MAX_DIMENSIONS:
                 self._aside[number] = f"expected 1 to {MAX_DIMENSIONS:,} dimensions, got {len(vector):,}"
                 return
-            self._vectors = np.empty((self._count, self._dimensions or len(vector)), np.float32)
+            self._vectors = self._room(self._dimensions or len(vector))
         if number < self._count and len(vector) == self._vectors.shape[1]:
             self._vectors[number] = vector
         else:
             self._aside[number] = vector
+
+    def _room(self, dimensions: int) -> Vectors:
+        room = self._place(dimensions) if self._place is not None else None
+        return np.empty((self._count, dimensions), np.float32) if room is None else room
 
     def finish(self) -> Reply:
         """Return the reply, of which all has been fed.

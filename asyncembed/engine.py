@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from .batches import Batch, Outcome, failed, settled
 from .errors import (
@@ -28,7 +28,7 @@ from .packing import OPEN_BATCHES, Limits, Packer
 from .retry import Action, History, Probe, Reject, Retry, Split, Stop, decide, is_overload
 from .run import Run, StoppedError
 from .tokens import TokenCounter
-from .types import Provider, Reply
+from .types import PlacingProvider, Provider, Reply
 from .watching import Watch
 from .weighing import Item, Text, TooLong, weigh_texts
 from .workers import Workers
@@ -244,7 +244,11 @@ class Engine:
         request = self._watch.request(ticket, inputs, fill, is_retry=batch.sent, callers=run.callers)
         batch.sent = True
         with request:
-            request.reply = await self._provider.embed([item.content for item in batch.items])
+            texts, place = [item.content for item in batch.items], run.place_for(batch.items)
+            if place is not None and hasattr(self._provider, "embed_into"):
+                request.reply = await cast(PlacingProvider, self._provider).embed_into(texts, place)
+            else:
+                request.reply = await self._provider.embed(texts)
         return request.reply
 
     async def _after(self, error: ProviderError, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:

@@ -16,8 +16,8 @@ from .records import SLICE_RECORDS, AnyIterable, as_record, in_slices
 from .report import EmbeddingResult, Progress, ProgressCallback
 from .run import Run
 from .threads import in_thread_if
-from .types import EmbeddedRecord, Failure, Record, Vectors
-from .weighing import Text, check_text, unique
+from .types import EmbeddedRecord, Failure, Place, Record, Vectors
+from .weighing import Item, Text, check_text, unique
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,32 @@ class Results:
         self._errors: dict[int, AsyncEmbedError] = {}
         self._done = np.zeros(count, np.bool_)
         self._placed = 0
+        run.place_for = self._place_for
+
+    def _place_for(self, items: Sequence[Item]) -> Place | None:
+        """Let whole texts that stand side by side be put into their rows as they come; `finish` clears the others'."""
+        rows = [row for item in items if item.text.mean is None for row in item.text.indices[:1]]
+        first = rows[0] if rows else 0
+        if rows != list(range(first, first + len(items))):
+            return None
+
+        def place(dimensions: int) -> Vectors | None:
+            embeddings = self._rows(dimensions)
+            return embeddings[first : first + len(items)] if embeddings.shape[1] == dimensions else None
+
+        return place
+
+    def _rows(self, dimensions: int) -> Vectors:
+        if self._embeddings is None:
+            self._embeddings = np.empty((self._count, dimensions), np.float32)
+        return self._embeddings
 
     async def deliver(self, outcome: Outcome) -> None:
         """Put the vectors into their rows, and count."""
         if outcome.texts:
-            if self._embeddings is None:  # here and not in a thread, where two outcomes would each make their own
-                self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
-            await in_thread_if(outcome.vectors.nbytes > WORTH_A_THREAD_BYTES, self._place, self._embeddings, outcome)
+            embeddings = self._rows(outcome.vectors.shape[1])  # not in a thread: two outcomes would make two of it
+            is_work = outcome.vectors.base is not embeddings and outcome.vectors.nbytes > WORTH_A_THREAD_BYTES
+            await in_thread_if(is_work, self._place, embeddings, outcome)
             self._placed += sum(len(text.indices) for text in outcome.texts)
         for text, error in outcome.failed:
             self._errors.update(dict.fromkeys(text.indices, error))
@@ -51,10 +70,7 @@ class Results:
 
     def _place(self, embeddings: Vectors, outcome: Outcome) -> None:
         rows = [text.indices[0] for text in outcome.texts]
-        first, end = rows[0], rows[-1] + 1
-        if rows == list(range(first, end)):
-            embeddings[first:end] = outcome.vectors  # which lets others run meanwhile
-        else:
+        if outcome.vectors.base is not embeddings:  # else they came to their places
             embeddings[rows] = outcome.vectors
         self._done[rows] = True
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):

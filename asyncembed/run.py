@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from .errors import AsyncEmbedError, ConfigError, DeadlineError
 from .report import Progress
+from .types import Place
 from .weighing import Item
 
 
@@ -46,6 +47,8 @@ class Run:
         self.rejections = 0
         self.canary: Item | None = None
         """A short text that the provider has taken: if it takes it no more, it is down."""
+        self.place_for: Callable[[Sequence[Item]], Place | None] = lambda _: None
+        """Tells where the vectors of a request's inputs are wanted, if they are wanted side by side."""
         self.stopped_by: AsyncEmbedError | None = None
         self._scopes: dict[asyncio.Timeout, float] = {}
 

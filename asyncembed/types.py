@@ -6,7 +6,7 @@ repr: what is logged by accident must not leak what was embedded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 from uuid import UUID
@@ -127,6 +127,18 @@ class Cache(Protocol):
 
     async def aclose(self) -> None:
         """Let go of what was opened here."""
+        ...
+
+
+Place: TypeAlias = Callable[[int], Vectors | None]
+"""Given the number of dimensions, where the vectors of a reply may be put: float32[n, d], or None for anywhere."""
+
+
+class PlacingProvider(Provider, Protocol):
+    """One that can put vectors where they are wanted, instead of where they then have to be copied from."""
+
+    async def embed_into(self, texts: Sequence[str], place: Place) -> Reply:
+        """As `embed`. What is in the place when it raises has no meaning; the reply's vectors may lie elsewhere."""
         ...
 
 

@@ -2,8 +2,7 @@
 
 The SDK carries keys, addresses, proxies and Azure. Its retries, its redirects, its encoding of the body and its
 parsing of the reply are not used: they lose data, repeat what is refused for good, and block the loop (measured:
-140 ms for a reply of 2,048 vectors). Bytes go in; bytes come out, up to as many as the reply can need, and are decoded
-as they come.
+140 ms for a reply of 2,048 vectors). Bytes go in; bytes come out, as many as can be needed, and are decoded at once.
 
 An error of the SDK or of httpx holds its request, and with it key and texts. None leaves this module, not even as
 the context of one of ours.
@@ -40,7 +39,7 @@ from ..errors import (
 )
 from ..loops import finished
 from ..threads import in_thread_if
-from ..types import Reply
+from ..types import Place, Reply
 from .safety import ApiKey, check_base_url, check_key, usable_key, veil
 
 logger = logging.getLogger(__name__)
@@ -158,17 +157,21 @@ class OpenAIProvider:
         Raises:
             ProviderError: It failed; nothing of its reply is used. The connection is closed or clean.
         """
+        return await self.embed_into(texts, None)
+
+    async def embed_into(self, texts: Sequence[str], place: Place | None) -> Reply:
+        """As `embed`, but the vectors are put into a place of the caller's, if they are sent in order."""
         client = await self._client()
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._embed(client, texts)
+                return await self._embed(client, texts, place)
         except TimeoutError:
             raise TransportError(f"no whole answer within {self._timeout:g} s", timed_out=True) from None
 
-    async def _embed(self, client: _Client, texts: Sequence[str]) -> Reply:
+    async def _embed(self, client: _Client, texts: Sequence[str], place: Place | None) -> Reply:
         for encoding in range(self._encoding, len(_ENCODINGS)):
             try:
-                reply = await self._attempt(client, texts, _ENCODINGS[encoding])
+                reply = await self._attempt(client, texts, _ENCODINGS[encoding], place)
             except BadRequestError as error:
                 if not _blames_encoding(str(error)) or encoding + 1 == len(_ENCODINGS):
                     raise
@@ -179,10 +182,10 @@ class OpenAIProvider:
             logger.warning("%s refuses encoding_format=%r", self.host, _ENCODINGS[encoding - 1])
         return reply
 
-    async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None) -> Reply:
+    async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None, place: Place | None) -> Reply:
         size = sum(map(len, texts))
         body = await in_thread_if(size >= INLINE_BYTES, self._encode, texts, encoding)
-        decoder = Decoder(len(texts), self._expected)
+        decoder = Decoder(len(texts), self._expected, place)
         response, refused = await self._post(client, body, decoder)
         if not response.is_success:
             raise await in_thread_if(size >= INLINE_BYTES, _refusal, response, refused, texts)
@@ -292,9 +295,7 @@ class OpenAIProvider:
     def _load(self) -> tuple[Any, Any, Any]:
         openai = importlib.import_module("openai")
         http = importlib.import_module(".http", __package__)
-        # Two hundred thousand new objects let the collector's next full pass come soon; here, where the import has
-        # kept the interpreter busy anyway, it is not felt, and in the middle of a job it stalls the loop for 60 ms.
-        gc.collect()
+        gc.collect()  # due after so many new objects: 60 ms, not felt here, but in the middle of a job
         if self._given_client is not None:
             return openai, http, self._given_client
         http_client = self._given_http_client or http.client_for(self._base_url, self._connections)
