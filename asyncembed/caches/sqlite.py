@@ -7,12 +7,13 @@ answered together by the next, so a thousand lookups of one text each do not go 
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..arguments import check_range
-from ..errors import ConfigError
+from ..errors import AsyncEmbedError, ConfigError
 from ..loops import PerLoop, finished
 from ..types import Vectors
 from .sqlite_file import CacheFile, parts
@@ -42,7 +43,7 @@ class _Lane:
     """One event loop's way to the file, and the lookups that wait for their turn on it."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: list[_Lookup] = field(default_factory=list)
+    waiting: set[_Lookup] = field(default_factory=set)
 
 
 class SQLiteCache:
@@ -80,15 +81,14 @@ class SQLiteCache:
             AsyncEmbedError: It cannot be read now.
         """
         lane, lookup = self._lanes.get(), _Lookup(keys)
-        lane.waiting.append(lookup)
+        lane.waiting.add(lookup)
         try:
             async with lane.turn:
                 if not lookup.done.done():
                     await finished(self._serve(lane))
             return lookup.done.result()
         finally:
-            if lookup in lane.waiting:  # cancelled before its turn
-                lane.waiting.remove(lookup)
+            lane.waiting.discard(lookup)  # if it was cancelled before its turn
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
         """Store the vectors; those too large for the whole cache are left out. Cancelled, some of them are stored.
@@ -107,17 +107,17 @@ class SQLiteCache:
 
     async def _serve(self, lane: _Lane) -> None:
         """Answer all lookups that wait."""
-        lookups, lane.waiting = lane.waiting, []
+        lookups, lane.waiting = lane.waiting, set()
         keys = list({key: None for lookup in lookups for key in lookup.keys})
         try:
             found = await asyncio.to_thread(self._file.read, keys)
-        except asyncio.CancelledError:  # the loop is ending; whoever may still wait takes the next turn
-            lane.waiting[:0] = lookups
-            raise
-        except Exception as error:
+        except AsyncEmbedError as error:
             for lookup in lookups:
-                lookup.done.set_exception(error)
+                lookup.done.set_exception(copy.copy(error))  # each its own: a traceback is added where it is raised
                 lookup.done.exception()  # seen, or asyncio would log it as lost for who was cancelled
             return
+        except BaseException:  # the loop is ending, perhaps; whoever still waits takes the next turn
+            lane.waiting |= lookups
+            raise
         for lookup in lookups:
             lookup.done.set_result({key: found[key] for key in lookup.keys if key in found})

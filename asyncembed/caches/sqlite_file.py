@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -106,7 +106,8 @@ class CacheFile:
             if self._is_filling:  # before that nobody asks who was used when
                 self._noted.update(found)
                 if len(self._noted) >= MOST_NOTED:
-                    self._write(connection, {})
+                    with suppress(sqlite3.Error):  # what was found is there all the same
+                        self._write(connection, {})
         return found
 
     def write(self, vectors: Mapping[bytes, Vectors]) -> None:
@@ -167,8 +168,9 @@ class CacheFile:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        owner = _number(connection, "PRAGMA application_id")
+        # in this order: another process may be creating it, and where there are tables there is an owner then
         tables = _number(connection, "SELECT count(*) FROM sqlite_master")
+        owner = _number(connection, "PRAGMA application_id")
         version = _number(connection, "PRAGMA user_version")
         if owner != APPLICATION_ID and (tables or owner):
             raise ConfigError(f"{self._path} is a database, but no cache: choose another file")
@@ -224,9 +226,11 @@ class CacheFile:
 
 _files: weakref.WeakSet[CacheFile] = weakref.WeakSet()
 _forking: list[CacheFile] = []
+_one_fork_at_a_time = threading.Lock()
 
 
 def _before_fork() -> None:
+    _one_fork_at_a_time.acquire()
     _forking.extend(_files)
     for file in _forking:
         file.before_fork()
@@ -235,6 +239,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     while _forking:
         _forking.pop().after_fork()
+    _one_fork_at_a_time.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -253,7 +258,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def parts(vectors: Mapping[bytes, Vectors], most_bytes: int) -> Iterable[dict[bytes, Vectors]]:
+def parts(vectors: Mapping[bytes, Vectors], most_bytes: int) -> Iterator[dict[bytes, Vectors]]:
     """Cut into parts that one transaction may take; a vector that is larger by itself is left out."""
     part: dict[bytes, Vectors] = {}
     size = 0

@@ -28,6 +28,8 @@ from asyncembed.errors import (
     RejectedTextError,
     SinkError,
 )
+from asyncembed.report import EmbeddingResult, Progress
+from asyncembed.testing import EmbeddingServer, embedding_of
 from asyncembed.types import Reply, Vectors
 from tests.caches.keys import in_one_turn
 from tests.fakes import FakeProvider, Script, vector_of
@@ -435,6 +437,42 @@ async def test_a_cache_that_was_handed_in_is_not_closed_and_one_that_was_made_is
     await embedder.aclose()
     assert len(embedder._own_cache) == 0  # type: ignore[arg-type]
     assert make(False)[0]._lookup is None
+
+
+# ---- with a real server
+
+
+async def test_the_file_answers_for_a_server_whose_size_nobody_knows_until_it_replies(tmp_path: Path) -> None:
+    def right_here(result: EmbeddingResult, texts: Sequence[str]) -> None:
+        for index, text in enumerate(texts):
+            np.testing.assert_array_equal(result[index], embedding_of(text, dimensions=8, model="fake"))
+
+    with EmbeddingServer(dimensions=8).in_thread() as server:
+        options: dict[str, Any] = {"base_url": server.base_url, "api_key": "none", "cache": tmp_path / "cache.db"}
+        async with Embedder("fake", **options) as embedder:
+            right_here(await embedder.embed(many()), many())
+        async with Embedder("fake", **options) as embedder:
+            assert embedder.dimensions is None
+            result = await embedder.embed(many())
+            right_here(result, many())
+            assert (result.requests, result.cache_hits) == (0, 100)
+            result = await embedder.embed(many(50, 150))
+            right_here(result, many(50, 150))
+            assert (result.cache_hits, result.cache_misses) == (50, 50)
+            assert result.total_tokens == sum(request.billed_tokens for request in server.requests[-result.requests :])
+            stats = embedder.stats()
+            assert (stats.cache_hits, stats.cache_misses, stats.texts) == (150, 50, 50)
+        async with Embedder("another", **options) as embedder:
+            assert (await embedder.embed(many())).cache_hits == 0
+
+
+async def test_progress_counts_hits_as_done() -> None:
+    embedder, _ = make(True, max_batch_size=10)
+    await embedder.embed(many())
+    seen: list[Progress] = []
+    await embedder.embed(many(0, 120), on_progress=seen.append)
+    assert [progress.done for progress in seen] == [100, 110, 120]
+    assert [progress.requests for progress in seen] == [0, 2, 2]
 
 
 # ---- calls at once

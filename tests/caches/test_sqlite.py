@@ -355,7 +355,7 @@ async def test_lookups_cancelled_at_any_time_harm_nobody(path: Path) -> None:
             if not task.cancelled():
                 assert set(task.result()) == {key_of(number)}
         assert sum(task.cancelled() for task in tasks) <= 17
-        assert cache._lanes.get().waiting == []
+        assert cache._lanes.get().waiting == set()
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await cache.aclose()
 
@@ -366,6 +366,7 @@ async def test_an_error_reaches_all_who_were_asked_for_together(path: Path) -> N
     tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(5)]
     await asyncio.wait(tasks)
     assert [type(task.exception()) for task in tasks] == [ConfigError] * 5
+    assert len({id(task.exception()) for task in tasks}) == 5
     await cache.aclose()
 
 
