@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -88,7 +89,21 @@ class DocumentSearch:
             Embedder(settings.embedding_model, max_waiting=settings.max_waiting) as embedder,
         ):
             await store.prepare(embedder.model, embedder.dimensions)
-            yield cls(embedder, store, settings)
+            service = cls(embedder, store, settings)
+            await service.warm_up()
+            try:
+                yield service
+            finally:
+                gc.unfreeze()
+
+    async def warm_up(self) -> None:
+        """Load now what the first requests would wait for. If the provider does not answer, `/health` will tell."""
+        await self.health()  # the provider's driver
+        await self.embedder.plan(["ready"])  # the tokenizer; this sends nothing
+        # What is loaded by now stays. The garbage collector, which looked through all of it now and then, kept the
+        # loop for up to 100 ms each time (`python -m tests.examples.load`).
+        gc.collect()
+        gc.freeze()
 
     async def search(self, question: str, k: int) -> list[Hit]:
         """Return the k sections nearest to the question, best first.

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -46,7 +47,7 @@ class Day:
         refused: Answers that were none of these, by status.
         latencies_s: Of the searches that were answered.
         rss_mb: The app's memory, after a while and at the end.
-        stall_ms: How long its loop stood still at most.
+        stall_ms, busy_ms: The longest turn of its loop, by the clock, and of work of its own.
         exit_code: How it ended after SIGTERM.
     """
 
@@ -58,6 +59,7 @@ class Day:
     latencies_s: list[float] = field(default_factory=list)
     rss_mb: list[float] = field(default_factory=list)
     stall_ms: float = 0.0
+    busy_ms: float = 0.0
     exit_code: int | None = None
     log: str = ""
 
@@ -88,10 +90,10 @@ class Client:
         self._hang_ups = hang_ups
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def run(self, over: asyncio.Event) -> None:
+    async def run(self, is_over: Callable[[], bool]) -> None:
         """Search until it is over."""
         try:
-            while not over.is_set():
+            while not is_over():
                 number = self._dice.randrange(SECTIONS)
                 if self._dice.random() < self._hang_ups:
                     await self._leave_early(number)
@@ -159,24 +161,29 @@ async def watch(app: WebApp, day: Day, over: asyncio.Event) -> None:
             continue
 
 
-async def live(app: WebApp, *, seconds: float, clients: int, hang_ups: float, bulk: bool = True) -> Day:
-    """Have a day of so many seconds, and end it with SIGTERM in the middle of searches."""
+async def live(
+    app: WebApp, is_enough: Callable[[Day], bool], *, clients: int, hang_ups: float, bulk: bool = True
+) -> Day:
+    """Have a day until it is enough, and end it with SIGTERM."""
     day, over, dice = Day(), asyncio.Event(), random.Random(0)
     async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
         (await client.put("/documents/fixed.md", content=document("fixed", SECTIONS))).raise_for_status()
+
+    async def search(client: Client) -> None:
+        await client.run(lambda: is_enough(day))
+        over.set()
+
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
-            group.create_task(Client(app, day, dice, hang_ups).run(over))
+            group.create_task(search(Client(app, day, dice, hang_ups)))
         if bulk:
             group.create_task(store_beside(app, day, over))
         group.create_task(watch(app, day, over))
-        await asyncio.sleep(seconds)
-        over.set()
     app.process.send_signal(signal.SIGTERM)
     day.exit_code = await asyncio.to_thread(app.wait)
     day.log = app.log
-    if stood_still := re.search(r"stood still for (.*) ms", app.log):
-        day.stall_ms = float(stood_still[1])
+    if turn := re.search(r"longest turn (.*) ms, busy (.*) ms", app.log):
+        day.stall_ms, day.busy_ms = float(turn[1]), float(turn[2])
     return day
 
 
@@ -194,11 +201,9 @@ def main() -> None:
         if options.store:
             environment["DATABASE_URL"] = options.store
         with web_app(Path(folder), watched=True, **environment) as app:
-            day = asyncio.run(
-                live(
-                    app, seconds=options.seconds, clients=options.clients, hang_ups=options.hang_ups, bulk=options.bulk
-                )
-            )
+            end_s = time.monotonic() + options.seconds
+            few = {"clients": options.clients, "hang_ups": options.hang_ups, "bulk": options.bulk}
+            day = asyncio.run(live(app, lambda _: time.monotonic() > end_s, **few))
     sys.stdout.write(json.dumps(day.summary()) + "\n")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,20 @@ def test_an_error_is_said_where_the_results_were(app: WebApp, browser: Browser) 
 
 
 def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: Browser) -> None:
-    held = Held(threading.Event())
-    with EmbeddingServer(faults=script([None, held], then=InvalidKey())).in_thread() as provider:
-        environment = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
-        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **environment) as app:
-            store(app)
-            browser.open(f"{app.url}/?q=bread")
-            browser.wait_for(f"{STATUS} === 'Searching …' && document.getElementById('hits').ariaBusy === 'true'")
-            held.gate.set()
-            browser.wait_for(f"{HITS}.length === 3 && document.getElementById('hits').ariaBusy === 'false'")
-            browser.type("Enter", into="#question")
-            browser.wait_for(f"{STATUS} === 'The embedding service does not answer as it should. Try again later.'")
-            assert browser.ask(HITS) == []
+    gate = threading.Event()
+    environment = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
+    with (
+        EmbeddingServer().in_thread() as provider,
+        web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **environment) as app,
+        ExitStack() as stack,
+    ):
+        stack.callback(gate.set)  # a failed test must not leave a thread that waits
+        store(app)
+        provider.faults = script([Held(gate)], then=InvalidKey())
+        browser.open(f"{app.url}/?q=bread")
+        browser.wait_for(f"{STATUS} === 'Searching …' && document.getElementById('hits').ariaBusy === 'true'")
+        gate.set()
+        browser.wait_for(f"{HITS}.length === 3 && document.getElementById('hits').ariaBusy === 'false'")
+        browser.type("Enter", into="#question")
+        browser.wait_for(f"{STATUS} === 'The embedding service does not answer as it should. Try again later.'")
+        assert browser.ask(HITS) == []

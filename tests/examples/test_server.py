@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import httpx
 import pytest
 
 from asyncembed.testing import EmbeddingServer, Fault, Hang, script
-from tests.examples.server import web_app
+from tests.examples.server import WebApp, web_app
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX's")
 
@@ -31,6 +33,13 @@ class Held(Fault):
         await wire.send(answer)
 
 
+@asynccontextmanager
+async def started(folder: Path, provider: EmbeddingServer) -> AsyncIterator[WebApp]:
+    with ExitStack() as stack:
+        app = web_app(folder, OPENAI_BASE_URL=provider.base_url, **MODEL)
+        yield await asyncio.to_thread(stack.enter_context, app)  # the provider answers from this loop meanwhile
+
+
 async def refuses(url: str) -> bool:
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
@@ -43,19 +52,19 @@ async def refuses(url: str) -> bool:
 
 async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    async with EmbeddingServer(faults=script([], then=Held(gate))) as provider:
-        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **MODEL) as app:
-            async with httpx.AsyncClient(base_url=app.url, timeout=30) as client, asyncio.TaskGroup() as group:
-                document = group.create_task(client.put("/documents/a.txt", content="one text"))
-                await provider.until(lambda: provider.in_flight == 1)
-                searches = [group.create_task(client.get(f"/search?q=question-{n}")) for n in range(2)]
-                await provider.until(lambda: provider.in_flight == 3)
+    async with EmbeddingServer() as provider, started(tmp_path, provider) as app:
+        provider.faults = script([], then=Held(gate))
+        async with httpx.AsyncClient(base_url=app.url, timeout=30) as client, asyncio.TaskGroup() as group:
+            document = group.create_task(client.put("/documents/a.txt", content="one text"))
+            await provider.until(lambda: provider.in_flight == 1)
+            searches = [group.create_task(client.get(f"/search?q=question-{n}")) for n in range(2)]
+            await provider.until(lambda: provider.in_flight == 3)
 
-                app.process.send_signal(signal.SIGTERM)
-                await asyncio.to_thread(app.wait_for, "(Waiting for connections to close)")
-                assert await refuses(app.url)
-                gate.set()
-            code = await asyncio.to_thread(app.wait)
+            app.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(app.wait_for, "(Waiting for connections to close)")
+            assert await refuses(app.url)
+            gate.set()
+        code = await asyncio.to_thread(app.wait)
     assert document.result().status_code == 200
     assert document.result().json()["stored"] == 1
     assert [search.result().status_code for search in searches] == [200, 200]
@@ -65,18 +74,19 @@ async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(
 
 
 async def test_a_client_that_hangs_up_ends_its_search_and_harms_nobody(tmp_path: Path) -> None:
-    async with EmbeddingServer(faults=script([Hang()])) as provider:
-        with web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **MODEL) as app:
-            async with httpx.AsyncClient(base_url=app.url, timeout=30) as client:
-                leaving = asyncio.create_task(client.get("/search?q=the-impatient"))
-                await provider.until(lambda: provider.in_flight == 1)
-                staying = asyncio.create_task(client.get("/search?q=the-patient"))
-                await provider.until(lambda: len(provider.requests) == 2)
-                leaving.cancel()
-                assert (await staying).status_code == 200
-                await provider.until(lambda: provider.in_flight == 0)
-                assert (await client.get("/health")).status_code == 200
-            app.process.terminate()
-            await asyncio.to_thread(app.wait)
+    async with EmbeddingServer() as provider, started(tmp_path, provider) as app:
+        provider.faults = script([Hang()])
+        provider.clear()
+        async with httpx.AsyncClient(base_url=app.url, timeout=30) as client:
+            leaving = asyncio.create_task(client.get("/search?q=the-impatient"))
+            await provider.until(lambda: provider.in_flight == 1)
+            staying = asyncio.create_task(client.get("/search?q=the-patient"))
+            await provider.until(lambda: len(provider.requests) == 2)
+            leaving.cancel()
+            assert (await staying).status_code == 200
+            await provider.until(lambda: provider.in_flight == 0)
+            assert (await client.get("/health")).status_code == 200
+        app.process.terminate()
+        await asyncio.to_thread(app.wait)
     assert "Application shutdown complete" in app.log
     assert "Traceback" not in app.log

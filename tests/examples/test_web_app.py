@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, poison, script
+from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, ServerError, poison, script
 from examples.web_app.app import PAGE
 from examples.web_app.settings import Settings
 from tests.examples.conftest import OpenApp
@@ -146,8 +146,8 @@ async def test_a_clients_mistake_is_told_to_it(
 async def test_a_refused_section_is_named_and_the_others_are_stored(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
-    provider.faults = poison(lambda text: "Bicycle" in text)
     async with open_app(embedding_model=MODEL) as client:
+        provider.faults = poison(lambda text: "Bicycle" in text)
         response = await client.put("/documents/house.md", content=HOUSE)
         assert response.status_code == 422
         assert [one["id"] for one in response.json()["failed"]] == ["house.md#bicycle-1"]
@@ -155,8 +155,8 @@ async def test_a_refused_section_is_named_and_the_others_are_stored(
 
 
 async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenApp, provider: EmbeddingServer) -> None:
-    provider.faults = script([], then=InvalidKey())
-    async with open_app(embedding_model=MODEL) as client:
+    async with open_app(embedding_model=MODEL, check_every_s=0) as client:
+        provider.faults = script([], then=InvalidKey())
         found = await client.get("/search", params={"q": "bread"})
         stored = await client.put("/documents/house.md", content=HOUSE)
         health = await client.get("/health")
@@ -166,9 +166,21 @@ async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenA
     assert health.json() == {"provider": "AuthenticationError", "store": "ok", "model": MODEL, "latency_s": None}
 
 
+async def test_it_starts_without_its_provider_and_health_tells_when_that_is_back(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    provider.faults = script([], then=ServerError())
+    async with open_app(embedding_model=MODEL, check_every_s=0) as client:
+        away = await client.get("/health")
+        provider.faults = script([])
+        back = await client.get("/health")
+    assert (away.status_code, away.json()["provider"]) == (503, "ServerError")
+    assert (back.status_code, back.json()["provider"]) == (200, "ok")
+
+
 async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider: EmbeddingServer) -> None:
-    provider.faults = script([], then=Hang())
     async with open_app(embedding_model=MODEL, search_deadline_s=0.05) as client:
+        provider.faults = script([], then=Hang())
         response = await client.get("/search", params={"q": "bread"})
         assert response.status_code == 504
         await provider.until(lambda: provider.in_flight == 0)
@@ -177,8 +189,8 @@ async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider
 async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
-    provider.faults = script([], then=Hang())
     async with open_app(embedding_model=MODEL, max_waiting=2) as client, asyncio.TaskGroup() as group:
+        provider.faults = script([], then=Hang())
         waiting = [group.create_task(client.get("/search", params={"q": f"bread {n}"})) for n in range(2)]
         await provider.until(lambda: provider.in_flight == 1)  # which both are in
         response = await client.get("/search", params={"q": "one too many"})
@@ -205,7 +217,7 @@ async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp
         async with asyncio.TaskGroup() as group:
             probes = [group.create_task(client.get("/health")) for _ in range(10)]
         assert [probe.result().status_code for probe in probes] == [200] * 10
-        assert len(provider.requests) == 1
+    assert len(provider.requests) == 1  # when the app started
 
 
 # ---- clients that leave ----
@@ -214,7 +226,6 @@ async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp
 async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
-    provider.faults = script([Hang()])
     left = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
@@ -228,6 +239,7 @@ async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered
 
     scope = {"type": "http", "method": "GET", "path": "/search", "query_string": b"q=bread", "headers": []}
     async with open_app(embedding_model=MODEL) as client:
+        provider.faults = script([Hang()])
         app: Any = client._transport.app
         async with asyncio.TaskGroup() as group:
             group.create_task(app(scope, receive, send))
@@ -247,7 +259,7 @@ async def test_metrics_are_lines_of_a_name_and_a_number(open_app: OpenApp, provi
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = dict(line.split(" ") for line in response.text.splitlines())
-    assert float(lines["asyncembed_requests"]) == 1
+    assert float(lines["asyncembed_requests"]) == len(provider.requests) == 2  # one when the app started
     assert float(lines["asyncembed_tokens"]) == provider.total_tokens
 
 
