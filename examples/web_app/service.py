@@ -83,10 +83,11 @@ class DocumentSearch:
     @asynccontextmanager
     async def opened(cls, settings: Settings) -> AsyncGenerator[DocumentSearch, None]:
         """Yield the one service of this process; on the way out what is under way is waited for, then all is closed."""
+        cache = True if settings.embedding_cache == "memory" else settings.embedding_cache or None
         # The embedder is closed first, so that what it has under way can still be stored.
         async with (
             open_sink(settings.database_url) as store,
-            Embedder(settings.embedding_model, max_waiting=settings.max_waiting) as embedder,
+            Embedder(settings.embedding_model, cache=cache, max_waiting=settings.max_waiting) as embedder,
         ):
             await store.prepare(embedder.model, embedder.dimensions)
             service = cls(embedder, store, settings)

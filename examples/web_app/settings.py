@@ -14,6 +14,8 @@ class Settings:
     Attributes:
         host, port: Where to listen; port 0 is any free one.
         embedding_model: "local" needs no key and no network.
+        embedding_cache: Where questions and sections that were embedded before are remembered: "memory", the path of an
+            SQLite file that several workers may share, or nothing.
         database_url: The path of an SQLite file, or `postgresql://…`, which may hold a password.
         max_waiting: Texts that may wait for the provider; who comes then is told to come back later.
         search_deadline_s: Seconds for one search, waiting included.
@@ -27,6 +29,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     embedding_model: str = "local"
+    embedding_cache: str = "memory"
     database_url: str = field(default="search.db", repr=False)
     max_waiting: int = 2_000
     search_deadline_s: float = 5.0

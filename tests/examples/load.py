@@ -32,7 +32,8 @@ from tests.examples.server import WebApp, provider, web_app
 SECTIONS = 200
 BULK_SECTIONS = 300
 DIMENSIONS = 64
-MODEL = "text-embedding-3-small"
+# Without a cache, so that every search travels.
+ENVIRONMENT = {"EMBEDDING_MODEL": "text-embedding-3-small", "EMBEDDING_CACHE": "", "OPENAI_API_KEY": "any"}
 
 
 @dataclass(slots=True)
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--store", help="postgresql://…; SQLite by default")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, provider(DIMENSIONS, 0.02, options.faults) as base_url:
-        environment = {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "any", "EMBEDDING_MODEL": MODEL}
+        environment = {**ENVIRONMENT, "OPENAI_BASE_URL": base_url}
         if options.store:
             environment["DATABASE_URL"] = options.store
         with web_app(Path(folder), watched=True, **environment) as app:

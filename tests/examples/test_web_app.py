@@ -118,6 +118,15 @@ async def test_searches_at_once_share_requests(open_app: OpenApp, provider: Embe
         assert len(task.result()) == 3, section
 
 
+async def test_a_question_that_was_asked_before_does_not_travel(open_app: OpenApp, provider: EmbeddingServer) -> None:
+    async with open_app(embedding_model=MODEL) as client:
+        await put(client, "house.md", HOUSE)
+        first = await ids(client, "loaf")
+        provider.clear()
+        assert await ids(client, "loaf") == first
+        assert provider.requests == []
+
+
 @pytest.mark.parametrize(
     ("method", "path", "content", "status"),
     [
