@@ -68,8 +68,10 @@ class Table:
         return None if self.scenario.imports_only else 1 / self.seconds_per_text(client)
 
     def title_of(self, client: str) -> str:
+        """Return its name, with a version if it is somebody else's: `Name 1.2, how it is used`."""
+        name, comma, how = CLIENTS[client].title.partition(",")
         version = self.rounds[client][0].version
-        return f"{CLIENTS[client].title} {version}" if CLIENTS[client].environment else CLIENTS[client].title
+        return name + (f" {version}" if CLIENTS[client].is_peer else "") + comma + how
 
     def markdown(self) -> str:
         columns = [c for c in COLUMNS if any(c.value(self, name) is not None for name in self.rounds)]

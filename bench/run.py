@@ -80,12 +80,11 @@ def measure(job: Job, *, imports_only: bool = False) -> Measured | str:
 
 
 def job_of(scenario: Scenario, client: str, places: Places, *, quick: bool) -> Job:
-    count = scenario.quick_count if quick else scenario.count
     return Job(
         client,
         places.base_url,
         str(places.texts),
-        min(count, CLIENTS[client].most_texts or count),
+        scenario.count_of(client, quick=quick),
         scenario.model,
         scenario.dimensions,
         scenario.expected_dimensions,

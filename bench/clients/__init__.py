@@ -19,7 +19,6 @@ class Client:
         imports: What its user imports.
         environment: The file in `bench/peers` with its requirements, whose environment it runs in; "" for this one.
         distribution: What has its version; "" for the standard library.
-        most_texts: It is given no more texts than this, mostly because more would take minutes.
         gives_vectors: Whether rows can be looked at; else they are only counted.
         is_lazy: Whether texts are made as it asks for them.
     """
@@ -29,9 +28,12 @@ class Client:
     imports: str
     distribution: str = ""
     environment: str = ""
-    most_texts: int | None = None
     gives_vectors: bool = True
     is_lazy: bool = False
+
+    @property
+    def is_peer(self) -> bool:
+        return self.imports not in ("asyncembed", "socket", "numpy,asyncio")
 
     def load(self) -> Open:
         module, _, name = self.opener.partition(":")
@@ -56,11 +58,11 @@ CLIENTS = {
     "asyncembed": _ours("**asyncembed**", "ours:with_fast"),
     "asyncembed-tiktoken": _ours("asyncembed without `fast`: tiktoken", "ours:with_tiktoken"),
     "asyncembed-bytes": _ours("asyncembed without any vocabulary", "ours:without_vocabulary"),
-    "asyncembed-20k": _ours("asyncembed, 20,000 texts only", "ours:with_fast", most_texts=20_000),
+    "asyncembed-20k": _ours("asyncembed, 20,000 texts only", "ours:with_fast"),
     "stream": _ours("`stream`", "ours:streamed", gives_vectors=False, is_lazy=True),
     "ingest-sqlite": _ours("`ingest` into SQLite", "ours:into_sqlite", gives_vectors=False, is_lazy=True),
     "ingest-postgres": _ours("`ingest` into PostgreSQL", "ours:into_postgres", gives_vectors=False, is_lazy=True),
-    "openai": Client("AsyncOpenAI as documented", "sdk:documented", "openai", "openai"),
+    "openai": Client("AsyncOpenAI, as documented", "sdk:documented", "openai", "openai"),
     "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai", "openai"),
     "baseten": _peer(
         "Baseten's client (Rust), base64",
@@ -98,9 +100,8 @@ CLIENTS = {
         "haystack.components.embedders",
         "haystack-ai",
         environment="haystack",
-        most_texts=4_096,
     ),
-    "litellm": _peer("LiteLLM", "litellm", "litellm", "litellm", environment="litellm", most_texts=4_096),
+    "litellm": _peer("LiteLLM", "litellm", "litellm", "litellm", environment="litellm"),
     "count-fast": _part("`fast`: toktok", "parts:count_fast", "toktok-rs"),
     "count-tiktoken": _part("tiktoken", "parts:count_tiktoken", "tiktoken"),
     "count-bytes": _part("the bound by bytes", "parts:count_bytes"),
