@@ -9,8 +9,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
+import jiter
 import numpy as np
 
 from ..errors import AsyncEmbedError, RowRefusedError, SinkConfigError
@@ -137,7 +139,10 @@ _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _is_json(metadata: str) -> bool:
-    try:
+    with suppress(ValueError):
+        jiter.from_json(metadata.encode(), allow_inf_nan=False)
+        return True
+    try:  # jiter takes no NaN and no half of a pair, but nothing that is nested 200 deep, either
         value = _decode(metadata)
         if "\\u" in metadata:  # escapes may hide what text must not hold
             json.dumps(value, ensure_ascii=False).encode()

@@ -45,12 +45,14 @@ async def teach(connection: Any) -> bool:
     return True
 
 
+async def is_untaught(connection: Any, schema: str, kind: str) -> bool:
+    """Return whether vectors travel as text on this connection, since whoever made it has not seen to that."""
+    return isinstance(await connection.fetchval(f"SELECT '[1]'::{quoted(schema)}.{kind}"), str)
+
+
 @asynccontextmanager
 async def taught(connection: Any, schema: str, kind: str) -> AsyncIterator[None]:
-    """Let them travel so for a while, on a connection that is not ours; unless whoever made it has seen to that."""
-    if not isinstance(await connection.fetchval(f"SELECT '[1]'::{quoted(schema)}.{kind}"), str):
-        yield
-        return
+    """Let them travel in binary for a while, on a connection that is not ours."""
     await _set_codec(connection, schema, kind)
     try:
         yield

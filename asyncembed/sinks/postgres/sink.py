@@ -20,7 +20,7 @@ from ...types import Hit, RecordId, Row, Vectors
 from .. import schema
 from ..search import Ranking, check_query
 from . import searching, sizes
-from .extension import taught
+from .extension import is_untaught, taught
 from .layout import METRICS, Layout, check_columns
 from .pool import LoopPool
 from .storing import RefusedError, store
@@ -88,7 +88,8 @@ class PostgresSink:
             retry_for=retry_for,
             reached=self._pool.is_given,  # a pool that was handed in is one that has connected
         )
-        self._layout: Layout | None = None  # the table as it was when it was first looked at
+        self._layout: Layout | None = None  # the table as it was when it was first looked at,
+        self._untaught: bool | None = None  # and whether the pool's connections need our codec to write to it
         self._sizes: dict[str, int] = {}  # by model, in tables that do not record them
 
     def __repr__(self) -> str:
@@ -173,9 +174,10 @@ class PostgresSink:
             size = await sizes.agreed_size(connection, layout, model, rows[0].vector.size)
         admitted, refused = schema.admit(model, rows, size, layout.where, layout.convert)
         if admitted:
-            async with (
-                taught(connection, layout.facts.extension.schema, layout.kind) if self._pool.is_given else nullcontext()
-            ):
+            pgvector = layout.facts.extension.schema, layout.kind
+            if self._untaught is None:
+                self._untaught = self._pool.is_given and await is_untaught(connection, *pgvector)
+            async with taught(connection, *pgvector) if self._untaught else nullcontext():
                 unfit = await store(connection, layout, model, admitted, carefully=carefully)
                 refused = refused | unfit
         return size, refused
@@ -299,7 +301,7 @@ class PostgresSink:
         try:
             return await self._transactions.run(with_layout)
         except SinkConfigError:
-            self._layout = None
+            self._layout = self._untaught = None
             if not known:
                 raise
         return await self._run(work)  # the table may have been altered: look at it again, and say what it lacks now
