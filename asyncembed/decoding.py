@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jiter
@@ -91,6 +91,7 @@ class Decoder:
         self.size += len(piece)
         unread = self._unread
         unread += piece
+        texts: list[bytes] = []
         done = 0
         while key := _VECTOR.search(unread, done):
             start = key.end()
@@ -99,20 +100,38 @@ class Decoder:
             if stop < 0:
                 break
             self._rest += unread[done : start - 1]
-            self._rest += b'"vector %d"' % self._found  # a blank is no base64, so no vector is spelled like this
-            self._take(bytes(unread[start:stop]), in_base64)
+            self._rest += b'"vector %d"' % (self._found + len(texts))  # a blank is no base64: no vector is spelled so
+            if in_base64:
+                texts.append(bytes(unread[start:stop]))
+            else:
+                self._take_texts(texts)
+                texts = []
+                self._take(_from_numbers, b"[%b]" % bytes(unread[start:stop]))
             done = stop + 1
             self._searched = 0
+        self._take_texts(texts)
         kept = key.start() if key else max(done, len(unread) - _LONGEST_KEY)
         self._rest += unread[done:kept]
         del unread[:kept]
         self._searched = len(unread) if key else 0
 
-    def _take(self, text: bytes, in_base64: bool) -> None:
+    def _take_texts(self, texts: Sequence[bytes]) -> None:
+        """Decode the next vectors, together if that is the same: it takes half the time."""
+        end = self._found + len(texts)
+        if len(texts) > 1 and end <= self._count and self._vectors is not None:
+            rows = _from_equal_texts(texts)
+            if rows is not None and rows.shape[1] == self._vectors.shape[1]:
+                self._vectors[self._found : end] = rows
+                self._found = end
+                return
+        for text in texts:
+            self._take(_from_base64, text)
+
+    def _take(self, read: Callable[[bytes], Vectors], text: bytes) -> None:
         number = self._found
         self._found += 1
         try:
-            vector = _from_base64(text) if in_base64 else _from_numbers(b"[%b]" % text)
+            vector = read(text)
         except ProtocolError as error:
             self._aside[number] = str(error)
             return
@@ -160,7 +179,7 @@ class Decoder:
             number = names.pop(value, None)  # once each: no two items have the same
             if number is None:
                 number = self._found
-                self._take(value.encode(errors="replace"), in_base64=True)
+                self._take(_from_base64, value.encode(errors="replace"))
             numbers.append(number)
         return numbers
 
@@ -218,20 +237,32 @@ def _from_numbers(array: bytes) -> Vectors:
 
 
 def _from_base64(text: bytes) -> Vectors:
-    if b"\\" in text:  # "/" may be written as "\/"
-        text = _unescaped(text)
     try:
         raw = pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
+        if b"\\" in text:  # "/" may be written as "\/"
+            return _from_base64(_unescaped(text))
         raise ProtocolError("expected base64, got something else") from None
     if not raw or len(raw) % 4:
         raise ProtocolError(f"expected whole float32 numbers, got {len(raw)} bytes")
     return np.frombuffer(raw, "<f4")
 
 
+def _from_equal_texts(texts: Sequence[bytes]) -> Vectors | None:
+    """Return the vectors, float32[n, d], if all texts are as long and end where numbers do, without padding."""
+    width = len(texts[0])
+    if not width or width % 16 or any(len(text) != width for text in texts):
+        return None
+    try:
+        raw = pybase64.b64decode(b"".join(texts), validate=True)
+        return np.frombuffer(raw, "<f4").reshape(len(texts), -1)
+    except (binascii.Error, ValueError):
+        return None  # one by one it will be said which of them
+
+
 def _unescaped(text: bytes) -> bytes:
     value = _parse(b'"%b"' % text, len(text))
-    return str(value).encode(errors="replace")
+    return str(value).replace("\\", "?").encode(errors="replace")
 
 
 def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:

@@ -361,22 +361,53 @@ def test_no_bytes_break_the_decoder(body: bytes) -> None:
 
 @both
 @pytest.mark.parametrize("layout", [{"indent": 2}, {"separators": (",", ":")}])
-def test_a_reply_is_the_same_in_pieces_of_any_size(spell: Spelling, layout: dict[str, Any]) -> None:
-    vectors = some_vectors(5)
+@pytest.mark.parametrize("dimensions", [4, 12])  # of which 12 fill their base64, so that they are decoded together
+def test_a_reply_is_the_same_in_pieces_of_any_size(spell: Spelling, layout: dict[str, Any], dimensions: int) -> None:
+    vectors = some_vectors(5, dimensions)
     body = json.dumps(document(vectors, spell), **layout).encode()
     for size in range(1, len(body) + 1):
-        decoder = Decoder(5, 4)
+        decoder = Decoder(5, dimensions)
         for start in range(0, len(body), size):
             decoder.feed(memoryview(body)[start : start + size])
         assert decoder.size == len(body)
         assert (decoder.finish().vectors == vectors).all()
 
 
+ALIKE = some_vectors(6, 12)
+
+
+@pytest.mark.parametrize("position", [0, 1, 3, 5])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (as_base64(ALIKE[0])[:-1] + "=", "got 47 bytes"),
+        (as_base64(ALIKE[0])[:-2] + "==", "got 46 bytes"),
+        ("=" * 64, "expected base64"),
+        ("A" * 31 + "=" + "A" * 32, "expected base64"),
+        ("-" * 64, "expected base64"),
+        (as_base64(ALIKE[0])[:48], "expected 12 dimensions, got 9"),
+        (as_base64(np.full(12, np.inf)), "got NaN or infinity"),
+        ("", "got 0 bytes"),
+    ],
+)
+def test_of_vectors_that_are_decoded_together_the_bad_one_is_named(value: str, words: str, position: int) -> None:
+    reply = document(ALIKE)
+    reply["data"][position]["embedding"] = value
+    message = refused(json.dumps(reply).encode(), 6, 12)
+    assert words in message
+    assert message.endswith(f"for text {position}")
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_of_vectors_that_are_decoded_together_as_many_must_come_as_were_sent(count: int) -> None:
+    assert f"expected {count} embeddings, got 6" in refused(json.dumps(document(ALIKE)).encode(), count, 12)
+
+
 def test_slashes_may_be_escaped_as_php_does() -> None:
-    vectors = some_vectors(200)
-    body = json.dumps(document(vectors)).replace("/", "\\/").encode()
-    assert body.count(b"\\/") > 50
-    assert (decode(body, 200, None).vectors == vectors).all()
+    for vectors in (some_vectors(200), some_vectors(200, 12)):
+        body = json.dumps(document(vectors)).replace("/", "\\/").encode()
+        assert body.count(b"\\/") > 50
+        assert (decode(body, 200, None).vectors == vectors).all()
     assert "expected base64" in refused(body.replace(b"\\/", b"\\n"), 200, None)
 
 

@@ -14,7 +14,6 @@ import asyncio
 import gc
 import hashlib
 import importlib
-import json
 import logging
 import os
 import ssl
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_HOST = "api.openai.com"
 
-# Below this a body is encoded and a reply looked through where it is: 0.1 ms of work, no more than a thread costs.
+# Below this a reply is looked through where it is: 0.1 ms of work, no more than a thread costs.
 INLINE_BYTES = 64 * 1024
 
 # What `encoding_format` is tried with, in turn, when a server refuses it: base64 is a third of the bytes, old vLLM
@@ -184,7 +183,7 @@ class OpenAIProvider:
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None, place: Place | None) -> Reply:
         size = sum(map(len, texts))
-        body = await in_thread_if(size >= INLINE_BYTES, self._encode, texts, encoding)
+        body = client.http.to_json(self._fields(texts, encoding))
         decoder = Decoder(len(texts), self._expected, place)
         response, refused = await self._post(client, body, decoder)
         if not response.is_success:
@@ -199,13 +198,13 @@ class OpenAIProvider:
             logger.warning("%s was asked for the model %r and answers with another one", self.host, self._model)
         return replace(reply, rates=rates_of(response.headers))
 
-    def _encode(self, texts: Sequence[str], encoding: str | None) -> bytes:
+    def _fields(self, texts: Sequence[str], encoding: str | None) -> dict[str, Any]:
         fields: dict[str, Any] = {"model": self._model, "input": list(texts)}
         if encoding is not None:
             fields["encoding_format"] = encoding
         if self._asked_dimensions is not None:
             fields["dimensions"] = self._asked_dimensions
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        return fields
 
     async def _post(self, client: _Client, body: bytes, decoder: Decoder) -> tuple[Any, bytes]:
         """Return the response and, if it is an error, its body; else that has gone to the decoder."""

@@ -48,7 +48,7 @@ def cancelled_at(step: int, awaitable: Awaitable[Any]) -> Generator[Any, Any, bo
 async def test_cancelled_at_any_wait_it_leaves_no_task_and_a_pool_that_works(warm: bool) -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         before = asyncio.all_tasks()
-        texts = ["long " * 1_000] * 20  # 100 kB: encoded in a thread
+        texts = ["long " * 1_000] * 20
         provider = provider_at(server.base_url, connections=1)
         for step in range(200):
             if not warm:
@@ -62,7 +62,7 @@ async def test_cancelled_at_any_wait_it_leaves_no_task_and_a_pool_that_works(war
                 break
         await provider.aclose()
     assert not cancelled
-    assert step >= 2  # to encode, and to read what comes at least
+    assert step >= 1  # to read what comes at least
 
 
 async def _run(awaitable: Awaitable[bool]) -> bool:
