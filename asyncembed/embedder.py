@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from . import models
 from .arguments import check_amount, check_model, check_range, checked, listed
 from .caches import open_cache
-from .caches.cached import CachedCall
 from .caches.lookup import Lookup
-from .coalescing import Call, Coalescer
+from .coalescing import Call
+from .dispatch import Dispatch
 from .engine import Deliver, Engine
-from .errors import AsyncEmbedError, ConfigError, DeadlineError, FatalProviderError, InputError, TransportError
+from .errors import ConfigError, InputError
 from .gathering import Order, Results
 from .loops import PerLoop, ended
 from .metrics import Observer, Stats
 from .pacing import Slots, shared_pace
-from .packing import OPEN_BATCHES, Limits
+from .packing import Limits
 from .planning import count_up
 from .providers.local import LocalCounter, LocalProvider
 from .providers.openai import OFFICIAL_HOST, OpenAIProvider
 from .providers.safety import ApiKey
 from .records import AnyIterable
 from .report import Check, EmbeddingResult, Plan, ProgressCallback, failed
-from .run import Run, Runs, StoppedError
-from .tokens import ByteBound, TokenCounter, load_counter
+from .run import Run
+from .tokens import TokenCounter, load_counter
 from .types import Cache, EmbeddedRecord, Provider, Vectors
 from .watching import Metrics
 from .weighing import Text, TooLong, check_text
-
-# A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
-SMALL_TEXTS = 32
 
 # Containers are killed 10 to 30 s after SIGTERM; an answer takes less than a second mostly.
 CLOSE_GRACE_S = 10.0
@@ -116,10 +112,8 @@ class Embedder:
         self._too_long = too_long
         self._per_minute = (requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
-        self._engines = PerLoop(self._new_engine)
         self._max_waiting = max_waiting
-        self._coalescers = PerLoop(self._new_coalescer)
-        self._runs = PerLoop(Runs)
+        self._dispatches = PerLoop(self._new_dispatch)
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
             LocalProvider(dimensions)
@@ -143,22 +137,15 @@ class Embedder:
 
     def __repr__(self) -> str:
         host = getattr(self._provider, "host", None)
-        return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {self._status()}>"
-
-    def _status(self) -> str:
-        engine, coalescer = self._engines.peek(), self._coalescers.peek()
-        slots = None if engine is None else engine.slots
-        queued = (slots.waiting if slots else 0) + (coalescer.gathering if coalescer else 0)
-        paused_s = slots.pace.paused_s if slots else 0.0
-        parts = [f"{slots.under_way if slots else 0} of {self.concurrency} requests under way"]
-        parts += [f"{queued:,} queued"] if queued else []
-        parts += [f"paused for {paused_s:.1f} s"] if paused_s else []
-        return ", ".join(parts)
+        dispatch = self._dispatches.peek()
+        status = f"0 of {self.concurrency} requests under way" if dispatch is None else dispatch.status()
+        return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {status}>"
 
     def stats(self) -> Stats:
         """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
-        slots = [(loop, engine.slots) for loop, engine in self._engines.items() if not loop.is_closed()]
-        return self._metrics.stats(slots, sum(each.gathering for _, each in self._coalescers.items()))
+        here = [(loop, dispatch) for loop, dispatch in self._dispatches.items() if not loop.is_closed()]
+        gathering = sum(dispatch.coalescer.gathering for _, dispatch in here)
+        return self._metrics.stats([(loop, dispatch.engine.slots) for loop, dispatch in here], gathering)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
@@ -178,14 +165,11 @@ class Embedder:
             grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
                 their result so far on it. A `stream` is ended at once.
         """
-        ends_at = asyncio.get_running_loop().time() + grace
-        coalescer = self._coalescers.pop()
+        dispatch = self._dispatches.pop()
         try:
-            if coalescer is not None:
-                await coalescer.aclose(grace)
-            await self._runs.get().end(ends_at, TransportError("the embedder was closed before the answer came"))
+            if dispatch is not None:
+                await dispatch.aclose(grace)
         finally:
-            self._engines.pop()
             try:
                 await self._provider.aclose()
             finally:
@@ -234,12 +218,11 @@ class Embedder:
         results = Results(len(contents), run, on_progress)
         async with run.until_deadline():
             waiting = await checked(contents)
-            if on_progress is None and self._is_small(waiting):
-                missing = waiting if self._lookup is None else await self._lookup.few(waiting, run, results.deliver)
-                if missing:
-                    await self._share(missing, run, results)
+            dispatch = self._dispatches.get()
+            if on_progress is None and dispatch.is_small(waiting):
+                await dispatch.share(waiting, run, results.deliver)
             else:
-                await self._send(waiting, run, results.deliver)
+                await dispatch.send(waiting, run, results.deliver)
         result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
         if run.stopped_by is not None:
             run.stopped_by.result = result
@@ -272,39 +255,12 @@ class Embedder:
             vector = None if self._lookup is None else await self._lookup.one(text, run)
             if vector is not None:
                 return vector
-            await self._ask(call, run)
+            await self._dispatches.get().ask(call, run)
         if run.stopped_by is not None:
             raise run.stopped_by
         if call.errors:
             raise call.errors[0]
         return call.vectors[0]
-
-    def _is_small(self, texts: Sequence[Text]) -> bool:
-        return len(texts) <= min(SMALL_TEXTS, self._limits.inputs)
-
-    async def _share(self, texts: Sequence[Text], run: Run, results: Results) -> None:
-        call = Call([text.content for text in texts])
-        try:
-            await self._ask(call, run)
-        finally:
-            call.bill(run)
-            await results.deliver(call.outcome(texts))
-        for error in call.errors.values():
-            if isinstance(error, FatalProviderError):
-                run.stop(error)
-            elif not isinstance(error, AsyncEmbedError):
-                raise error
-
-    async def _ask(self, call: Call, run: Run) -> None:
-        """Wait for the answers to a call, but not for a pause that ends after its deadline."""
-
-        def on_pause(until: float) -> None:
-            if run.deadline_at is not None and until > run.deadline_at:
-                run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
-
-        with suppress(StoppedError), self._engines.get().slots.pace.told(on_pause):
-            async with run.unless_stopped():
-                await self._coalescers.get().get(call)
 
     async def check(self, *, deadline: float | None = 10.0) -> Check:
         """Prove that key, address, model and dimensions are right, with one request of one token.
@@ -322,7 +278,7 @@ class Embedder:
         run = Run(deadline, urgent=True)
         known, found = self.dimensions, 0
         async with run.until_deadline():
-            found = await self._engines.get().check(run)
+            found = await self._dispatches.get().engine.check(run)
         if run.stopped_by is not None:
             raise run.stopped_by
         if known not in (None, found):
@@ -362,7 +318,7 @@ class Embedder:
 
     async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
         async with run.until_deadline(), aclosing(order.slices(records)) as slices:
-            await self._run(slices, self._counter, run, order.deliver, open_batches=1, ends_by_itself=False)
+            await self._dispatches.get().run(slices, run, order.deliver, open_batches=1, ends_by_itself=False)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -386,7 +342,7 @@ class Embedder:
 
     async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
         """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
-        await self._run(slices, self._counter, run, deliver)
+        await self._dispatches.get().run(slices, run, deliver)
 
     def cost_usd(self, run: Run) -> float | None:
         """The list price of what a run was billed; None if price or count is unknown."""
@@ -400,19 +356,29 @@ class Embedder:
         amounts = zip((requests, tokens), self._per_minute, strict=True)
         return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
 
-    def _new_engine(self) -> Engine:
+    def _new_dispatch(self) -> Dispatch:
         # The provider counts limits per address, key and model; a provider of the user's own is its own place.
         place = getattr(self._provider, "identity", None) or id(self._provider)
         pace = shared_pace((place, self.model))
         pace.limit(*self._per_minute)
-        return Engine(
+        watch = self._metrics.here()
+        engine = Engine(
             self._provider,
             Slots(pace, self.concurrency),
             self._limits,
-            watch=self._metrics.here(),
+            watch=watch,
             concurrency=self.concurrency,
             too_long=self._too_long,
             max_retries=self._max_retries,
+        )
+        return Dispatch(
+            engine,
+            watch,
+            self._lookup,
+            self._counter,
+            self._limits,
+            most_requests=self.concurrency,
+            most_waiting=self._max_waiting,
         )
 
     def _new_lookup(self, cache: Cache) -> Lookup:
@@ -427,54 +393,7 @@ class Embedder:
         }
         return Lookup(cache, settings, lambda: self.dimensions, lambda *counts: self._metrics.here().cached(*counts))
 
-    def _new_coalescer(self) -> Coalescer:
-        return Coalescer(
-            self._send,
-            self._metrics.here(),
-            most=self._limits.inputs,
-            most_requests=self.concurrency,
-            most_waiting=self._max_waiting,
-        )
-
-    async def _send(self, texts: list[Text], run: Run, deliver: Deliver) -> None:
-        async with aclosing(_once(texts)) as slices:
-            await self._run(slices, partial(self._counter_for, texts), run, deliver, at_once=True)
-
-    async def _run(
-        self,
-        slices: AsyncIterator[Sequence[Text]],
-        counter: Callable[[], Awaitable[TokenCounter]],
-        run: Run,
-        deliver: Deliver,
-        *,
-        open_batches: int = OPEN_BATCHES,
-        ends_by_itself: bool = True,
-        at_once: bool = False,
-    ) -> None:
-        async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
-            await self._engines.get().run(slices, await counter(), run, deliver, open_batches=open_batches)
-
-        with self._runs.get().under_way(run, ends_by_itself=ends_by_itself):
-            if self._lookup is None:
-                await send(slices, deliver)
-            else:
-                await CachedCall(self._lookup, run, deliver, send, at_once=at_once).run(slices)
-
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):
             return LocalCounter()
         return await load_counter(self._facts.encoding)
-
-    async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
-        # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough
-        # for one text and, all together, for one request, needs no tokenizer.
-        characters = self._limits.tokens // 4
-        if len(texts) <= characters and sum(len(text.content) for text in texts) <= characters:
-            longest = max(len(text.content) for text in texts)
-            if 4 * longest <= self._limits.tokens_per_text:
-                return ByteBound()
-        return await self._counter()
-
-
-async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
-    yield texts

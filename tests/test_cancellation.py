@@ -143,7 +143,7 @@ async def test_a_call_cancelled_at_any_step_leaves_nothing_and_harms_nothing(
         while reached:
             step += 1
             reached = await cancelled_at(step, lambda: work(embedder))
-            pace = embedder._engines.get()._pace
+            pace = embedder._dispatches.get().engine._pace
             assert pace.in_flight == {}
             assert len(pace.queue) == 0
             assert foreign_threads() == threads
@@ -235,7 +235,7 @@ async def test_a_backoff_a_pause_and_a_wait_for_a_slot_can_be_cancelled() -> Non
         await asyncio.wait([call])
         assert call.cancelled()
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert embedder._engines.get()._pace.in_flight == {}
+        assert embedder._dispatches.get().engine._pace.in_flight == {}
     await embedder.embed(TEXTS)
 
 
@@ -281,7 +281,7 @@ async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_beh
 
         await asyncio.sleep(0)  # for the callbacks of tasks that have ended
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        coalescer, slots = embedder._coalescers.get(), embedder._engines.get().slots
+        coalescer, slots = embedder._dispatches.get().coalescer, embedder._dispatches.get().engine.slots
         assert (coalescer._all, coalescer._gathering, coalescer._requests) == ({}, {}, set())
         assert (coalescer._waiting, slots.under_way, slots.waiting, len(slots.pace.queue)) == (0, 0, 0, 0)
         right(await embedder.embed_one("text 0"), "text 0")

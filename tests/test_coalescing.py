@@ -357,5 +357,5 @@ async def test_calls_cancelled_at_random_leave_nothing_behind(seed: int) -> None
     assert set(errors) == {None}
     assert provider.in_flight == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    coalescer = embedder._coalescers.get()
+    coalescer = embedder._dispatches.get().coalescer
     assert (coalescer._all, coalescer._gathering, coalescer._requests) == ({}, {}, set())

@@ -1,0 +1,166 @@
+"""An embedder on one event loop: its engine, the calls that share requests, the cache before both, and all that is
+under way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import TypeAlias
+
+from .caches.cached import CachedCall
+from .caches.lookup import Lookup
+from .coalescing import Call, Coalescer
+from .engine import Deliver, Engine
+from .errors import AsyncEmbedError, DeadlineError, FatalProviderError, TransportError
+from .packing import OPEN_BATCHES, Limits
+from .run import Run, Runs, StoppedError
+from .tokens import ByteBound, TokenCounter
+from .watching import Watch
+from .weighing import Text
+
+# A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
+SMALL_TEXTS = 32
+
+LoadCounter: TypeAlias = Callable[[], Awaitable[TokenCounter]]
+
+
+class Dispatch:
+    """Takes texts to where they are answered: the cache, a shared request, or requests of their own.
+
+    Args:
+        engine: Sends.
+        watch: Is told of the calls that share requests.
+        lookup: The cache, if there is one.
+        load_counter: Returns the counter of the model's tokens; may take a while.
+        limits: What a request may hold.
+        most_requests: Requests that may be under way.
+        most_waiting: Texts of small calls that may wait.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        watch: Watch,
+        lookup: Lookup | None,
+        load_counter: LoadCounter,
+        limits: Limits,
+        *,
+        most_requests: int,
+        most_waiting: int,
+    ) -> None:
+        self.engine = engine
+        self.coalescer = Coalescer(
+            self.send, watch, most=limits.inputs, most_requests=most_requests, most_waiting=most_waiting
+        )
+        self._runs = Runs()
+        self._lookup = lookup
+        self._load_counter = load_counter
+        self._limits = limits
+        self._most_requests = most_requests
+
+    def status(self) -> str:
+        """What is under way, and what waits for what, in half a line."""
+        slots = self.engine.slots
+        queued, paused_s = slots.waiting + self.coalescer.gathering, slots.pace.paused_s
+        parts = [f"{slots.under_way} of {self._most_requests} requests under way"]
+        parts += [f"{queued:,} queued"] if queued else []
+        parts += [f"paused for {paused_s:.1f} s"] if paused_s else []
+        return ", ".join(parts)
+
+    def is_small(self, texts: Sequence[Text]) -> bool:
+        """Whether they are so few that they go with others."""
+        return len(texts) <= min(SMALL_TEXTS, self._limits.inputs)
+
+    async def share(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
+        """Have a few texts embedded together with those of other calls, and add to the run what that has cost.
+
+        Raises:
+            OverloadedError: Too many wait already.
+        """
+        missing = texts if self._lookup is None else await self._lookup.few(texts, run, deliver)
+        if not missing:
+            return
+        call = Call([text.content for text in missing])
+        try:
+            await self.ask(call, run)
+        finally:
+            call.bill(run)
+            await deliver(call.outcome(missing))
+        for error in call.errors.values():
+            if isinstance(error, FatalProviderError):
+                run.stop(error)
+            elif not isinstance(error, AsyncEmbedError):
+                raise error
+
+    async def ask(self, call: Call, run: Run) -> None:
+        """Wait for the answers to a call, but not for a pause that ends after its deadline."""
+
+        def on_pause(until: float) -> None:
+            if run.deadline_at is not None and until > run.deadline_at:
+                run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
+
+        with suppress(StoppedError), self.engine.slots.pace.told(on_pause):
+            async with run.unless_stopped():
+                await self.coalescer.get(call)
+
+    async def send(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
+        """Embed texts that are all there, in requests of their own."""
+        async with aclosing(_once(texts)) as slices:
+            await self.run(slices, run, deliver, load_counter=partial(self._counter_for, texts), at_once=True)
+
+    async def run(
+        self,
+        slices: AsyncIterator[Sequence[Text]],
+        run: Run,
+        deliver: Deliver,
+        *,
+        load_counter: LoadCounter | None = None,
+        open_batches: int = OPEN_BATCHES,
+        ends_by_itself: bool = True,
+        at_once: bool = False,
+    ) -> None:
+        """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`.
+
+        Args:
+            slices: The texts.
+            run: What it costs, and whether it goes on.
+            deliver: Takes the outcomes.
+            load_counter: In place of the model's.
+            open_batches: See `Engine.run`.
+            ends_by_itself: Whether closing may wait for it.
+            at_once: All texts are there from the start, each once, so other calls may wait for them.
+        """
+
+        async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
+            counter = await (load_counter or self._load_counter)()
+            await self.engine.run(slices, counter, run, deliver, open_batches=open_batches)
+
+        with self._runs.under_way(run, ends_by_itself=ends_by_itself):
+            if self._lookup is None:
+                await send(slices, deliver)
+            else:
+                await CachedCall(self._lookup, run, deliver, send, at_once=at_once).run(slices)
+
+    async def aclose(self, grace_s: float) -> None:
+        """Wait so many seconds for what is under way, then end it."""
+        ends_at = asyncio.get_running_loop().time() + grace_s
+        try:
+            await self.coalescer.aclose(grace_s)
+        finally:
+            await self._runs.end(ends_at, TransportError("the embedder was closed before the answer came"))
+
+    async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
+        # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough
+        # for one text and, all together, for one request, needs no tokenizer.
+        characters = self._limits.tokens // 4
+        if len(texts) <= characters and sum(len(text.content) for text in texts) <= characters:
+            longest = max(len(text.content) for text in texts)
+            if 4 * longest <= self._limits.tokens_per_text:
+                return ByteBound()
+        return await self._load_counter()
+
+
+async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
+    yield texts
