@@ -58,13 +58,12 @@ class CachedCall:
         self._sent: dict[Text, bytes] = {}
         self._claimed: InFlight = {}
         self._later: list[Text] = []
-        self._awaited: list[tuple[Text, asyncio.Future[Vectors | None]]] = []
+        self._awaited: list[tuple[Text, bytes, asyncio.Future[Vectors | None]]] = []
 
     async def run(self, slices: AsyncIterable[Sequence[Text]]) -> None:
         """Deliver what the cache has and send the rest, lazily, slice by slice."""
         try:
             await self._pass(slices)
-            self._end_claims()  # else two calls could wait for each other
             self._waits = False
             left = [*self._later, *await self._others()]
             if left:
@@ -109,7 +108,7 @@ class CachedCall:
         for text, key in missing:
             other = in_flight.get(key)
             if other is not None and self._waits:
-                self._awaited.append((text, other))
+                self._awaited.append((text, key, other))
                 continue
             if other is None and self._claims:
                 in_flight[key] = self._claimed[key] = asyncio.get_running_loop().create_future()
@@ -139,27 +138,23 @@ class CachedCall:
             await self._deliver(outcome)
 
     async def _others(self) -> list[Text]:
-        """Wait for what others are sending, and deliver it; return what they did not get."""
+        """Wait for what others are sending, and deliver it; return what they did not get.
+
+        They wait for nobody in turn: what a call sends itself has been delivered before it waits.
+        """
         awaited, self._awaited = self._awaited, []
         left: list[Text] = []
         with suppress(StoppedError):
             for start in range(0, len(awaited), SLICE_TEXTS):
-                hits: list[tuple[Text, Vectors]] = []
-                for text, coming in awaited[start : start + SLICE_TEXTS]:
-                    vector = await self._coming(coming)
-                    if vector is None or self._size not in (None, vector.size):
-                        left.append(text)
-                    else:
-                        self._size = vector.size
-                        hits.append((text, vector))
+                some = awaited[start : start + SLICE_TEXTS]
+                for _, _, coming in some:
+                    if not coming.done():
+                        await asyncio.wait([coming])  # not `await coming`, which would be cancelled with its caller
+                found = {key: coming.result() for _, key, coming in some}
+                hits, missing = believed([(text, key) for text, key, _ in some], found, self._size or self._lookup.size)
+                left += [text for text, _ in missing]
                 await self._hand_over(hits)
         return left
-
-    async def _coming(self, coming: asyncio.Future[Vectors | None]) -> Vectors | None:
-        if not coming.done():
-            async with self._run.unless_stopped():
-                await asyncio.wait([coming])  # not `await coming`: whoever waits must not cancel it
-        return coming.result()
 
     async def _fresh(self, outcome: Outcome) -> None:
         """Keep what came back, and deliver it."""

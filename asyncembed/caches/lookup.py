@@ -119,7 +119,7 @@ class Lookup:
         in_flight = self.in_flight
         for key in keys if in_flight else ():
             coming = in_flight.get(key)
-            if coming is not None and coming.done() and coming.result() is not None:
+            if coming is not None and coming.done():
                 found[key] = coming.result()
         return found
 

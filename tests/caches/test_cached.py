@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncembed import Embedder, MemoryCache, Record, SQLiteCache, SQLiteSink, ingest
+from asyncembed.batches import Outcome
+from asyncembed.caches.cached import CachedCall
+from asyncembed.caches.lookup import Lookup
+from asyncembed.engine import Deliver
 from asyncembed.errors import (
     AllFailedError,
     BadRequestError,
@@ -27,10 +31,13 @@ from asyncembed.errors import (
     QuotaError,
     RejectedTextError,
     SinkError,
+    TransportError,
 )
 from asyncembed.report import EmbeddingResult, Progress
+from asyncembed.run import Run
 from asyncembed.testing import EmbeddingServer, embedding_of
 from asyncembed.types import Reply, Vectors
+from asyncembed.weighing import Text
 from tests.caches.keys import in_one_turn
 from tests.fakes import FakeProvider, Script, vector_of
 from tests.test_cancellation import cancelled_at
@@ -317,6 +324,14 @@ async def test_while_nobody_knows_the_size_the_caches_word_counts_if_nothing_is_
     assert (provider.requests, result.cache_hits) == ([], count)
 
 
+async def test_a_reply_tells_the_size_where_the_provider_does_not() -> None:
+    embedder, provider = make(MemoryCache(), knows=None)
+    await embedder.embed(["a"])
+    result = await embedder.embed(["a", "b"])
+    assert (result.cache_hits, result.cache_misses) == (1, 1)
+    assert sent(provider) == ["a", "b"]
+
+
 async def test_hits_go_after_the_first_reply_while_nobody_knows_the_size_and_count_once() -> None:
     cache, texts = MemoryCache(), many()
     await Embedder("fake", provider=Sized(4), cache=cache).embed(texts)
@@ -439,6 +454,17 @@ async def test_a_cache_that_was_handed_in_is_not_closed_and_one_that_was_made_is
     assert make(False)[0]._lookup is None
 
 
+async def test_each_text_that_was_asked_for_counts_once_in_the_statistics() -> None:
+    embedder, _ = make(True)
+    await embedder.embed_one("a")
+    await embedder.embed_one("a")
+    await embedder.embed(["a", "b", "b"])
+    await embedder.embed([*many(), "a"])
+    await embedder.embed(many())
+    stats = embedder.stats()
+    assert (stats.cache_hits, stats.cache_misses) == (1 + 1 + 1 + 100, 1 + 1 + 100)
+
+
 # ---- with a real server
 
 
@@ -504,6 +530,82 @@ async def test_if_the_one_who_sends_is_cancelled_another_one_sends() -> None:
     assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert provider.in_flight == 0
+
+
+@pytest.mark.virtual_time
+async def test_one_who_waits_may_be_cancelled_and_harms_nobody() -> None:
+    embedder, provider = make(True, latency_s=1)
+    calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
+    await asyncio.sleep(0.5)
+    calls[1].cancel()
+    await asyncio.wait(calls)
+    assert [call.cancelled() for call in calls] == [False, True, False]
+    right(calls[2].result().embeddings, many())
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.virtual_time
+async def test_closing_ends_those_who_send_and_those_who_wait() -> None:
+    embedder, _ = make(True, latency_s=100)
+    calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
+    await asyncio.sleep(0.5)
+    await embedder.aclose(0)
+    await asyncio.wait(calls)
+    assert [type(call.exception()) for call in calls] == [TransportError] * 3
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.virtual_time
+async def test_what_has_come_and_is_on_its_way_into_the_cache_is_a_hit() -> None:
+    class SlowToKeep(Recorded):
+        async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
+            await asyncio.sleep(10)
+            await super().put(vectors)
+
+    embedder, provider = make(SlowToKeep(), latency_s=1)
+    job = asyncio.create_task(embedder.embed(many()))
+    await asyncio.sleep(2)
+    assert not job.done()
+    right([await embedder.embed_one("text 7")], ["text 7"])
+    right((await embedder.embed(["text 8", "text 9"])).embeddings, ["text 8", "text 9"])
+    right((await embedder.embed(many())).embeddings, many())
+    assert not job.done()
+    await job
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.virtual_time
+async def test_nobody_waits_for_a_stream_which_may_stand_still() -> None:
+    async def source() -> AsyncIterator[str]:
+        for text in many():
+            yield text
+        await asyncio.sleep(1_000)
+
+    embedder, provider = make(True, latency_s=1)
+    async with aclosing(embedder.stream(source())) as items:
+        reading = asyncio.create_task(anext(items))
+        await asyncio.sleep(0.1)
+        assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
+        right((await embedder.embed(many())).embeddings, many())
+        await reading
+    assert len(sent(provider)) == 200
+
+
+@pytest.mark.virtual_time
+async def test_a_stream_hands_out_what_it_has_when_its_source_falls_silent() -> None:
+    received = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        await received.wait()
+        yield "b"
+
+    embedder, _ = make(True, latency_s=1)
+    seen = []
+    async for item in embedder.stream(source()):
+        seen.append(item.record.text)
+        received.set()
+    assert seen == ["a", "b"]
 
 
 @pytest.mark.virtual_time
@@ -744,26 +846,72 @@ async def test_what_was_paid_for_is_kept_even_if_the_store_refuses_it() -> None:
     assert len(cache) == 2
 
 
+async def test_what_takes_the_vectors_may_raise_and_is_heard() -> None:
+    cache = MemoryCache()
+    lookup = Lookup(cache, {}, lambda: 4)
+    text = Text("a", [0])
+
+    async def deliver(_: Outcome) -> None:
+        raise KeyError("its own")
+
+    async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
+        async for texts in slices:
+            await deliver(Outcome(texts, np.zeros((len(texts), 4), np.float32)))
+
+    async def slices() -> AsyncIterator[Sequence[Text]]:
+        yield [text]
+
+    with pytest.raises(KeyError, match="its own"):
+        await CachedCall(lookup, Run(), deliver, send, at_once=True).run(slices())
+    assert len(cache) == 1
+    assert lookup.in_flight == {}
+
+
+class SlowStore:
+    """Takes three seconds for a batch."""
+
+    def __init__(self) -> None:
+        self.stored: list[Any] = []
+
+    async def prepare(self, model: str, dimensions: int | None) -> None: ...
+
+    async def existing(self, model: str, hashes: Mapping[Any, str]) -> set[Any]:
+        return set()
+
+    async def write(self, model: str, rows: Sequence[Any]) -> Mapping[Any, Any]:
+        await asyncio.sleep(3)
+        self.stored.extend(row.id for row in rows)
+        return {}
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("known", [True, False], ids=["storing hits", "storing and keeping what came"])
+async def test_an_ingest_that_is_cancelled_leaves_nothing_behind(known: bool) -> None:
+    class SlowCache(Recorded):
+        async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
+            await asyncio.sleep(100)
+
+    cache = MemoryCache() if known else SlowCache()
+    if known:
+        await make(cache)[0].embed(many())
+    embedder, provider = make(cache)
+    store = SlowStore()
+    call = asyncio.create_task(ingest(list(enumerate(many())), embedder, store))
+    await asyncio.sleep(1)
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert (provider.in_flight, store.stored) == (0, [])
+
+
 @pytest.mark.virtual_time
 async def test_a_run_that_is_asked_to_end_stores_the_hits_it_has_begun_to_store() -> None:
-    stored: list[Any] = []
-
-    class Slow:
-        async def prepare(self, model: str, dimensions: int | None) -> None: ...
-
-        async def existing(self, model: str, hashes: Mapping[Any, str]) -> set[Any]:
-            return set()
-
-        async def write(self, model: str, rows: Sequence[Any]) -> Mapping[Any, Any]:
-            await asyncio.sleep(3)
-            stored.extend(row.id for row in rows)
-            return {}
-
     cache = MemoryCache()
     await make(cache)[0].embed(many(0, 3_000))
     embedder, _ = make(cache)
-    stop = asyncio.Event()
+    store, stop = SlowStore(), asyncio.Event()
     asyncio.get_running_loop().call_later(1, stop.set)
-    report = await ingest(list(enumerate(many(0, 3_000))), embedder, Slow(), stop=stop)
-    assert report.success_count == len(stored) > 0
+    report = await ingest(list(enumerate(many(0, 3_000))), embedder, store, stop=stop)
+    assert report.success_count == len(store.stored) > 0
     assert report.seen == report.success_count < 3_000
