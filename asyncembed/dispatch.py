@@ -1,5 +1,4 @@
-"""An embedder on one event loop: its engine, the calls that share requests, the cache before both, and all that is
-under way."""
+"""An embedder on one event loop: its engine, the calls that share requests, the cache, and all that is under way."""
 
 from __future__ import annotations
 
