@@ -23,7 +23,7 @@ from pathlib import Path
 
 import asyncpg
 
-from asyncembed import Embedder, IngestReport, PostgresSink, PostgresSource, ingest
+from asyncembed import AsyncEmbedError, Embedder, IngestReport, PostgresSink, PostgresSource, ingest
 
 QUERY = "SELECT id, title, content FROM articles ORDER BY id"
 
@@ -79,13 +79,19 @@ async def run(dsn: str, model: str) -> int:
     loop = asyncio.get_running_loop()
 
     def end(number: int) -> None:
+        print("storing what is under way; once more to end at once", file=sys.stderr, flush=True)
         received.append(number)
         stop.set()
-        loop.remove_signal_handler(number)  # a second one ends us at once
+        loop.remove_signal_handler(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end, number)
-    report = await transfer(dsn, model, stop)
+    try:
+        report = await transfer(dsn, model, stop)
+    except (AsyncEmbedError, asyncpg.PostgresError, OSError) as error:
+        # what was stored stays; the next run does the rest
+        print(*filter(None, (getattr(error, "report", None), error)), sep="\n", file=sys.stderr)
+        return 1
     print(report)
     for failure in report.failures[:10]:
         print(f"article {failure.id}: {failure.error}", file=sys.stderr)

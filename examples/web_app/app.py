@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 
 from asyncembed import AsyncEmbedError
 
@@ -89,12 +90,16 @@ async def read_text(request: Request, most_bytes: int) -> str:
 
     Raises:
         HTTPException: It is too long (413; the rest of it stays unread) or no UTF-8 (415).
+        ClientLeftError: The client hung up in the middle of it.
     """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most_bytes:
-            raise HTTPException(413, f"A document has at most {most_bytes:,} bytes.")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most_bytes:
+                raise HTTPException(413, f"A document has at most {most_bytes:,} bytes.")
+    except ClientDisconnect:
+        raise ClientLeftError from None
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -91,20 +91,20 @@ class DocumentSearch:
         ):
             await store.prepare(embedder.model, embedder.dimensions)
             service = cls(embedder, store, settings)
-            await service.warm_up()
+            await service._warm_up()
+            # What is loaded by now stays. The garbage collector, which looked through all of it now and then, kept the
+            # loop for up to 100 ms each time (`python -m tests.examples.load`).
+            gc.collect()
+            gc.freeze()
             try:
                 yield service
             finally:
                 gc.unfreeze()
 
-    async def warm_up(self) -> None:
+    async def _warm_up(self) -> None:
         """Load now what the first requests would wait for. If the provider does not answer, `/health` will tell."""
         await self.health()  # the provider's driver
         await self.embedder.plan(["ready"])  # the tokenizer; this sends nothing
-        # What is loaded by now stays. The garbage collector, which looked through all of it now and then, kept the
-        # loop for up to 100 ms each time (`python -m tests.examples.load`).
-        gc.collect()
-        gc.freeze()
 
     async def search(self, question: str, k: int) -> list[Hit]:
         """Return the k sections nearest to the question, best first.
@@ -124,7 +124,8 @@ class DocumentSearch:
         Raises:
             AsyncEmbedError: What was embedded is stored; doing it again does the rest.
         """
-        # two versions of one document at once would delete each other's sections
+        # Two versions of one document at once would delete each other's sections. Several workers do not know of each
+        # other: there, the last of two versions should be stored once more.
         async with self._writing.setdefault(name, asyncio.Lock()):
             sections = await asyncio.to_thread(self._split, name, text)
             report = await ingest(sections, self.embedder, self._store, deadline=self._settings.document_deadline_s)
@@ -139,6 +140,7 @@ class DocumentSearch:
     async def _delete(self, name: str, kept: set[str]) -> int:
         """Delete the document's sections but for those that are kept. Ids are `name#…`, and no name has a `#`."""
         model = self.embedder.model
+        # looks through all ids, a page at a time: for many documents, note each one's ids in a table of your own
         gone = [id async for id in self._store.ids(model) if id.startswith(f"{name}#") and id not in kept]
         return await self._store.delete(gone, model) if gone else 0
 

@@ -149,6 +149,6 @@ def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: B
         browser.wait_for(f"{STATUS} === 'Searching …' && document.getElementById('hits').ariaBusy === 'true'")
         gate.set()
         browser.wait_for(f"{HITS}.length === 3 && document.getElementById('hits').ariaBusy === 'false'")
-        browser.type("Enter", into="#question")
+        browser.type(" and butter", into="#question")
         browser.wait_for(f"{STATUS} === 'The embedding service does not answer as it should. Try again later.'")
         assert browser.ask(HITS) == []

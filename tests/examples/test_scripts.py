@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from asyncembed.testing import EmbeddingServer, InvalidInput, poison
+from asyncembed.testing import EmbeddingServer, InvalidInput, poison, script
 from examples.etl import ARTICLES, CHANGES, transfer
+from tests.examples.held import Held
 from tests.stores import told
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,6 +50,14 @@ def test_the_transfer_shows_itself_in_a_database_of_its_own() -> None:
     assert nearest.endswith("Bread")
 
 
+def provided(server: EmbeddingServer) -> dict[str, str]:
+    return {
+        "OPENAI_BASE_URL": server.base_url,
+        "OPENAI_API_KEY": "any",
+        "EMBEDDING_MODEL": "text-embedding-3-small",
+    }
+
+
 def vectors(dsn: str) -> dict[int, Any]:
     return dict(told(dsn, "SELECT article_id, embedding::text FROM article_embeddings"))
 
@@ -81,11 +91,39 @@ async def test_a_transfer_that_is_stopped_keeps_what_it_has_and_deletes_nothing(
     assert sorted(vectors(dsn)) == [1, 2, 3]
 
 
+async def test_a_transfer_that_is_terminated_stores_what_is_under_way(dsn: str) -> None:
+    told(dsn, *ARTICLES.split(";"))
+    gate = asyncio.Event()
+    async with EmbeddingServer(faults=script([Held(gate)])) as server:
+        job = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "examples.etl"),
+            cwd=ROOT,
+            env={**os.environ, **provided(server), "DATABASE_URL": dsn},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        await server.until(lambda: server.in_flight == 1)
+        job.send_signal(signal.SIGTERM)
+        assert job.stderr is not None
+        assert b"storing what is under way" in await job.stderr.readline()
+        gate.set()
+        out, _ = await job.communicate()
+    assert job.returncode == 128 + signal.SIGTERM
+    assert b"3 stored" in out
+    assert sorted(vectors(dsn)) == [1, 2, 3]
+
+
+def test_a_transfer_that_cannot_be_done_says_so_in_a_line(dsn: str) -> None:
+    done = run("examples.etl", DATABASE_URL=dsn)
+    assert done.returncode == 1
+    assert "articles" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 async def test_a_refused_article_is_named_and_the_others_are_transferred(dsn: str) -> None:
     told(dsn, *ARTICLES.split(";"))
     with EmbeddingServer(faults=poison(lambda text: "Bicycle" in text, InvalidInput())).in_thread() as server:
-        environment = {"OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "any", "DATABASE_URL": dsn}
-        done = await asyncio.to_thread(run, "examples.etl", EMBEDDING_MODEL="text-embedding-3-small", **environment)
+        done = await asyncio.to_thread(run, "examples.etl", DATABASE_URL=dsn, **provided(server))
     assert done.returncode == 1
     assert "2 stored, 0 skipped, 1 failed" in done.stdout
     assert done.stderr.startswith("article 2: ")

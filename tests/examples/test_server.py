@@ -7,30 +7,18 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from asyncembed.testing import EmbeddingServer, Fault, Hang, script
+from asyncembed.testing import EmbeddingServer, Hang, script
+from tests.examples.held import Held
 from tests.examples.server import WebApp, web_app
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX's")
 
 MODEL = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
-
-
-@dataclass(frozen=True)
-class Held(Fault):
-    """The right answer, once it is let go."""
-
-    gate: asyncio.Event
-
-    async def send(self, wire: Any, answer: Any) -> None:
-        await self.gate.wait()
-        await wire.send(answer)
 
 
 @asynccontextmanager

@@ -232,31 +232,64 @@ async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp
 # ---- clients that leave ----
 
 
-async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered(
-    open_app: OpenApp, provider: EmbeddingServer
-) -> None:
-    left = asyncio.Event()
+async def ask_and_leave(
+    client: httpx.AsyncClient, method: str, path: str, messages: list[dict[str, Any]], left: asyncio.Event
+) -> list[Any]:
+    """Send a request of these messages, hang up when that is told; return what the app sent."""
+    sent: list[Any] = []
+    messages = [*messages]
 
     async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop(0)
         await left.wait()
         return {"type": "http.disconnect"}
-
-    sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": "/search", "query_string": b"q=bread", "headers": []}
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": []}
+    app: Any = client._transport.app
+    await app(scope, receive, send)
+    return sent
+
+
+async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    left = asyncio.Event()
     async with open_app(embedding_model=MODEL) as client:
         provider.faults = script([Hang()])
-        app: Any = client._transport.app
         async with asyncio.TaskGroup() as group:
-            group.create_task(app(scope, receive, send))
+            asking = group.create_task(ask_and_leave(client, "GET", "/search?q=bread", [], left))
             await provider.until(lambda: provider.in_flight == 1)
             left.set()
         await provider.until(lambda: provider.in_flight == 0)
+        assert asking.result()[0]["status"] == 499
+        assert await ids(client) == []
+
+
+async def test_half_a_document_is_not_stored(open_app: OpenApp) -> None:
+    left = asyncio.Event()
+    left.set()
+    async with open_app() as client:
+        half: dict[str, Any] = {"type": "http.request", "body": b"# Half a", "more_body": True}
+        sent = await ask_and_leave(client, "PUT", "/documents/half.md", [half], left)
         assert sent[0]["status"] == 499
         assert await ids(client) == []
+
+
+async def test_a_document_is_stored_to_its_end_though_its_client_hangs_up(
+    open_app: OpenApp, provider: EmbeddingServer
+) -> None:
+    left = asyncio.Event()
+    left.set()
+    async with open_app(embedding_model=MODEL) as client:
+        whole: dict[str, Any] = {"type": "http.request", "body": HOUSE.encode(), "more_body": False}
+        sent = await ask_and_leave(client, "PUT", "/documents/house.md", [whole], left)
+        assert sent[0]["status"] == 200
+        assert len(await ids(client)) == 3
 
 
 # ---- what operators read ----
