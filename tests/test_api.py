@@ -36,9 +36,24 @@ def test_no_export_hides_a_module() -> None:
     assert modules.isdisjoint(asyncembed.__all__)
 
 
+def test_importing_the_package_loads_nothing_else_and_tells_its_names_all_the_same() -> None:
+    code = """
+import sys, asyncembed
+assert "numpy" not in sys.modules
+assert set(asyncembed.__all__) <= set(dir(asyncembed))
+from asyncembed import AsyncEmbedError, TransportError
+assert issubclass(TransportError, AsyncEmbedError)
+assert "numpy" not in sys.modules
+from asyncembed import *
+assert Embedder is asyncembed.Embedder is asyncembed.embedder.Embedder
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 @pytest.mark.parametrize("driver", ["openai", "httpx2", "tiktoken", "toktok", "asyncpg", "wordllama", "click", "rich"])
 def test_importing_the_package_loads_no_driver(driver: str) -> None:
-    code = f"import sys, asyncembed; sys.exit({driver!r} in sys.modules)"
+    code = f"import sys, asyncembed; asyncembed.Embedder; sys.exit({driver!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
