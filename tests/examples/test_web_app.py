@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, ServerError, poison, script
+from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, Late, ServerError, poison, script
 from examples.web_app.app import PAGE
 from examples.web_app.settings import Settings
 from tests.examples.conftest import OpenApp
@@ -89,16 +89,24 @@ async def test_a_new_version_replaces_the_old_one_and_embeds_only_what_changed(o
         ]
 
 
-async def test_of_two_versions_at_once_one_is_stored_whole(open_app: OpenApp, store: str) -> None:
+async def test_of_two_versions_at_once_one_is_stored_after_the_other(
+    open_app: OpenApp, store: str, provider: EmbeddingServer
+) -> None:
     first = "".join(f"# First {number}\n\nA text.\n" for number in range(20))
-    async with open_app(database_url=store) as client, asyncio.TaskGroup() as group:
+    async with open_app(embedding_model=MODEL, database_url=store) as client:
+        provider.faults = script([], then=Late(0.05))  # long enough for the other one to come in between, if it could
         async with asyncio.TaskGroup() as both:
             both.create_task(put(client, "page.md", first))
             both.create_task(put(client, "page.md", first.replace("First", "Second")))
+        assert provider.max_in_flight == 1
         assert len({id.split("-")[0] for id in await ids(client)}) == 1
         assert len(await ids(client)) == 20
-        group.create_task(put(client, "page.md", ""))
+
+
+async def test_a_document_without_text_is_gone(open_app: OpenApp, store: str) -> None:
     async with open_app(database_url=store) as client:
+        await put(client, "house.md", HOUSE)
+        assert (await put(client, "house.md", ""))["deleted"] == 3
         assert await ids(client) == []
 
 
