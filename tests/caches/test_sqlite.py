@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sqlite3
 import stat
@@ -75,6 +76,7 @@ async def test_the_file_holds_little_endian_float32_and_is_for_its_owner_alone(p
         (key_of("a"), "0000C03F000000C00000803E")
     ]
     assert database.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)  # so who reads waits for nobody
     database.close()
 
 
@@ -142,17 +144,23 @@ async def test_whatever_the_sizes_the_file_stays_within_its_bytes(puts: list[tup
     assert size_of(path) <= LEAST_BYTES
 
 
-async def test_hits_alone_count_as_use_too(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("used", "closed"),
+    [pytest.param(MOST_NOTED, False, id="many"), pytest.param(30, True, id="few, until it is closed")],
+)
+async def test_hits_alone_count_as_use_too(path: Path, used: int, closed: bool) -> None:
     cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
     await cache.put(numbered(0, 3_000))
-    await cache.get([key_of(number) for number in range(MOST_NOTED)])  # noted without any writing
-    await cache.aclose()
+    await cache.get([key_of(number) for number in range(used)])
+    if closed:
+        await cache.aclose()
 
     again = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
     await again.put(numbered(3_000, 3_900))
     left = await again.get([key_of(number) for number in range(3_000)])
     await again.aclose()
-    assert {key_of(number) for number in range(MOST_NOTED)} <= set(left)
+    await cache.aclose()
+    assert {key_of(number) for number in range(used)} <= set(left)
     assert len(left) < 3_000
 
 
@@ -217,9 +225,10 @@ async def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Pat
     assert content(path) == b"a diary, not a database" * 100
 
 
-async def test_somebody_elses_database_is_refused_and_left_as_it_is(path: Path) -> None:
+@pytest.mark.parametrize("made_by", ["CREATE TABLE vectors (name TEXT)", "PRAGMA application_id = 7"])
+async def test_somebody_elses_database_is_refused_and_left_as_it_is(path: Path, made_by: str) -> None:
     database = sqlite3.connect(path)
-    database.execute("CREATE TABLE vectors (name TEXT)")
+    database.execute(made_by)
     database.close()
     before = content(path)
     await refused(path, "is a database, but no cache")
@@ -360,6 +369,72 @@ async def test_lookups_cancelled_at_any_time_harm_nobody(path: Path) -> None:
     await cache.aclose()
 
 
+async def test_a_lookup_cancelled_before_its_turn_is_forgotten(path: Path) -> None:
+    cache = SQLiteCache(path)
+    lane = cache._lanes.get()
+    async with lane.turn:
+        task = asyncio.create_task(cache.get([key_of("a")]))
+        await asyncio.sleep(0)
+        assert len(lane.waiting) == 1
+        task.cancel()
+        await asyncio.wait([task])
+    assert lane.waiting == set()
+
+
+async def test_if_the_work_for_all_breaks_off_those_who_wait_do_it_themselves(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 5))
+    read, errors = CacheFile.read, [MemoryError()]
+
+    def at_first_without_memory(self: CacheFile, keys: list[bytes]) -> object:
+        if errors:
+            raise errors.pop()
+        return read(self, keys)
+
+    monkeypatch.setattr(CacheFile, "read", at_first_without_memory)
+    tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(5)]
+    await asyncio.wait(tasks)
+    assert isinstance(tasks[0].exception(), MemoryError)
+    assert [set(task.result()) for task in tasks[1:]] == [{key_of(number)} for number in range(1, 5)]
+    await cache.aclose()
+
+
+async def test_an_error_that_nobody_waits_for_any_more_is_not_told_as_lost(path: Path) -> None:
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    fill(path, b"no database" * 1_000)
+    cache = SQLiteCache(path)
+    tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(5)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    del tasks, task
+    gc.collect()
+    assert told == []
+    await cache.aclose()
+
+
+async def test_a_writing_that_breaks_off_in_the_middle_leaves_nothing_open(path: Path) -> None:
+    cache = SQLiteCache(path)
+    await cache.put(numbered(0, 5))
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
+    other.execute(
+        f"CREATE TRIGGER refuse BEFORE INSERT ON vectors WHEN new.key = x'{key_of(7).hex()}'"
+        " BEGIN SELECT raise(ABORT, 'no'); END"
+    )
+    with pytest.raises(AsyncEmbedError, match="cannot be used: no"):
+        await cache.put(numbered(5, 10))
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("ROLLBACK")
+    other.close()
+    assert set(await cache.get([key_of(number) for number in range(10)])) == set(numbered(0, 5))
+    await cache.put(numbered(8, 10))
+    await cache.aclose()
+
+
 async def test_an_error_reaches_all_who_were_asked_for_together(path: Path) -> None:
     fill(path, b"no database" * 1_000)
     cache = SQLiteCache(path)
@@ -431,6 +506,7 @@ async def use(name):
 
 asyncio.run(use("parent"))
 child = os.fork()
+assert cache._file._connection is None
 asyncio.run(use("child" if child == 0 else "parent again"))
 if child == 0:
     os._exit(0)
