@@ -6,39 +6,54 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 class WebApp:
-    """A running server, and what it said so far."""
+    """A running server, and what it has said so far: read at once, so that it never waits for its reader."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.log = ""
-        self.url = self.wait_for(r"running on (http://127\.0\.0\.1:\d+)")
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
-    def wait_for(self, pattern: str) -> str:
-        """Read on until a line of the log has the pattern; return its group."""
+    @property
+    def url(self) -> str:
+        found = re.search(r"running on (http://127\.0\.0\.1:\d+)", self.log)
+        assert found is not None, self.log
+        return found[1]
+
+    def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log += line
-            if found := re.search(pattern, line):
-                return found[1]
-        raise AssertionError(f"it ended without saying {pattern!r}:\n{self.log}")
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def wait_for(self, words: str) -> None:
+        """Wait until a further line of the log has these words."""
+        while (line := self._lines.get()) is not None:
+            if words in line:
+                return
+        raise AssertionError(f"it ended without saying {words!r}:\n{self.log}")
 
     def rss_bytes(self) -> int:
         """The memory it has now (Linux)."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def wait(self) -> int:
-        """Read the log to its end; return the exit code."""
-        _, rest = self.process.communicate(timeout=30)
-        self.log += rest
-        return self.process.returncode
+        """Wait for its end; return the exit code."""
+        code = self.process.wait(timeout=30)
+        self._reader.join()
+        return code
 
 
 @contextmanager
@@ -47,8 +62,15 @@ def web_app(folder: Path, *, watched: bool = False, **environment: str) -> Itera
     command = ["examples.web_app"]
     if watched:
         command = ["uvicorn", "tests.examples.watched:make_app", "--factory", "--port=0", "--no-access-log"]
-    with _process(*command, PORT="0", **{"DATABASE_URL": str(folder / "search.db"), **environment}) as process:
-        yield WebApp(process)
+    surroundings = {"PORT": "0", "DATABASE_URL": str(folder / "search.db"), **environment}
+    with _process(*command, stderr=subprocess.PIPE, **surroundings) as process:
+        app = WebApp(process)
+        try:
+            app.wait_for("running on http")
+            yield app
+        finally:
+            process.kill()
+            app.wait()
 
 
 @contextmanager
@@ -58,22 +80,20 @@ def provider(dimensions: int, latency_s: float, fault_rate: float) -> Iterator[s
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with _process("asyncembed.testing", *arguments, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
 
 
-@contextmanager
 def _process(
-    module: str, *arguments: str, stdout: int = subprocess.DEVNULL, **environment: str
-) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
+    module: str, *arguments: str, stdout: int = subprocess.DEVNULL, stderr: int | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    )

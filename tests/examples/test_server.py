@@ -49,7 +49,7 @@ async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(
             await provider.until(lambda: provider.in_flight == 3)
 
             app.process.send_signal(signal.SIGTERM)
-            await asyncio.to_thread(app.wait_for, "(Waiting for connections to close)")
+            await asyncio.to_thread(app.wait_for, "Waiting for connections to close")
             assert await refuses(app.url)
             gate.set()
         code = await asyncio.to_thread(app.wait)
