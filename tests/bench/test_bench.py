@@ -83,9 +83,17 @@ def test_inputs_are_counted_without_parsing(given: object, count: int, style: di
     assert (asked.inputs, asked.base64) == (count, True)
 
 
-def test_texts_are_charged_by_bytes_and_ids_by_number() -> None:
+def test_texts_are_charged_by_bytes_and_ids_by_what_their_texts_would_be() -> None:
     assert read_body(json.dumps({"input": ["a" * 400, "b" * 40]}).encode()).tokens == 110  # 440 / 4
-    assert read_body(json.dumps({"input": [[5, 6, 7], [8]]}).encode()).tokens == 4
+    assert read_body(json.dumps({"input": [[5, 6, 7], [8]]}).encode()).tokens == 6  # 4 * 6.1 / 4
+
+
+def test_a_text_of_the_corpus_costs_as_much_in_ids_as_in_bytes() -> None:
+    toktok = pytest.importorskip("toktok")
+    texts = sections(500)
+    ids = [[0] * count for count in toktok.batch_count(texts, "cl100k_base", threads=1)]
+    charged = [read_body(json.dumps({"input": given}).encode()).tokens for given in (texts, ids)]
+    assert charged[0] == pytest.approx(charged[1], rel=0.01)
 
 
 def test_a_body_without_input_is_refused() -> None:
