@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL_HOST = "api.openai.com"
 
-# Below this a reply is looked through where it is: 0.1 ms of work, no more than a thread costs.
+# Below this a body is encoded and a reply looked through where it is: 0.1 ms of work, no more than a thread costs.
 INLINE_BYTES = 64 * 1024
 
 # What `encoding_format` is tried with, in turn, when a server refuses it: base64 is a third of the bytes, old vLLM
@@ -183,7 +183,7 @@ class OpenAIProvider:
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None, place: Place | None) -> Reply:
         size = sum(map(len, texts))
-        body = client.http.to_json(self._fields(texts, encoding))
+        body = await in_thread_if(size >= INLINE_BYTES, client.http.to_json, self._fields(texts, encoding))
         decoder = Decoder(len(texts), self._expected, place)
         response, refused = await self._post(client, body, decoder)
         if not response.is_success:
