@@ -31,7 +31,7 @@ from asyncembed.testing.limits import Rates
 MAX_INPUTS = 2_048
 # Different vectors among them: enough to notice one in the wrong place, few enough to write as numbers in a second.
 _DIFFERENT = 256
-# Of the corpus in cl100k_base, so that a text costs as much in ids as in bytes, and who sends ids is no faster for that.
+# Of the corpus in cl100k_base. So a text costs as much in ids as in bytes, and who sends ids is no faster for that.
 _BYTES_A_TOKEN = 6.1
 _INPUT = re.compile(rb'"input"\s*:\s*(?=("|\[\s*.))', re.DOTALL)
 _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
