@@ -4,7 +4,7 @@ Importing this loads httpx2, so `openai` does it in a thread when it is first ne
 
 What httpx2 brings reads 64 kB at a time and copies each byte seven times on its way. Here a reply goes from the socket
 to the decoder, and what asyncio has for speed (a buffer of our own, TLS in the transport) is used. h11 writes and reads
-the heads, and the bodies that are not plain bytes of a known length. Measured, in ms of CPU for 128 MB of replies: 40 in
+the heads, and the bodies that are not plain bytes of a known length. Measured for 128 MB of replies: 40 ms of CPU in
 place of 175, and 100 in place of 410 through TLS.
 """
 
