@@ -546,9 +546,9 @@ async def test_one_who_waits_may_be_cancelled_and_harms_nobody() -> None:
 
 @pytest.mark.virtual_time
 async def test_closing_ends_those_who_send_and_those_who_wait() -> None:
-    embedder, _ = make(True, latency_s=100)
+    embedder, _ = make(True, latency_s=1, max_batch_size=10, concurrency=1)
     calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(2.5)
     await embedder.aclose(0)
     await asyncio.wait(calls)
     assert [type(call.exception()) for call in calls] == [TransportError] * 3
