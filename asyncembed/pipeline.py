@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from .batches import Outcome
 from .embedder import Embedder
@@ -29,6 +29,9 @@ from .weighing import Text, check_text, unique
 # after 0.28 s in place of 0.1; bench/ingest.py). A record that takes longer alone is worth a thread.
 TURN_S = 0.00025
 RECORDS_A_TURN = 64
+
+WhyUnfit: TypeAlias = Callable[[RecordId], str | None]
+"""What a sink may have as `why_unfit`, so that an id it cannot hold is not paid for: returns what is wrong with it."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
@@ -139,6 +142,7 @@ class _Job:
         self._report = IngestReport()
         self._count = 0
         self._records_a_turn = 8
+        self._why_unfit: WhyUnfit = getattr(sink, "why_unfit", lambda id: None)
         self._pending: dict[int, _Pending] = {}
         self._in_flight: set[str] = set()
         self._held: dict[str, _Pending] = {}
@@ -171,7 +175,7 @@ class _Job:
         while start < len(some):
             turn = some[start : start + self._records_a_turn]
             began = clock()
-            found = await in_thread_if(self._records_a_turn == 1, _checked, self._count, turn)
+            found = await in_thread_if(self._records_a_turn == 1, _checked, self._count, turn, self._why_unfit)
             fitting = int(len(turn) * TURN_S / max(clock() - began, 1e-6))
             self._records_a_turn = max(1, min(RECORDS_A_TURN, fitting))
             good.extend(found[0])
@@ -285,7 +289,7 @@ def _row(pending: _Pending, vector: Vectors) -> Row:
     return Row(record.id, record.text, vector, pending.content_hash, pending.metadata)
 
 
-def _checked(first: int, some: Sequence[Any]) -> tuple[list[_Pending], list[Failure]]:
+def _checked(first: int, some: Sequence[Any], why_unfit: WhyUnfit) -> tuple[list[_Pending], list[Failure]]:
     """Tell the good records of a slice from the bad ones, before anything is paid for either."""
     good: list[_Pending] = []
     bad: list[Failure] = []
@@ -297,7 +301,8 @@ def _checked(first: int, some: Sequence[Any]) -> tuple[list[_Pending], list[Fail
             check_text(record.text)
             key = str(record.id)
             metadata = _as_json(record.metadata)
-            if (reason := why_unstorable(key, record.text, metadata)) is not None:
+            reason = why_unstorable(key, record.text, metadata) or why_unfit(record.id)
+            if reason is not None:
                 raise InvalidRecordError(reason)
         except InputError as error:
             bad.append(Failure(index, error, record_id))

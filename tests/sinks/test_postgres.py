@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from pgvector.asyncpg import register_vector
 
+from asyncembed import Embedder, ingest
 from asyncembed.errors import RowRefusedError, SinkConfigError, SinkError
 from asyncembed.sinks import PostgresSink
+from tests.fakes import FakeProvider
 from tests.stores import address, told
 
 from .sink_rows import MODEL, hashes, nearest, row, rows, vec
@@ -288,6 +290,29 @@ async def test_ids_that_the_column_cannot_hold_are_refused_alone(dsn: str) -> No
         assert [id async for id in sink.ids(MODEL)] == ["1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("id_type", "good", "bad", "words"),
+    [
+        ("bigint", [1, "-7"], ["seven", 2**63], "it is no bigint"),
+        ("uuid", [UUIDS[0]], ["seven", 5], "it is no uuid"),
+        ("text", ["seven", 5], [], ""),
+    ],
+)
+async def test_ids_that_the_column_cannot_hold_are_not_paid_for(
+    dsn: str, id_type: str, good: list[Any], bad: list[Any], words: str
+) -> None:
+    told(dsn, section_table(id_type))
+    provider = FakeProvider(latency_s=0)
+    embedder = Embedder("fake", provider=provider)
+    async with PostgresSink(dsn, table="section_embeddings", columns=SECTIONS) as sink:
+        told(dsn, "ALTER TABLE section_embeddings ALTER embedding TYPE vector(4)")
+        report = await ingest([(id, f"text of {id}") for id in (*bad, *good)], embedder, sink)
+        assert report.failed_ids == bad
+        assert all(words in str(failure.error) for failure in report.failures)
+        assert [text for request in provider.requests for text in request] == [f"text of {id}" for id in good]
+        assert report.success_count == await sink.count() == len(good)
+
+
 async def test_two_spellings_of_one_id_are_one_row(dsn: str) -> None:
     told(dsn, section_table("uuid"))
     async with PostgresSink(dsn, table="section_embeddings", columns=SECTIONS) as sink:
@@ -529,6 +554,19 @@ async def test_a_pool_that_was_handed_in_is_used_and_never_closed_nor_changed(ds
                 assert pool.get_idle_size() == 1
         assert not pool.is_closing()
         assert isinstance(await pool.fetchval("SELECT embedding FROM embeddings LIMIT 1"), str)
+
+
+async def test_a_pool_that_was_handed_in_is_asked_once_whether_it_knows_pgvector(dsn: str) -> None:
+    asked: list[str] = []
+
+    async def init(connection: Any) -> None:
+        connection.add_query_logger(lambda record: asked.append(record.query))
+
+    async with asyncpg.create_pool(dsn, min_size=1, max_size=1, init=init) as pool, PostgresSink(pool) as sink:
+        for _ in range(3):
+            assert await sink.write(MODEL, rows(5)) == {}
+        assert sum("SELECT '[1]'::" in query for query in asked) == 1
+        assert sum(query.startswith("INSERT INTO") for query in asked) >= 3
 
 
 async def test_the_codecs_of_a_pool_that_was_handed_in_do_not_matter(dsn: str) -> None:

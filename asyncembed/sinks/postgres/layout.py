@@ -130,6 +130,11 @@ class Layout:
         """The type of the id column."""
         return self._column("id").type
 
+    @property
+    def holds_any_text(self) -> bool:
+        """Whether every id has a place in the id column."""
+        return self.id_type in _TEXTS
+
     def _column(self, role: str) -> Column:
         return self.facts.columns[self.names[role]]
 
@@ -195,10 +200,10 @@ class Layout:
         """
         if not has_bytes(key):
             raise ValueError("is no text")
-        if self.id_type in _TEXTS:
+        if self.holds_any_text:
             return key
         if self.id_type == "uuid":
-            return UUID(key)
+            return _uuid(key)
         limit = 1 << (_INTEGER_BITS[self.id_type] - 1)
         if not _INTEGER.fullmatch(key) or not -limit <= int(key) < limit:
             raise ValueError(f"is no {self.id_type}")
@@ -361,3 +366,10 @@ class Layout:
             f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name.rpartition('.')[2]} ON {self.sql_table} "
             f"USING hnsw ({expression} {self.pgvector(f'{operators}_{METRICS[metric][1]}')}) WITH ({options}){of_model}"
         )
+
+
+def _uuid(key: str) -> UUID:
+    try:
+        return UUID(key)
+    except ValueError:
+        raise ValueError("is no uuid") from None

@@ -234,6 +234,16 @@ class PostgresSink:
 
         return await self._run(work)
 
+    def why_unfit(self, id: RecordId) -> str | None:
+        """Return why the table cannot hold the id; None if it can, or before `prepare` has told the column's type."""
+        if self._layout is None or self._layout.holds_any_text:
+            return None
+        try:
+            self._layout.convert(str(id))
+        except ValueError as error:
+            return f"has an id that {self._layout.where} cannot hold: it {error}"
+        return None
+
     def stored_id(self, id: RecordId) -> str:
         """Return the id as `ids` yields it, once `prepare` has told the type of the column: "007" may be "7"."""
         with suppress(ValueError):
