@@ -1,7 +1,7 @@
 """The file of an `SQLiteCache`: its schema, and what is read and written. Blocking: called in threads, one at a time.
 
     vectors(id, key, used, vector)    `key` has 32 bytes, `vector` is little-endian float32;
-                                      `used` grows with every writing: the lowest ones leave first
+                                      `used` grows with every writing: the lowest leave first
 
 No call leaves a transaction open. What SQLite raises leaves as an error of ours. No connection lives through a fork: of
 those on its other side SQLite would believe that they hold the locks of this one (seen when run: rows were lost).
@@ -86,6 +86,8 @@ class CacheFile:
         self._connection: sqlite3.Connection | None = None
         self._one_at_a_time = threading.Lock()
         self._is_filling = False
+        self._newest = 0
+        self._only_noted: int | None = None
         self._noted: set[bytes] = set()
         _files.add(self)
 
@@ -101,13 +103,16 @@ class CacheFile:
             for start in range(0, len(keys), KEYS_A_STATEMENT):
                 some = keys[start : start + KEYS_A_STATEMENT]
                 marks = ",".join("?" * len(some))
-                rows = connection.execute(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", some)
-                found.update((key, _decoded(blob)) for key, blob in rows if _is_vector(blob))
-            if self._is_filling:  # before that nobody asks who was used when
-                self._noted.update(found)
-                if len(self._noted) >= MOST_NOTED:
-                    with suppress(sqlite3.Error):  # what was found is there all the same
-                        self._write(connection, {})
+                rows = connection.execute(f"SELECT key, used, vector FROM vectors WHERE key IN ({marks})", some)
+                for key, used, blob in rows:
+                    if _is_vector(blob):
+                        found[key] = _decoded(blob)
+                        # before the file is half full nobody asks who was used when
+                        if self._is_filling and used < self._newest:
+                            self._noted.add(key)
+            if len(self._noted) >= MOST_NOTED:
+                with suppress(sqlite3.Error):  # what was found is there all the same
+                    self._write(connection, {})
         return found
 
     def write(self, vectors: Mapping[bytes, Vectors]) -> None:
@@ -183,13 +188,15 @@ class CacheFile:
         connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
         if not tables:
             connection.executescript(_SCHEMA)
-        self._is_filling = self._is_over(connection, 0.5)
+        self._newest, self._is_filling = _newest(connection), self._is_over(connection, 0.5)
 
     def _write(self, connection: sqlite3.Connection, vectors: Mapping[bytes, Vectors]) -> None:
         rows = [(key, vector.astype("<f4", copy=False).tobytes()) for key, vector in vectors.items()]
         noted, self._noted = self._noted, set()  # lost if this fails, which does no harm
         with _transaction(connection):
-            now = _number(connection, "SELECT coalesce(max(used), 0) + 1 FROM vectors")
+            now = _newest(connection)
+            if rows or now != self._only_noted:  # else all hits would be older again, and noted, whenever some are
+                now += 1
             connection.executemany("UPDATE vectors SET used = ? WHERE key = ?", ((now, key) for key in noted))
             self._make_room(connection, sum(_most_stored(blob) for _, blob in rows))
             connection.executemany(
@@ -197,6 +204,7 @@ class CacheFile:
                 " ON CONFLICT (key) DO UPDATE SET used = excluded.used, vector = excluded.vector",
                 ((key, now, blob) for key, blob in rows),
             )
+        self._newest, self._only_noted = now, None if rows else now
         self._is_filling = self._is_over(connection, 0.5)
 
     def _make_room(self, connection: sqlite3.Connection, needed: int) -> None:
@@ -286,6 +294,10 @@ def _is_vector(blob: object) -> bool:
 
 def _decoded(blob: bytes) -> Vectors:
     return np.frombuffer(blob, "<f4").astype(np.float32, copy=False)
+
+
+def _newest(connection: sqlite3.Connection) -> int:
+    return _number(connection, "SELECT coalesce(max(used), 0) FROM vectors")
 
 
 def _number(connection: sqlite3.Connection, statement: str) -> int:

@@ -164,6 +164,23 @@ async def test_hits_alone_count_as_use_too(path: Path, used: int, closed: bool) 
     assert len(left) < 3_000
 
 
+async def test_hits_of_what_was_used_last_are_not_written_again_and_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.caches.sqlite_file.MOST_NOTED", 100)
+    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    await cache.put(numbered(0, 3_000))
+    watching = sqlite3.connect(path)
+    seen: list[int] = []
+    for _ in range(4):
+        seen.append(watching.execute("PRAGMA data_version").fetchone()[0])  # changes with every commit of others
+        for start in range(0, 3_000, 500):
+            await cache.get([key_of(number) for number in range(start, start + 500)])
+    watching.close()
+    await cache.aclose()
+    assert seen[0] < seen[1] == seen[2] == seen[3]
+
+
 async def test_a_lower_limit_holds_from_the_next_writing_on(path: Path) -> None:
     large = SQLiteCache(path, max_bytes=None)
     await large.put(numbered(0, 5_000))
