@@ -41,7 +41,7 @@ class Progress:
         rate = self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
         return (
             f"{self.done:,}{total} done ({self.skipped:,} skipped, {self.failed:,} failed), "
-            f"{self.tokens:,} tokens in {self.requests:,} requests, {rate:,.0f}/s"
+            f"{_number(self.tokens, 'token')} in {_number(self.requests, 'request')}, {rate:,.0f}/s"
         )
 
 
@@ -160,9 +160,10 @@ class IngestReport:
     def __str__(self) -> str:
         cost = "" if not self.cost_usd else f", ${self.cost_usd:.4f}"
         pruned = "" if self.pruned_count is None else f", {self.pruned_count:,} pruned"
+        tokens, requests = _number(self.total_tokens, "token"), _number(self.requests, "request")
         return (
             f"{self.success_count:,} stored, {self.skipped_count:,} skipped, {self.failed_count:,} failed{pruned}; "
-            f"{self.total_tokens:,} tokens in {self.requests:,} requests{cost}, {self.elapsed_s:.1f} s"
+            f"{tokens} in {requests}{cost}, {self.elapsed_s:.1f} s"
         )
 
 
@@ -209,4 +210,9 @@ class Plan:
         about = "" if self.exact else "at most "
         cost = "price unknown" if self.cost_usd is None else f"{about}${self.cost_usd:.4f}"
         seconds = "" if self.seconds is None else f", {self.seconds:.0f} s at your limits"
-        return f"{self.texts:,} texts, {about}{self.tokens:,} tokens, {self.requests:,} requests, {cost}{seconds}"
+        tokens, requests = _number(self.tokens, "token"), _number(self.requests, "request")
+        return f"{_number(self.texts, 'text')}, {about}{tokens}, {requests}, {cost}{seconds}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
