@@ -3,7 +3,7 @@
 A reply is megabytes of vectors in a few kilobytes of JSON. `Decoder` takes the vectors out as they go by, each into a
 row of its own, and leaves their names in their places; what remains is parsed at the end, and tells which vector is
 whose. So neither the reply's text nor a Python object for each number is ever in memory, and no step takes longer than
-its piece is long: a piece of 256 kB takes 0.2 ms in base64, 1 ms in numbers (bench/decode.py).
+its piece is long: one of 128 kB takes 0.1 ms in base64 and 0.5 ms in numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _QUOTE = ord('"')
 # true or string can be written with these.
 _NUMBERS = b"0123456789+-.eE, \t\r\n[]NaInfity"
 
-# How much is decoded in one go when all is there already.
-PIECE_BYTES = 256 * 1024
+# How much is read and decoded in one go. Eight connections take 2 ms of a turn of the loop; with 256 kB, as much as
+# asyncio reads at once, the longest stall is twice as long, and nothing is faster (bench/stalls.py).
+PIECE_BYTES = 128 * 1024
 
 # What a number may need as JSON text: sign, 17 digits, point, exponent and comma. Four bytes need 16/3 in base64.
 BYTES_PER_NUMBER = 26

@@ -21,18 +21,16 @@ import h11
 import httpx2
 import pydantic_core
 
+from ..decoding import PIECE_BYTES
 from ..errors import ProtocolError
 from .connecting import connected
 
 Take: TypeAlias = Callable[[memoryview], object]
 """Is given the bytes of a body as they come; a view that is valid only until it returns."""
 
-Place: TypeAlias = tuple[str, str, int]
+Origin: TypeAlias = tuple[str, str, int]
 """Scheme, host and port."""
 
-# Eight connections that are read and decoded in one turn of the loop take it 3 ms; with 256 kB, which is what asyncio
-# reads at once, the longest stall is twice as long, and nothing is faster (bench/stalls.py).
-PIECE_BYTES = 128 * 1024
 # httpx2's limit for a head (httpcore2/_async/http11.py, MAX_INCOMPLETE_EVENT_SIZE) and for connections not in use
 # (httpx2/_config.py, keepalive_expiry): servers close theirs soon after.
 _LONGEST_HEAD = 100 * 1024
@@ -49,7 +47,10 @@ def client_for(base_url: str, connections: int) -> httpx2.AsyncClient:
     Behind a proxy of the environment's, and that is told by httpx2's own rules, its own connections are used.
     """
     proxied = any(getproxies().get(kind) for kind in ("http", "https", "all"))
-    tls = httpx2.create_ssl_context() if base_url.startswith("https:") and not proxied else None
+    tls = None
+    if base_url.startswith("https:") and not proxied:
+        tls = httpx2.create_ssl_context()
+        tls.set_alpn_protocols(["http/1.1"])
     return httpx2.AsyncClient(
         transport=None if proxied else Transport(connections, tls),
         follow_redirects=False,
@@ -151,21 +152,21 @@ class Transport(httpx2.AsyncBaseTransport):
         for connection in list(self._idle):
             if now - connection.idle_since > _KEPT_S:
                 connection.abort()
-        fitting = [connection for connection in self._idle if connection.place == _place(url) and connection.is_open]
+        fitting = [connection for connection in self._idle if connection.origin == _origin(url) and connection.is_open]
         if not fitting:
             return None
         self._idle.remove(fitting[-1])
         return fitting[-1]
 
     async def _connect(self, request: httpx2.Request) -> Connection:
-        scheme, host, port = place = _place(request.url)
+        scheme, host, port = origin = _origin(request.url)
         tls: dict[str, Any] = {"ssl": self._tls or True, "server_hostname": host} if scheme == "https" else {}
         loop = asyncio.get_running_loop()
         with _as_httpx2(httpx2.ConnectError):
             try:
                 async with asyncio.timeout(request.extensions.get("timeout", {}).get("connect")):
                     sock = await connected(host, port)
-                    _, connection = await loop.create_connection(lambda: Connection(self, place), sock=sock, **tls)
+                    _, connection = await loop.create_connection(lambda: Connection(self, origin), sock=sock, **tls)
             except TimeoutError as error:
                 raise httpx2.ConnectTimeout("no connection in time") from error
         return connection
@@ -197,8 +198,8 @@ class Transport(httpx2.AsyncBaseTransport):
 class Connection(asyncio.BufferedProtocol):
     """One connection and the request on it. Reads only while somebody waits for what comes, or nobody for anything."""
 
-    def __init__(self, owner: Transport, place: Place) -> None:
-        self.place = place
+    def __init__(self, owner: Transport, origin: Origin) -> None:
+        self.origin = origin
         self.idle_since = 0.0
         self.ended = asyncio.Event()
         self._owner = owner
@@ -317,7 +318,8 @@ class Connection(asyncio.BufferedProtocol):
             self._news = asyncio.get_running_loop().create_future()
             self._take = take
             try:
-                self._transport.resume_reading()
+                if self.is_open:  # else only the end is to come
+                    self._transport.resume_reading()
                 await self._news
             finally:
                 self._take = self._news = None
@@ -345,7 +347,8 @@ class _Body(httpx2.AsyncByteStream):
         headers = dict(head.headers)  # names in lower case
         is_plain = head.status_code == 200 and b"content-length" in headers and b"transfer-encoding" not in headers
         self.length = int(headers[b"content-length"]) if is_plain else None
-        self._may_stay = head.http_version == b"1.1" and b"close" not in headers.get(b"connection", b"").lower()
+        connection_options = [value.lower() for name, value in head.headers if name == b"connection"]
+        self._may_stay = head.http_version == b"1.1" and b"close" not in b",".join(connection_options)
         self._reusable = False
         self._closed = False
 
@@ -367,7 +370,7 @@ class _Body(httpx2.AsyncByteStream):
             self._owner.done(self._connection, reusable=self._reusable)
 
 
-def _place(url: httpx2.URL) -> Place:
+def _origin(url: httpx2.URL) -> Origin:
     scheme = url.scheme
     return scheme, url.raw_host.decode("ascii"), url.port or (443 if scheme == "https" else 80)
 

@@ -75,6 +75,11 @@ async def told_to_close(raw: RawServer, writer: asyncio.StreamWriter) -> None:
     await writer.drain()
 
 
+async def told_both(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+    writer.write(good_answer(raw.bodies[-1], extra="connection: close\r\nconnection: keep-alive\r\n"))
+    await writer.drain()
+
+
 async def closed_in_silence(raw: RawServer, writer: asyncio.StreamWriter) -> None:
     await answer(raw, writer)
     writer.close()
@@ -108,6 +113,7 @@ async def something_unasked_later(raw: RawServer, writer: asyncio.StreamWriter) 
     "act",
     [
         told_to_close,
+        told_both,
         closed_in_silence,
         as_http_1_0,
         until_the_end,
