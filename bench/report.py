@@ -64,6 +64,9 @@ class Table:
     def seconds_per_text(self, client: str) -> float:
         return self.median(client, lambda one: one.seconds / one.count) or 0.0
 
+    def texts(self, client: str) -> float | None:
+        return None if self.scenario.imports_only else self.median(client, lambda one: one.count)
+
     def texts_per_s(self, client: str) -> float | None:
         return None if self.scenario.imports_only else 1 / self.seconds_per_text(client)
 
@@ -109,7 +112,7 @@ def three_digits(value: float) -> str:
 
 
 COLUMNS = (
-    Column("texts", whole, _of("count")),
+    Column("texts", whole, Table.texts),
     Column("seconds", three_digits, _of("seconds")),
     Column("texts/s", whole, Table.texts_per_s),
     Column("CPU s", three_digits, _of("cpu_s")),
@@ -130,6 +133,7 @@ def draw(tables: Sequence[Table], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     heights = [1 + len(table.rounds) for table in tables]
     figure, panels = plt.subplots(
@@ -139,8 +143,9 @@ def draw(tables: Sequence[Table], path: Path) -> None:
         names = sorted(table.rounds, key=table.seconds_per_text)
         seconds = [table.seconds_per_text(name) * table.scenario.count for name in names]
         colors = ["#2a6fdb" if name in OURS else "#444a52" if name == "floor" else "#b7bcc4" for name in names]
-        bars = axes.barh([table.title_of(name).strip("*") for name in names], seconds, color=colors)
+        bars = axes.barh([table.title_of(name).replace("**", "") for name in names], seconds, color=colors)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # the bars have their numbers
         axes.set_xlim(min(seconds) / 2, max(seconds) * 3)
         axes.bar_label(bars, [f" {value:,.2f} s" for value in seconds], fontsize=8)
         axes.tick_params(labelsize=8)

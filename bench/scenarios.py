@@ -209,8 +209,8 @@ SCENARIOS = {
         ours="sqlite",
     ),
     "import": Scenario(
-        "the import, in a new process",
-        ("import-numpy", "asyncembed", *(name for name in PEERS if name not in _SAME_IMPORT)),
+        "importing what one needs, in a new process",
+        ("import-numpy", "import-bare", "asyncembed", *(name for name in PEERS if name not in _SAME_IMPORT)),
         None,
         count=1,
         quick_count=1,

@@ -16,7 +16,7 @@ class Client:
     Attributes:
         title: Its name in tables.
         opener: `module:function` in this package; the function is a `job.Open`.
-        imports: What its user imports.
+        imports: What its user imports, `module:name`; several with commas between.
         environment: The file in `bench/peers` with its requirements, whose environment it runs in; "" for this one.
         distribution: What has its version; "" for the standard library.
         gives_vectors: Whether rows can be looked at; else they are only counted.
@@ -33,7 +33,7 @@ class Client:
 
     @property
     def is_peer(self) -> bool:
-        return self.imports not in ("asyncembed", "socket", "numpy,asyncio")
+        return self.opener.startswith(("sdk:", "peers:"))
 
     def load(self) -> Open:
         module, _, name = self.opener.partition(":")
@@ -42,7 +42,7 @@ class Client:
 
 
 def _ours(title: str, opener: str, **options: Any) -> Client:
-    return Client(title, opener, "asyncembed", "asyncembed", **options)
+    return Client(title, opener, "asyncembed:Embedder", "asyncembed", **options)
 
 
 def _peer(title: str, opener: str, imports: str, distribution: str, **options: Any) -> Client:
@@ -50,7 +50,7 @@ def _peer(title: str, opener: str, imports: str, distribution: str, **options: A
 
 
 def _part(title: str, opener: str, distribution: str = "asyncembed") -> Client:
-    return Client(title, opener, "asyncembed", distribution, gives_vectors=False)
+    return Client(title, opener, "asyncembed:Embedder", distribution, gives_vectors=False)
 
 
 CLIENTS = {
@@ -62,46 +62,50 @@ CLIENTS = {
     "stream": _ours("`stream`", "ours:streamed", gives_vectors=False, is_lazy=True),
     "ingest-sqlite": _ours("`ingest` into SQLite", "ours:into_sqlite", gives_vectors=False, is_lazy=True),
     "ingest-postgres": _ours("`ingest` into PostgreSQL", "ours:into_postgres", gives_vectors=False, is_lazy=True),
-    "openai": Client("AsyncOpenAI, as documented", "sdk:documented", "openai", "openai"),
-    "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai", "openai"),
+    "openai": Client("AsyncOpenAI, as documented", "sdk:documented", "openai:AsyncOpenAI", "openai"),
+    "openai-raw": Client("AsyncOpenAI, raw responses", "sdk:raw", "openai:AsyncOpenAI", "openai"),
     "baseten": _peer(
         "Baseten's client (Rust), base64",
         "baseten",
-        "baseten_performance_client",
+        "baseten_performance_client:PerformanceClient",
         "baseten-performance-client",
         environment="baseten",
     ),
     "baseten-arrays": _peer(
         "Baseten's client (Rust), as documented",
         "baseten_arrays",
-        "baseten_performance_client",
+        "baseten_performance_client:PerformanceClient",
         "baseten-performance-client",
         environment="baseten",
     ),
-    "openaivec": _peer("openaivec", "openaivec", "openaivec", "openaivec", environment="openaivec"),
+    "openaivec": _peer(
+        "openaivec", "openaivec", "openaivec:AsyncBatchEmbeddings", "openaivec", environment="openaivec"
+    ),
     "llama-index": _peer(
         "LlamaIndex",
         "llama_index",
-        "llama_index.embeddings.openai",
+        "llama_index.embeddings.openai:OpenAIEmbedding",
         "llama-index-embeddings-openai",
         environment="llama-index",
     ),
-    "langchain": _peer("LangChain", "langchain", "langchain_openai", "langchain-openai", environment="langchain"),
+    "langchain": _peer(
+        "LangChain", "langchain", "langchain_openai:OpenAIEmbeddings", "langchain-openai", environment="langchain"
+    ),
     "langchain-unchecked": _peer(
         "LangChain, lengths unchecked",
         "langchain_unchecked",
-        "langchain_openai",
+        "langchain_openai:OpenAIEmbeddings",
         "langchain-openai",
         environment="langchain",
     ),
     "haystack": _peer(
         "Haystack",
         "haystack",
-        "haystack.components.embedders",
+        "haystack.components.embedders:OpenAIDocumentEmbedder",
         "haystack-ai",
         environment="haystack",
     ),
-    "litellm": _peer("LiteLLM", "litellm", "litellm", "litellm", environment="litellm"),
+    "litellm": _peer("LiteLLM", "litellm", "litellm:aembedding", "litellm", environment="litellm"),
     "count-fast": _part("`fast`: toktok", "parts:count_fast", "toktok-rs"),
     "count-tiktoken": _part("tiktoken", "parts:count_tiktoken", "tiktoken"),
     "count-bytes": _part("the bound by bytes", "parts:count_bytes"),
@@ -114,5 +118,6 @@ CLIENTS = {
     "sqlite-bare": _part("sqlite3, executemany", "parts:bare_sqlite", ""),
     "postgres": _part("**asyncembed**: PostgresSink", "parts:our_postgres"),
     "postgres-bare": _part("asyncpg, executemany, binary", "parts:bare_postgres", "asyncpg"),
+    "import-bare": Client("`import asyncembed`, and nothing of it", "", "asyncembed", "asyncembed"),
     "import-numpy": Client("`import numpy, asyncio`", "", "numpy,asyncio", "numpy"),
 }
