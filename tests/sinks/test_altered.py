@@ -162,6 +162,20 @@ async def test_a_user_who_may_not_write_is_told_before_anything_is_paid(
                 await sink.prepare(MODEL, 3)
 
 
+async def test_a_table_whose_plans_depend_on_the_values_is_taken(dsn: str) -> None:
+    told(
+        dsn,
+        "CREATE TABLE docs (id int PRIMARY KEY, embedding vector(3))",
+        "INSERT INTO docs VALUES (7)",
+        "CREATE RULE no AS ON UPDATE TO docs DO ALSO SELECT 1 / 0",  # found out by the planner: SQLSTATE 22012
+    )
+    columns = {"id": "id", "embedding": "embedding"}
+    async with PostgresSink(dsn, table="docs", columns=columns, update_only=True) as sink:
+        await sink.prepare(MODEL, 3)
+        told(dsn, "DROP RULE no ON docs")
+        assert await sink.write(MODEL, [row(7)]) == {}
+
+
 async def test_a_replica_is_noticed_before_anything_is_paid(dsn: str) -> None:
     told(dsn, "CREATE TABLE docs (id int, model text, embedding vector(3), UNIQUE (id, model))")
     read_only = f"{dsn}&default_transaction_read_only=on"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SinkConfigError
-from ...postgres.errors import sqlstate_of
+from ...postgres.errors import sqlstate_of, verdict_on
 from .. import schema
 from ..schema import quoted
 from .extension import Extension, find_extension
@@ -76,7 +76,13 @@ class Target:
     async def _rehearse(self, connection: Any, layout: Layout) -> None:
         """Have the server refuse now what it would refuse when rows are written: for want of rights, for instance."""
         statement = layout.update() if self.update_only else layout.insert()
-        await connection.fetch(f"EXPLAIN {statement}", *[None] * layout.parameter_count)
+        await connection.execute("SAVEPOINT rehearsal")
+        try:
+            await connection.fetch(f"EXPLAIN {statement}", *[None] * layout.parameter_count)
+        except Exception as error:
+            if verdict_on(error) != "row":
+                raise
+            await connection.execute("ROLLBACK TO SAVEPOINT rehearsal")  # it looks at the values: real ones will do
         await connection.execute(f"SELECT FROM {layout.sql_table} LIMIT 0 FOR UPDATE")  # not if all is read-only
 
     async def look_up(self, connection: Any) -> Layout:
