@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import tracemalloc
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,39 @@ async def test_metadata_that_only_spell_nul_are_stored(open_store: OpenStore) ->
         await ingest([Record("a", "text", {"regex": r"[^\u0000]"})], embedder, sink)
         (hit,) = await sink.search(await embedder.embed_one("text"), k=1)
         assert hit.metadata == {"regex": r"[^\u0000]"}
+
+
+class Watched(Mapping[str, int]):
+    """Metadata that note which thread reads them."""
+
+    def __init__(self, readers: list[int]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, key: str) -> int:
+        return {"a": 1}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        self._readers.append(threading.get_ident())
+        return iter("a")
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("turn_s", "in_threads"), [(60.0, 0), (0.0, 92)], ids=["quick records", "slow records"])
+async def test_only_records_that_take_long_to_check_are_checked_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch, turn_s: float, in_threads: int
+) -> None:
+    monkeypatch.setattr("asyncembed.pipeline.TURN_S", turn_s)
+    readers: list[int] = []
+    embedder, _ = make()
+    sink = BrokenSink(batches=10)
+    report = await ingest([Record(number, f"text {number}", Watched(readers)) for number in range(100)], embedder, sink)
+    assert report.success_count == 100
+    assert len({row.metadata for row in sink.rows}) == 1
+    assert [row.id for row in sink.rows] == list(range(100))
+    elsewhere = sum(reader != threading.get_ident() for reader in readers)
+    assert elsewhere == in_threads  # the first eight are checked before it is known how long they take
 
 
 async def test_ingest_of_nothing_is_a_report_of_zeros(open_store: OpenStore) -> None:
