@@ -25,7 +25,7 @@ from .types import Failure, Record, RecordId, Row, Sink, Vectors
 from .weighing import Text, check_text, unique
 
 # Records are checked on the loop, so many at a time that it takes about so long: in a thread, each piece of the replies
-# that are being read meanwhile would wait for the interpreter, 5 ms a turn. (20,000 records on two busy cores, by turns:
+# that are being read meanwhile would wait for the interpreter, 5 ms a turn. (20,000 records, two busy cores, by turns:
 # the first reply was stored from 0.26 s on, not 0.36.) A record that takes longer alone is worth a thread.
 TURN_S = 0.00025
 RECORDS_A_TURN = 64
