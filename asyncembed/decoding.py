@@ -25,6 +25,8 @@ from .types import Place, Reply, Vectors
 _VECTOR = re.compile(rb'"embedding"\s{0,16}:\s{0,16}(["\[])')
 _LONGEST_KEY = len('"embedding":"') + 2 * 16
 _QUOTE = ord('"')
+# So many more vectors than texts are taken out, in case some stand where none is looked for; a flood of them is not.
+_STRAY = 16
 # All that numbers are spelled with, NaN and Infinity included, which are then refused by their own name; no null,
 # true or string can be written with these.
 _NUMBERS = b"0123456789+-.eE, \t\r\n[]NaInfity"
@@ -93,12 +95,13 @@ class Decoder:
         unread = self._unread
         unread += piece
         texts: list[bytes] = []
-        done = 0
-        while key := _VECTOR.search(unread, done):
+        done, begun = 0, None
+        while self._found + len(texts) < self._count + _STRAY and (key := _VECTOR.search(unread, done)):
             start = key.end()
             in_base64 = unread[start - 1] == _QUOTE
             stop = unread.find(b'"' if in_base64 else b"]", max(start, self._searched))
             if stop < 0:
+                begun = key.start()
                 break
             self._rest += unread[done : start - 1]
             self._rest += b'"vector %d"' % (self._found + len(texts))  # a blank is no base64: no vector is spelled so
@@ -111,10 +114,10 @@ class Decoder:
             done = stop + 1
             self._searched = 0
         self._take_texts(texts)
-        kept = key.start() if key else max(done, len(unread) - _LONGEST_KEY)
+        kept = max(done, len(unread) - _LONGEST_KEY) if begun is None else begun
         self._rest += unread[done:kept]
         del unread[:kept]
-        self._searched = len(unread) if key else 0
+        self._searched = 0 if begun is None else len(unread)
 
     def _take_texts(self, texts: Sequence[bytes]) -> None:
         """Decode the next vectors, together if that is the same: it takes half the time."""

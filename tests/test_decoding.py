@@ -420,6 +420,21 @@ def test_vectors_that_stand_elsewhere_change_nothing(spell: Spelling) -> None:
         assert (decode(json.dumps(reply).encode(), 3, dimensions).vectors == vectors).all()
 
 
+@pytest.mark.parametrize("vector", [b'""', b'"AAAA"', b"[1]", b"[]"])
+def test_a_flood_of_vectors_takes_no_more_memory_than_its_bytes(vector: bytes) -> None:
+    body = b'{"data":[' + b",".join([b'{"embedding":%b}' % vector] * 20_000) + b"]}"
+    decoder = Decoder(3, 1)
+    tracemalloc.start()
+    try:
+        for start in range(0, len(body), 100_000):
+            decoder.feed(body[start : start + 100_000])
+        assert tracemalloc.get_traced_memory()[0] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ProtocolError, match="expected 3 embeddings, got 20000"):
+        decoder.finish()
+
+
 @pytest.mark.parametrize("blanks", [1, 16, 17, 1_000])
 def test_base64_is_found_behind_any_number_of_blanks(blanks: int) -> None:
     vectors = some_vectors()
