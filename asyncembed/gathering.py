@@ -33,6 +33,8 @@ class Results:
         self._run = run
         self._report = reporter(on_progress)
         self._embeddings: Vectors | None = None
+        self._is_settled = False
+        """Something was delivered. Before that, the size of the rows may be that of a reply which was then refused."""
         self._errors: dict[int, AsyncEmbedError] = {}
         self._done = np.zeros(count, np.bool_)
         self._placed = 0
@@ -52,7 +54,8 @@ class Results:
         return place
 
     def _rows(self, dimensions: int) -> Vectors:
-        if self._embeddings is None:
+        is_wrong = self._embeddings is not None and self._embeddings.shape[1] != dimensions
+        if self._embeddings is None or (is_wrong and not self._is_settled):
             self._embeddings = np.empty((self._count, dimensions), np.float32)
         return self._embeddings
 
@@ -60,6 +63,7 @@ class Results:
         """Put the vectors into their rows, and count."""
         if outcome.texts:
             embeddings = self._rows(outcome.vectors.shape[1])  # not in a thread: two outcomes would make two of it
+            self._is_settled = True
             is_work = outcome.vectors.base is not embeddings and outcome.vectors.nbytes > WORTH_A_THREAD_BYTES
             await in_thread_if(is_work, self._place, embeddings, outcome)
             self._placed += sum(len(text.indices) for text in outcome.texts)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asyncembed import Embedder
 from asyncembed.batches import Batch, Outcome, settled
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.gathering import Results
 from asyncembed.run import Run
+from asyncembed.testing import EmbeddingServer, WrongDimensions
 from asyncembed.types import Reply, Vectors
 from asyncembed.weighing import Mean, Piece, Text, unique
 
@@ -79,16 +81,35 @@ async def test_what_is_no_whole_text_of_the_call_has_no_place() -> None:
     assert run.place_for([Text("of nobody", [])]) is None
 
 
-async def test_a_place_is_for_vectors_of_one_size() -> None:
-    run, _ = results_of(4)
+async def test_the_size_of_a_reply_that_was_refused_is_forgotten() -> None:
+    run, results = results_of(4)
     texts = unique(enumerate("abcd"))
-    first, second = run.place_for(texts[:2]), run.place_for(texts[2:])
-    assert first is not None
-    assert second is not None
-    there = first(3)
-    assert there is not None
-    assert there.shape == (2, 3)
-    assert second(4) is None
+    for dimensions in (5, 3, 7):
+        place = run.place_for(texts)
+        assert place is not None
+        there = place(dimensions)
+        assert there is not None
+        assert there.shape == (4, dimensions)
+    await answer(run, results, texts[:2], in_place=False)
+    place = run.place_for(texts[2:])
+    assert place is not None
+    assert place(5) is None
+    await answer(run, results, texts[2:], in_place=True)
+    assert rows(results.finish(None, None, None)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("row", [0, 3, None])
+async def test_after_a_first_reply_of_another_size_the_next_one_is_right(row: int | None) -> None:
+    damage = WrongDimensions(7) if row is None else WrongDimensions(7, row=row)
+    # of these the first is refused, unless all its rows agree and nobody knows better
+    async with (
+        EmbeddingServer(dimensions=8, faults=[damage]) as server,
+        Embedder("fake", base_url=server.base_url, api_key="none") as embedder,
+    ):
+        result = await embedder.embed([f"text {number}" for number in range(300)])
+    assert not result.failures
+    assert result.embeddings.shape == (300, 7 if row is None else 8)
+    assert np.isfinite(result.embeddings).all()
 
 
 async def test_a_place_that_was_written_to_in_vain_is_a_failed_row() -> None:
