@@ -9,8 +9,10 @@ its piece is long: one of 128 kB takes 0.1 ms in base64 and 0.5 ms in numbers.
 from __future__ import annotations
 
 import binascii
+import mmap
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jiter
@@ -44,6 +46,9 @@ BYTES_PER_REPLY = 64 * 1024
 MOST_TOKENS = 10**9
 # The largest vectors seen in the field have 8,192 numbers; the cap while a model's dimensions are not known.
 MAX_DIMENSIONS = 16_384
+
+# Above this, vectors get memory that goes back to the system when they are let go; making that takes some microseconds.
+_LARGE_BYTES = 1024 * 1024
 
 
 def most_bytes(count: int, dimensions: int | None) -> int:
@@ -151,7 +156,7 @@ class Decoder:
 
     def _room(self, dimensions: int) -> Vectors:
         room = self._place(dimensions) if self._place is not None else None
-        return np.empty((self._count, dimensions), np.float32) if room is None else room
+        return _room_for(self._count, dimensions) if room is None else room
 
     def finish(self) -> Reply:
         """Return the reply, of which all has been fed.
@@ -198,7 +203,7 @@ class Decoder:
             if isinstance(vector, str):
                 raise ProtocolError(f"{vector} for text {row}")
             if vectors is None:
-                vectors = np.empty((self._count, self._dimensions or len(vector)), np.float32)
+                vectors = _room_for(self._count, self._dimensions or len(vector))
             if len(vector) != vectors.shape[1]:
                 raise ProtocolError(f"expected {vectors.shape[1]} dimensions, got {len(vector)} for text {row}")
             vectors[row] = vector
@@ -305,3 +310,19 @@ def _kind(value: Any) -> str:
 
 def _error_in(document: Any) -> str:
     return " but `error`" if isinstance(document, Mapping) and "error" in document else ""
+
+
+def _room_for(count: int, dimensions: int) -> Vectors:
+    """Return float32[count, dimensions], of any values; if that is much, its memory goes back to the system with it.
+
+    malloc would keep it: once a block of megabytes was let go, it takes the next ones from a heap that other things
+    then keep from shrinking. A stream of 500,000 texts grew by 228 MB in place of 145.
+    """
+    size = 4 * count * dimensions
+    if size < _LARGE_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return np.empty((count, dimensions), np.float32)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(count, dimensions)

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 SLICE_TEXTS = 512
 SLICE_CHARACTERS = 512 * 1024
 
-# Beside the workers that hold a slot there are some that wait out a backoff, so that one batch that fails does not
-# keep the others from being sent; more of them would only hold more texts in memory.
+# Beside the workers that hold a slot, and one with the batch that goes next, there are some that wait out a backoff, so
+# that one batch that fails does not keep the others from being sent; more of them would only hold more texts in memory.
 SPARE_WORKERS = 8
 
 # So long a limit that the provider named is kept before the larger requests are tried again. That costs one refusal a
@@ -75,7 +75,8 @@ class Engine:
         self._given = limits
         self._learned: Limits | None = None
         self._forgotten_at = 0.0
-        self._workers = concurrency + min(concurrency, SPARE_WORKERS)
+        self._workers = concurrency + 1
+        self._spare_workers = min(concurrency, SPARE_WORKERS)
         self._too_long = too_long
         self._max_retries = max_retries
 
@@ -138,7 +139,10 @@ class Engine:
 
         try:
             async with asyncio.TaskGroup() as group:
-                work = Workers(group, self._workers, lambda batch: self._step(batch, run, counted))
+                work = Workers(
+                    group, self._workers, lambda batch: self._step(batch, run, counted), spare=self._spare_workers
+                )
+                run.aside = work.aside
                 try:
                     await self._feed(work, packer, slices, counter, run, counted)
                 except Exception as broken:
@@ -300,7 +304,7 @@ class Engine:
             )
         else:
             self._watch.paused(action.after_s, everybody=False)
-            async with run.unless_stopped():
+            async with run.aside(), run.unless_stopped():
                 await asyncio.sleep(action.after_s)
         return [batch]
 

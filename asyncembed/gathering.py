@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,7 @@ class Order:
     async def deliver(self, outcome: Outcome) -> None:
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
             for index in text.indices:
-                # a copy, since who keeps one vector would with a view of it keep those of the whole request
-                self._finish(index, EmbeddedRecord(self._records.pop(index), vector.copy()))
+                self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
         for text, error in outcome.failed:
             for index in text.indices:
                 self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))
@@ -154,7 +154,8 @@ class Order:
         while True:
             item = self._done.pop(self._yielded, None)
             if item is not None:
-                yield item
+                # a copy, since who keeps one vector would with a view of it keep those of the whole request
+                yield item if item.vector is None else replace(item, vector=item.vector.copy())
                 self._yielded += 1
                 self._changed.set()
             elif self._ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 
 from .errors import AsyncEmbedError, ConfigError, DeadlineError
 from .report import Progress
@@ -50,6 +50,8 @@ class Run:
         self.place_for: Callable[[Sequence[Item]], Place | None] = lambda _: None
         """Tells where the vectors of a request's inputs are wanted, if they are wanted side by side."""
         self.stopped_by: AsyncEmbedError | None = None
+        self.aside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext
+        """Entered by a batch while it waits out a backoff, so that others are sent meanwhile."""
         self._scopes: dict[asyncio.Timeout, float] = {}
 
     @property

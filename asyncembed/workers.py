@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,13 +19,18 @@ class Workers(Generic[T]):
 
     Args:
         group: Where the tasks live.
-        most: How many tasks there may be.
+        most: How many tasks there may be, beside those that are `aside`.
+        spare: How many may be aside without counting.
         step: Does a piece of work; returns what is left of it, in order, to be done before anything newer.
     """
 
-    def __init__(self, group: asyncio.TaskGroup, most: int, step: Callable[[T], Awaitable[list[T]]]) -> None:
+    def __init__(
+        self, group: asyncio.TaskGroup, most: int, step: Callable[[T], Awaitable[list[T]]], *, spare: int = 0
+    ) -> None:
         self._group = group
         self._most = most
+        self._spare = spare
+        self._aside = 0
         self._step = step
         self._pieces: deque[T] = deque()
         self._workers = 0
@@ -35,9 +41,20 @@ class Workers(Generic[T]):
     async def put(self, piece: T) -> None:
         """Hand over a piece; waits until somebody can take it, so that no more is in memory than is worked on."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._idle > len(self._pieces) or self._workers < self._most)
+            await self._changed.wait_for(lambda: self._idle > len(self._pieces) or self._may_grow())
             self._pieces.append(piece)
             self._call_workers()
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """While a step waits for nothing but time, let another task do its work."""
+        async with self._changed:
+            self._aside += 1
+            self._call_workers()
+        try:
+            yield
+        finally:
+            self._aside -= 1
 
     async def close(self) -> None:
         """Nothing more comes from outside: the tasks end when nothing is left."""
@@ -46,7 +63,7 @@ class Workers(Generic[T]):
             self._changed.notify_all()
 
     def _call_workers(self) -> None:
-        while self._idle < len(self._pieces) and self._workers < self._most:
+        while self._idle < len(self._pieces) and self._may_grow():
             self._workers += 1
             self._idle += 1
             self._group.create_task(self._work())
@@ -65,6 +82,9 @@ class Workers(Generic[T]):
                 self._idle += 1
                 self._pieces.extendleft(reversed(left))
                 self._call_workers()
+
+    def _may_grow(self) -> bool:
+        return self._workers < self._most + min(self._aside, self._spare)
 
     def _is_finished(self) -> bool:
         return self._closed and self._idle == self._workers

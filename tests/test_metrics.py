@@ -256,7 +256,7 @@ async def test_the_present_is_told_while_it_lasts() -> None:
     now = embedder.stats()
     assert (now.requests, now.succeeded) == (2, 0)
     assert now.under_way == provider.in_flight == 2
-    assert now.waiting == 2  # workers beyond the slots
+    assert now.waiting == 1  # the worker beyond the slots
     await running
     assert embedder.stats().under_way == embedder.stats().waiting == 0
 

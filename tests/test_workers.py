@@ -108,3 +108,26 @@ async def test_work_left_over_goes_before_newer_work() -> None:
         group.create_task(put_all())
 
     assert done == ["a", "a1", "a2", "b"]
+
+
+async def test_a_task_that_is_aside_lets_another_one_work_up_to_so_many() -> None:
+    started: list[int] = []
+    go = asyncio.Event()
+
+    async def step(piece: int) -> list[int]:
+        started.append(piece)
+        async with workers.aside():
+            await go.wait()
+        return []
+
+    async with asyncio.TaskGroup() as group:
+        workers = Workers(group, 1, step, spare=2)
+        for piece in range(3):
+            await workers.put(piece)
+        putting = group.create_task(workers.put(3))
+        await asyncio.sleep(1)
+        assert (started, putting.done()) == ([0, 1, 2], False)
+        go.set()
+        await putting
+        await workers.close()
+    assert started == [0, 1, 2, 3]
