@@ -14,7 +14,6 @@ import pytest
 # fixtures; here and nowhere else, so that one PostgreSQL serves the whole session
 from tests.stores import bare_dsn, dsn, open_store, postgres, shared_dsn  # noqa: F401
 
-
 try:
     import uvloop
 except ImportError:  # Windows has none
