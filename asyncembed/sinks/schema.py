@@ -174,13 +174,15 @@ def choose_model(models: Mapping[str, int], model: str | None, dimensions: int |
         SinkConfigError: The model is not among those stored, none is named and there are several, or its vectors
             have another size.
     """
-    names = ", ".join(f"{name!r} ({size} dimensions)" for name, size in sorted(models.items())) or "none"
+    if not models:
+        return None
+    names = ", ".join(f"{name!r} ({size} dimensions)" for name, size in sorted(models.items()))
     if model is None and len(models) > 1:
         raise SinkConfigError(f"{where} holds vectors of several models; say which with model=: {names}")
-    if model is not None and model not in models:
-        raise SinkConfigError(f"{where} holds no vectors of model {model!r}; it holds: {names}")
-    chosen = model if model is not None else next(iter(models), None)
-    if chosen is not None and dimensions is not None and models[chosen] != dimensions:
+    chosen = next(iter(models)) if model is None else model
+    if chosen not in models:
+        raise SinkConfigError(f"{where} holds no vectors of model {chosen!r}; it holds: {names}")
+    if dimensions is not None and models[chosen] != dimensions:
         raise SinkConfigError(f"the query has {dimensions} dimensions; {where} holds: {names}")
     return chosen
 

@@ -77,7 +77,6 @@ class DocumentSearch:
         self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._checking = asyncio.Lock()
         self._checked: tuple[float, Health] | None = None
-        self._is_prepared = False
 
     @classmethod
     @asynccontextmanager
@@ -113,9 +112,6 @@ class DocumentSearch:
         """
         model = self.embedder.model
         vector = await self.embedder.embed_one(question, deadline=self._settings.search_deadline_s)
-        if not self._is_prepared:  # a store that does not know the model yet refuses to search for its vectors
-            await self._store.prepare(model, vector.size)
-            self._is_prepared = True
         return await self._store.search(vector, k, model=model)
 
     async def put(self, name: str, text: str) -> Stored:

@@ -396,3 +396,10 @@ async def test_a_write_cancelled_at_any_step_has_stored_all_or_nothing(open_stor
         await other.write(MODEL, stored)  # at once: no lock was left
         await sink.write(MODEL, stored[:1])
         assert await other.count() == 100
+
+
+async def test_a_store_that_holds_nothing_yet_finds_nothing_whatever_is_asked_for(open_store: OpenStore) -> None:
+    async with open_store() as sink:
+        await sink.prepare(MODEL, None)
+        assert await sink.search(vec(1, 0, 0), model=MODEL) == []
+        assert await sink.search(vec(1, 0, 0)) == []
