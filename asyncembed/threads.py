@@ -18,7 +18,7 @@ async def in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kw
     """Return what the work returns; done in a thread if it is worth that, about 0.1 ms.
 
     One such piece of work at a time: it is Python code, so several would gain nothing, and each of them may keep the
-    interpreter from the loop for its 5 ms turn (measured by bench/stalls.py: 120 ms with six at once). Work that
+    interpreter from the loop for its 5 ms turn (measured: 120 ms with six at once). Work that
     lets go of the interpreter, as tokenizers do, goes to `asyncio.to_thread` directly.
     """
     if not worth_it:
