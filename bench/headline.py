@@ -14,14 +14,13 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 
 from bench.corpus import sections
+from bench.serving import serving
 
 MODEL = "text-embedding-3-small"
 
@@ -35,18 +34,6 @@ class Row:
     requests: int
     seconds: float
     ratio: float
-
-
-@contextmanager
-def server(latency_s: float, *options: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "asyncembed.testing", "--latency", str(latency_s), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 async def one_by_one(texts: list[str], base_url: str) -> int:
@@ -143,7 +130,7 @@ def main() -> None:
     parser.add_argument("--picture", help="where to draw it")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with server(options.latency) as base_url:
+    with serving("asyncembed.testing", "--latency", options.latency) as base_url:
         rows = [row for count in options.sections for row in measure(count, base_url)]
     print(table(rows))
     if options.json:

@@ -14,8 +14,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,6 +25,7 @@ import asyncpg
 
 from asyncembed import Embedder, PostgresSink, Record, Row, SQLiteSink, ingest
 from bench.corpus import sections
+from bench.serving import serving
 from bench.sinks import make_rows, postgres
 
 MODEL = "text-embedding-3-small"
@@ -118,18 +117,6 @@ def compare(name: str, rounds: int, work: Work, open_sink: OpenSink) -> dict[str
 
 
 @contextmanager
-def server(latency_s: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "bench.server", "--dimensions", str(DIMENSIONS), "--latency", str(latency_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-@contextmanager
 def sqlite_stores() -> Iterator[OpenSink]:
     with tempfile.TemporaryDirectory() as folder:
 
@@ -180,7 +167,12 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with ExitStack() as stack:
-        work = Work(stack.enter_context(server(options.latency)), options.batch, records, make_rows(count, DIMENSIONS))
+        work = Work(
+            stack.enter_context(serving("bench.server", "--dimensions", DIMENSIONS, "--latency", options.latency)),
+            options.batch,
+            records,
+            make_rows(count, DIMENSIONS),
+        )
         stores = {name: open_all for name, open_all in STORES.items() if options.store in (None, name.lower())}
         found = [compare(name, rounds, work, stack.enter_context(open_all())) for name, open_all in stores.items()]
     if options.json:

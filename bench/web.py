@@ -13,12 +13,11 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+
+from bench.serving import serving
 
 MODEL = "text-embedding-3-small"
 LATENCY_S = 0.02
@@ -46,18 +45,6 @@ class Way:
     @property
     def lone_ms(self) -> float:
         return statistics.median(self.lone_s) * 1_000
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    command = [sys.executable, "-m", "bench.server", "--dimensions", "1536", "--latency", str(LATENCY_S)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 async def crowd(way: Way, ask: Ask, texts: list[str]) -> None:
@@ -115,7 +102,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     size = (500, 1, 20) if options.quick else (options.calls, options.rounds, 200)
-    with server() as base_url:
+    with serving("bench.server", "--dimensions", 1_536, "--latency", LATENCY_S) as base_url:
         theirs, ours = asyncio.run(measure(base_url, *size))
     print(f"| {size[0]:,} calls at once | calls/s | times | p50 ms | p99 ms |\n|---|---:|---:|---:|---:|")
     for way in (theirs, ours):
