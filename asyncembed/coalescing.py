@@ -11,7 +11,6 @@ import asyncio
 import copy
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice, pairwise
@@ -39,6 +38,8 @@ LATE_AT_FIRST_S = 5.0
 
 # How much of what "usually" means comes from the last request.
 NEWS = 0.2
+
+CLOSED = "the embedder was closed before the answer came"
 
 Send: TypeAlias = Callable[[list[Text], Run, Callable[[Outcome], Awaitable[None]]], Awaitable[None]]
 """Embeds the texts and delivers every one of them, with its vector or its error."""
@@ -107,6 +108,8 @@ class _Request:
 
     def bills(self, texts: Sequence[Text]) -> Iterator[int]:
         """Yield each text's part of the tokens billed since the last time, by length; together that is all of them."""
+        if not texts:  # only pieces of a long one came: they are billed with the last of them
+            return iter(())
         tokens = self.run.tokens - self.billed
         self.billed = self.run.tokens
         lengths = list(accumulate((len(text.content) for text in texts), initial=0))
@@ -137,6 +140,7 @@ class Coalescer:
         self._late: set[_Request] = set()
         self._usual_s: float | None = None
         self._is_due = False
+        self._is_closed = False
 
     @property
     def gathering(self) -> int:
@@ -148,7 +152,10 @@ class Coalescer:
 
         Raises:
             OverloadedError: Too many wait already. Nothing was asked for.
+            TransportError: This was closed.
         """
+        if self._is_closed:
+            raise TransportError(CLOSED)
         count = len(call.contents)
         if self._waiting + count > self._most_waiting:
             self._watch.tally.overloads += 1
@@ -166,25 +173,13 @@ class Coalescer:
             if call.missing:
                 await self._left(call, asked)
 
-    async def aclose(self, grace_s: float) -> None:
-        """Wait so many seconds for what was asked for; who still waits then gets an error, and nothing is left."""
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await self._all_answered()
-        finally:
-            self._gathering.clear()
-            for wanted in list(self._all.values()):
-                self._fail(wanted, TransportError("the embedder was closed before the answer came"))
-            await ended(*self._tasks())
-
-    async def _all_answered(self) -> None:
-        while self._all:
-            tasks = self._tasks()
-            if tasks:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                await asyncio.sleep(0)  # the first ones leave in the next turn of the loop
+    async def aclose(self) -> None:
+        """End what is under way and take nothing more: who still waits gets an error."""
+        self._is_closed = True
+        self._gathering.clear()
+        for wanted in list(self._all.values()):
+            self._fail(wanted, TransportError(CLOSED))
+        await ended(*self._tasks())
 
     def _overloaded(self) -> OverloadedError:
         usual_s = self._usual_s or LATE_LEAST_S
@@ -293,7 +288,7 @@ class Coalescer:
     def _fail(self, wanted: _Wanted, error: Exception) -> None:
         for call, index in self._finish(wanted):
             # each its own: a traceback and notes are added to an exception wherever it is caught
-            call.errors[index] = copy.copy(error) if isinstance(error, AsyncEmbedError) else error
+            call.errors[index] = _copied(error)
             call.settle()
 
     def _finish(self, wanted: _Wanted) -> Iterable[tuple[Call, int]]:
@@ -308,3 +303,10 @@ class Coalescer:
     def _forget(self, wanted: _Wanted) -> None:
         if self._all.get(wanted.content) is wanted:
             del self._all[wanted.content]
+
+
+def _copied(error: Exception) -> Exception:
+    try:
+        return copy.copy(error)
+    except Exception:  # of a provider of the user's: there are exceptions that cannot be copied
+        return error

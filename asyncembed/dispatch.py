@@ -10,12 +10,13 @@ from typing import TypeAlias
 
 from .caches.cached import CachedCall
 from .caches.lookup import Lookup
-from .coalescing import Call, Coalescer
+from .coalescing import CLOSED, Call, Coalescer
 from .engine import Deliver, Engine
 from .errors import AsyncEmbedError, DeadlineError, FatalProviderError, TransportError
 from .packing import OPEN_BATCHES, Limits
 from .run import Run, Runs, StoppedError
 from .tokens import ByteBound, TokenCounter
+from .types import Vectors
 from .watching import Watch
 from .weighing import Text
 
@@ -72,35 +73,64 @@ class Dispatch:
         """Whether they are so few that they go with others."""
         return len(texts) <= min(SMALL_TEXTS, self._limits.inputs)
 
+    async def check(self, run: Run) -> int:
+        """Send one short text; see `Engine.check`."""
+        with self._runs.under_way(run, ends_by_itself=True):
+            return await self.engine.check(run)
+
+    async def one(self, text: str, run: Run) -> Vectors | None:
+        """Return the vector of one text, shared with whoever else asks; None if the run was stopped.
+
+        Raises:
+            Exception: Why it failed; an object of this call's own.
+        """
+        call = Call([text])
+        with self._runs.under_way(run, ends_by_itself=True), suppress(StoppedError):
+            if self._lookup is not None:
+                async with run.unless_stopped():
+                    vector = await self._lookup.one(text, run)
+                if vector is not None:
+                    return vector
+            await self._ask(call, run)
+        if call.errors:
+            raise call.errors[0]
+        return call.vectors.get(0)
+
     async def share(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
         """Have a few texts embedded together with those of other calls, and add to the run what that has cost.
 
         Raises:
             OverloadedError: Too many wait already.
         """
-        missing = texts if self._lookup is None else await self._lookup.few(texts, run, deliver)
-        if not missing:
-            return
-        call = Call([text.content for text in missing])
+        missing = texts
+        with self._runs.under_way(run, ends_by_itself=True), suppress(StoppedError):
+            if self._lookup is not None:
+                async with run.unless_stopped():
+                    missing = await self._lookup.few(texts, run, deliver)
+            if missing:
+                await self._share(missing, run, deliver)
+
+    async def _share(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
+        call = Call([text.content for text in texts])
         try:
-            await self.ask(call, run)
+            await self._ask(call, run)
         finally:
             call.bill(run)
-            await deliver(call.outcome(missing))
+            await deliver(call.outcome(texts))
         for error in call.errors.values():
             if isinstance(error, FatalProviderError):
                 run.stop(error)
             elif not isinstance(error, AsyncEmbedError):
                 raise error
 
-    async def ask(self, call: Call, run: Run) -> None:
+    async def _ask(self, call: Call, run: Run) -> None:
         """Wait for the answers to a call, but not for a pause that ends after its deadline."""
 
         def on_pause(until: float) -> None:
             if run.deadline_at is not None and until > run.deadline_at:
                 run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
 
-        with suppress(StoppedError), self.engine.slots.pace.told(on_pause):
+        with self.engine.slots.pace.told(on_pause):
             async with run.unless_stopped():
                 await self.coalescer.get(call)
 
@@ -145,10 +175,14 @@ class Dispatch:
     async def aclose(self, grace_s: float) -> None:
         """Wait so many seconds for what is under way, then end it."""
         ends_at = asyncio.get_running_loop().time() + grace_s
+        self._runs.stop_open(TransportError(CLOSED))
         try:
-            await self.coalescer.aclose(grace_s)
+            await self._runs.ended_by(ends_at)
         finally:
-            await self._runs.end(ends_at, TransportError("the embedder was closed before the answer came"))
+            try:
+                await self.coalescer.aclose()
+            finally:
+                await self._runs.stop_all(TransportError(CLOSED))
 
     async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
         # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough

@@ -13,7 +13,6 @@ from . import models
 from .arguments import check_amount, check_model, check_range, checked, listed
 from .caches import open_cache
 from .caches.lookup import Lookup
-from .coalescing import Call
 from .dispatch import Dispatch
 from .engine import Deliver, Engine
 from .errors import ConfigError, InputError
@@ -114,6 +113,7 @@ class Embedder:
         self._max_retries = max_retries
         self._max_waiting = max_waiting
         self._dispatches = PerLoop(self._new_dispatch)
+        self._closing = PerLoop(asyncio.Lock)
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
             LocalProvider(dimensions)
@@ -163,18 +163,19 @@ class Embedder:
 
         Args:
             grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
-                their result so far on it. A `stream` is ended at once.
+                their result so far on it. A `stream` is ended at once. A batch that is being stored then has 10 s more.
         """
-        dispatch = self._dispatches.pop()
-        try:
-            if dispatch is not None:
-                await dispatch.aclose(grace)
-        finally:
+        async with self._closing.get():  # whoever closes it, too, comes back when it is closed
+            dispatch = self._dispatches.pop()
             try:
-                await self._provider.aclose()
+                if dispatch is not None:
+                    await dispatch.aclose(grace)
             finally:
-                if self._own_cache is not None:
-                    await self._own_cache.aclose()
+                try:
+                    await self._provider.aclose()
+                finally:
+                    if self._own_cache is not None:
+                        await self._own_cache.aclose()
 
     @property
     def dimensions(self) -> int | None:
@@ -250,17 +251,13 @@ class Embedder:
             check_text(text)
         except InputError as error:
             raise type(error)(f"text {error}") from None
-        run, call = Run(deadline), Call([text])
+        run, vector = Run(deadline), None
         async with run.until_deadline():
-            vector = None if self._lookup is None else await self._lookup.one(text, run)
-            if vector is not None:
-                return vector
-            await self._dispatches.get().ask(call, run)
-        if run.stopped_by is not None:
-            raise run.stopped_by
-        if call.errors:
-            raise call.errors[0]
-        return call.vectors[0]
+            vector = await self._dispatches.get().one(text, run)
+        if vector is not None:
+            return vector
+        assert run.stopped_by is not None
+        raise run.stopped_by
 
     async def check(self, *, deadline: float | None = 10.0) -> Check:
         """Prove that key, address, model and dimensions are right, with one request of one token.
@@ -278,7 +275,7 @@ class Embedder:
         run = Run(deadline, urgent=True)
         known, found = self.dimensions, 0
         async with run.until_deadline():
-            found = await self._dispatches.get().engine.check(run)
+            found = await self._dispatches.get().check(run)
         if run.stopped_by is not None:
             raise run.stopped_by
         if known not in (None, found):

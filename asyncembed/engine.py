@@ -132,6 +132,9 @@ class Engine:
         """
         packer: Packer[Item] = Packer(self.limits.inputs, self.limits.tokens, open_batches)
         error: BaseException | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        cancels = task.cancelling()
 
         async def counted(outcome: Outcome) -> None:
             self._watch.texts(len(outcome.texts), len(outcome.failed))
@@ -146,6 +149,8 @@ class Engine:
                 try:
                     await self._feed(work, packer, slices, counter, run, counted)
                 except Exception as broken:
+                    if task.cancelling() > cancels:
+                        raise  # the source's answer to being cancelled: nobody is left to take what it gave before
                     error = broken
                 for items in packer.flush():
                     await work.put(Batch(items))

@@ -40,10 +40,12 @@ All of them can be pickled and copied: they hold plain fields only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, TypeVar
+
+E = TypeVar("E", bound="AsyncEmbedError")
 
 
-def _rebuild(cls: type[AsyncEmbedError], message: str, state: dict[str, Any]) -> AsyncEmbedError:
+def _rebuild(cls: type[E], message: str, state: dict[str, Any]) -> E:
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.__dict__.update(state)
@@ -59,6 +61,11 @@ class AsyncEmbedError(Exception):
 
     result: Any = None
     report: Any = None
+
+    def __copy__(self) -> Self:
+        mine = _rebuild(type(self), str(self), dict(self.__dict__))
+        mine.__cause__ = self.__cause__
+        return mine
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way calls __init__ with `args` alone, which loses keyword-only fields.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
@@ -69,7 +70,8 @@ class Run:
         self.stopped_by = self.stopped_by or error
         now = asyncio.get_running_loop().time()
         for scope, grace_s in self._scopes.items():
-            scope.reschedule(now if at_once else now + grace_s)
+            if not scope.expired():  # else it is ending already
+                scope.reschedule(now if at_once else now + grace_s)
 
     @asynccontextmanager
     async def until_deadline(self) -> AsyncIterator[None]:
@@ -110,6 +112,10 @@ class Run:
             raise StoppedError from None
 
 
+# A batch that is being stored when a run is stopped gets this long, since half of it may be there already.
+STORING_S = 10.0
+
+
 class Runs:
     """The runs of one embedder that are under way on one event loop."""
 
@@ -130,18 +136,22 @@ class Runs:
             self._open.discard(run)
             ended.set()
 
-    async def end(self, ends_at: float, error: AsyncEmbedError) -> None:
-        """Wait until none is left, from that time of the loop's clock on by stopping them with the error."""
+    def stop_open(self, error: AsyncEmbedError) -> None:
+        """Stop those that need not end by themselves."""
         for run in self._open:
-            run.stop(error, at_once=True)
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(ends_at):
-                    await self._all_ended()
-        finally:
-            for run in self._runs:
-                run.stop(error, at_once=True)
-        await self._all_ended()
+            run.stop(copy.copy(error), at_once=True)
+
+    async def ended_by(self, ends_at: float) -> None:
+        """Wait until none is left, but only until that time of the loop's clock."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(ends_at):
+                await self._all_ended()
+
+    async def stop_all(self, error: AsyncEmbedError) -> None:
+        """Stop them at once, each with an error of its own; what is being stored is waited for, but not for ever."""
+        for run in self._runs:
+            run.stop(copy.copy(error), at_once=True)
+        await self.ended_by(asyncio.get_running_loop().time() + STORING_S)
 
     async def _all_ended(self) -> None:
         while self._runs:

@@ -222,6 +222,20 @@ async def test_what_shared_requests_were_billed_is_divided_among_their_callers()
     assert (alone.requests, len(provider.requests)) == (1, 2)
 
 
+async def test_a_long_text_in_pieces_is_billed_whole() -> None:
+    embedder, provider = make(max_tokens_per_text=50, max_tokens_per_batch=50, too_long="mean")
+    result = await embedder.embed(["x" * 1_000])
+    assert len(provider.requests) == 20
+    assert result.total_tokens == provider.billed == 1_000
+
+
+async def test_the_cause_of_a_failure_reaches_a_caller_that_shares() -> None:
+    embedder, _ = make(lambda *_: BadRequestError("HTTP 400", status=400))
+    with pytest.raises(RejectedTextError) as caught:
+        await embedder.embed_one("a")
+    assert isinstance(caught.value.__cause__, BadRequestError)
+
+
 async def test_a_call_of_many_texts_does_not_wait_for_company() -> None:
     embedder, provider = make()
     busy = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from asyncembed import (
     ConfigError,
     DeadlineError,
     Embedder,
+    MemoryCache,
     NotFoundError,
+    Reply,
     ServerError,
     TransportError,
+    ingest,
 )
 from asyncembed.errors import RateLimitedError
 from asyncembed.testing import EmbeddingServer
@@ -82,6 +86,123 @@ async def test_a_bulk_call_that_takes_longer_than_the_grace_ends_with_what_it_ha
         await bulk
     assert len(caught.value.result.failures) == 300
     assert provider.in_flight == 0
+
+
+@pytest.mark.virtual_time
+async def test_each_call_that_closing_cuts_off_has_an_error_and_a_result_of_its_own() -> None:
+    embedder, _ = make(max_batch_size=100, concurrency=1)
+    calls = [asyncio.create_task(embedder.embed([f"{count} {n}" for n in range(count)])) for count in (300, 400)]
+    await asyncio.sleep(0.5)
+    await embedder.aclose(grace=2.0)
+    await asyncio.wait(calls)
+    errors = [call.exception() for call in calls]
+    assert [len(error.result) for error in errors if isinstance(error, TransportError)] == [300, 400]
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("grace", [0.0, 0.2, 5.0])
+async def test_a_provider_that_is_slow_to_give_up_is_waited_for(grace: float) -> None:
+    class Slow(FakeProvider):
+        async def embed(self, texts: Sequence[str]) -> Reply:
+            try:
+                return await super().embed(texts)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.5)
+                raise
+
+    provider = Slow(latency_s=100)
+    embedder = Embedder("fake", provider=provider, concurrency=1)
+    calls = [asyncio.create_task(embedder.embed([f"text {n}" for n in range(100)])) for _ in range(2)]
+    items = embedder.stream(["a", "b"])
+    reading = asyncio.create_task(_read(items))
+    await asyncio.sleep(0.1)
+    await embedder.aclose(grace)
+    assert (provider.closed, provider.in_flight) == (True, 0)
+    await asyncio.wait([*calls, reading])
+    assert all(isinstance(call.exception(), TransportError) for call in calls)
+
+
+@pytest.mark.virtual_time
+async def test_who_closes_a_second_time_comes_back_when_it_is_closed() -> None:
+    embedder, provider = make()
+    call = asyncio.create_task(embedder.embed_one("a"))
+    await asyncio.sleep(0.5)
+    first = asyncio.create_task(embedder.aclose())
+    await asyncio.sleep(0)
+    await embedder.aclose()
+    assert provider.in_flight == 0
+    await asyncio.wait([first, call])
+    np.testing.assert_array_equal(call.result(), vector_of("a"))
+
+
+@pytest.mark.virtual_time
+async def test_a_check_under_way_is_waited_for() -> None:
+    embedder, provider = make()
+    check = asyncio.create_task(embedder.check())
+    await asyncio.sleep(0.5)
+    await embedder.aclose()
+    assert provider.in_flight == 0
+    assert (await check).dimensions == 4
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("work", ["one", "few"])
+async def test_a_call_that_still_asks_its_cache_is_waited_for_and_then_ended(work: str) -> None:
+    class Slow(MemoryCache):
+        async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Any]:
+            await asyncio.sleep(5)
+            return await super().get(keys)
+
+    for grace, ends_well in ((10.0, True), (2.0, False)):
+        embedder, provider = make(cache=Slow())
+        asked: Any = embedder.embed_one("a") if work == "one" else embedder.embed(["a", "b"])
+        call = asyncio.create_task(asked)
+        await asyncio.sleep(0.5)
+        await embedder.aclose(grace)
+        await asyncio.wait([call])
+        assert (provider.in_flight, len(provider.requests)) == (0, int(ends_well))
+        assert isinstance(call.exception(), type(None) if ends_well else TransportError)
+
+
+@pytest.mark.virtual_time
+async def test_a_stream_sends_nothing_more_while_closing_waits_for_others() -> None:
+    embedder, provider = make(lambda _, texts: 5.0 if texts == ["slow"] else None, max_batch_size=10, concurrency=4)
+    single = asyncio.create_task(embedder.embed_one("slow"))
+    items = embedder.stream(f"text {n}" for n in range(10_000))
+    reading = asyncio.create_task(_read(items))
+    await asyncio.sleep(2.5)
+    before = len(provider.requests)
+    await embedder.aclose()
+    assert len(provider.requests) == before
+    assert isinstance((await asyncio.wait([reading]))[0].pop().exception(), TransportError)
+    np.testing.assert_array_equal(await single, vector_of("slow"))
+
+
+async def _read(items: AsyncIterator[Any]) -> None:
+    async for _ in items:
+        pass
+
+
+@pytest.mark.virtual_time
+async def test_closing_is_not_held_up_by_a_store_that_hangs() -> None:
+    class Hanging:
+        async def prepare(self, model: str, dimensions: int | None) -> None: ...
+
+        async def existing(self, model: str, hashes: Mapping[Any, str]) -> set[Any]:
+            return set()
+
+        async def write(self, model: str, rows: Sequence[Any]) -> Mapping[Any, Any]:
+            await asyncio.sleep(10_000)
+            return {}
+
+    embedder, _ = make()
+    job = asyncio.create_task(ingest([("a", "a")], embedder, Hanging()))
+    await asyncio.sleep(2)
+    began = now()
+    await embedder.aclose(grace=2.0)
+    assert now() - began == pytest.approx(12.0, abs=0.01)
+    job.cancel()
+    await asyncio.wait([job])
 
 
 @pytest.mark.virtual_time
