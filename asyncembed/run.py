@@ -120,21 +120,23 @@ class Runs:
     """The runs of one embedder that are under way on one event loop."""
 
     def __init__(self) -> None:
-        self._runs: dict[Run, asyncio.Event] = {}
+        self._runs: set[Run] = set()
         self._open: set[Run] = set()
+        self._none_left = asyncio.Event()
 
     @contextmanager
     def under_way(self, run: Run, *, ends_by_itself: bool) -> Iterator[None]:
         """Count the run while it lasts; one that waits for its caller to take what it has need not end by itself."""
-        ended = self._runs[run] = asyncio.Event()
+        self._runs.add(run)
         if not ends_by_itself:
             self._open.add(run)
         try:
             yield
         finally:
-            del self._runs[run]
+            self._runs.discard(run)
             self._open.discard(run)
-            ended.set()
+            if not self._runs:
+                self._none_left.set()
 
     def stop_open(self, error: AsyncEmbedError) -> None:
         """Stop those that need not end by themselves."""
@@ -155,4 +157,5 @@ class Runs:
 
     async def _all_ended(self) -> None:
         while self._runs:
-            await next(iter(self._runs.values())).wait()
+            self._none_left.clear()
+            await self._none_left.wait()
