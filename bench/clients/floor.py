@@ -39,9 +39,10 @@ class Wire:
         with memoryview(answer) as view:
             read = len(begun)
             while read < length:
-                read += (got := await loop.sock_recv_into(self._socket, view[read:]))
+                got = await loop.sock_recv_into(self._socket, view[read:])
                 if not got:
                     raise RuntimeError("the server closed the connection")
+                read += got
         return answer
 
     def close(self) -> None:
