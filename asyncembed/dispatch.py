@@ -12,7 +12,7 @@ from .caches.cached import CachedCall
 from .caches.lookup import Lookup
 from .coalescing import CLOSED, Call, Coalescer
 from .engine import Deliver, Engine
-from .errors import AsyncEmbedError, DeadlineError, FatalProviderError, TransportError
+from .errors import AsyncEmbedError, FatalProviderError, TransportError
 from .packing import OPEN_BATCHES, Limits
 from .run import Run, Runs, StoppedError
 from .tokens import ByteBound, TokenCounter
@@ -125,12 +125,7 @@ class Dispatch:
 
     async def _ask(self, call: Call, run: Run) -> None:
         """Wait for the answers to a call, but not for a pause that ends after its deadline."""
-
-        def on_pause(until: float) -> None:
-            if run.deadline_at is not None and until > run.deadline_at:
-                run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
-
-        with self.engine.slots.pace.told(on_pause):
+        with self.engine.slots.pace.told(run.meet_pause):
             async with run.unless_stopped():
                 await self.coalescer.get(call)
 

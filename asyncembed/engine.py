@@ -193,8 +193,7 @@ class Engine:
 
     async def _step(self, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
         """Send a batch once; return what is left of it to be sent."""
-        if run.deadline_at is not None and self._pace.paused_until > run.deadline_at:
-            run.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
+        run.meet_pause(self._pace.paused_until)
         if run.stopped_by is not None:
             await deliver(failed(batch, run.stopped_by))
             return []

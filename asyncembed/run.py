@@ -73,6 +73,11 @@ class Run:
             if not scope.expired():  # else it is ending already
                 scope.reschedule(now if at_once else now + grace_s)
 
+    def meet_pause(self, until: float) -> None:
+        """Stop if a pause, until that time of the loop's clock, ends after the deadline: nobody need wait for it."""
+        if self.deadline_at is not None and until > self.deadline_at:
+            self.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
+
     @asynccontextmanager
     async def until_deadline(self) -> AsyncIterator[None]:
         """Cancel what is inside when the deadline passes, and stop the run with a `DeadlineError`.
