@@ -48,22 +48,33 @@ def batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
 
 
-async def bare_sqlite(rows: Sequence[Row], folder: Path) -> float:
-    connection = sqlite3.connect(folder / "bare.db", isolation_level=None)
+def bare_sqlite_file(path: Path) -> sqlite3.Connection:
+    """Return a connection to a new file with our sink's settings, columns and key; any thread may use it."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA page_size = 16384")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute(
         "CREATE TABLE t (id TEXT NOT NULL, model TEXT NOT NULL, content_hash TEXT, embedding BLOB NOT NULL, text TEXT, "
         "metadata TEXT, created_at TEXT NOT NULL, updated_at TEXT NOT NULL, PRIMARY KEY (id, model))"
     )
+    return connection
+
+
+def bare_sqlite_write(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Upsert the rows in one transaction, as most code does it."""
     sql = f"INSERT INTO t ({_KEYS}) VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id, model) DO UPDATE SET {_UPDATE}"
+    connection.execute("BEGIN IMMEDIATE")
+    connection.executemany(
+        sql, [(r.id, "m", r.content_hash, r.vector.tobytes(), r.text, r.metadata, "now", "now") for r in rows]
+    )
+    connection.execute("COMMIT")
+
+
+async def bare_sqlite(rows: Sequence[Row], folder: Path) -> float:
+    connection = bare_sqlite_file(folder / "bare.db")
     began = time.perf_counter()
     for batch in batches(rows):
-        connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(
-            sql, [(r.id, "m", r.content_hash, r.vector.tobytes(), r.text, r.metadata, "now", "now") for r in batch]
-        )
-        connection.execute("COMMIT")
+        bare_sqlite_write(connection, batch)
     seconds = time.perf_counter() - began
     connection.close()
     return seconds

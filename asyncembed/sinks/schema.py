@@ -6,10 +6,10 @@ Keys are `str(id)`, sorted and without doubles. A row that one store could not t
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import compress
 from typing import Any, NoReturn
 
 import jiter
@@ -26,6 +26,9 @@ MODELS_TABLE = "asyncembed_models"
 
 # PostgreSQL documentation, 4.1.1: "By default, NAMEDATALEN is 64 so the maximum identifier length is 63 bytes."
 MAX_NAME_BYTES = 63
+
+# Vectors whose numbers are looked at in one go, by a copy.
+ROWS_LOOKED_AT = 128
 
 # Ids a page when all are listed.
 IDS_PER_PAGE = 10_000
@@ -104,31 +107,44 @@ def admit(
             last[convert(str(row.id))] = row
         except ValueError:
             refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} has an id that {where} cannot hold")
+    finite = _finite([row for row in last.values() if row.vector.shape == (dimensions,)])
     admitted: dict[Any, Row] = {}
-    with np.errstate(over="ignore"):  # in `_finite`; entering it costs as much as looking at a row
-        for key in sorted(last):
-            row = last[key]
-            reason = _refusal(str(row.id), row, dimensions)
-            if reason is None:
-                admitted[key] = row
-            else:
-                refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} {reason}")
+    for key in sorted(last):
+        row = last[key]
+        reason = _refusal(str(row.id), row, dimensions, is_finite=id(row) in finite)
+        if reason is None:
+            admitted[key] = row
+        else:
+            refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} {reason}")
     return admitted, refused
 
 
-def _refusal(key: str, row: Row, dimensions: int) -> str | None:
+def _refusal(key: str, row: Row, dimensions: int, *, is_finite: bool) -> str | None:
     if row.vector.shape != (dimensions,):
         return f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
-    if not _finite(row.vector):
+    if not is_finite:
         return "has a vector with NaN or infinity in it"
     if row.metadata is not None and not _is_json(row.metadata):
         return "has metadata that is not plain JSON, without NaN and half surrogate pairs"
     return why_unstorable(key, row.text, row.metadata)
 
 
-def _finite(vector: Vectors) -> bool:
-    # one pass of BLAS: a finite sum of squares has only finite parts; but squares may overflow, hence the second look
-    return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
+def _finite(rows: Sequence[Row]) -> set[int]:
+    """Return the `id()` of the rows, all of one size, whose numbers are finite as they are stored.
+
+    Many at a time, since numpy lets go of the interpreter in each call, and gets it back when others let go of it.
+    """
+    finite: set[int] = set()
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinity
+        for start in range(0, len(rows), ROWS_LOOKED_AT):
+            some = rows[start : start + ROWS_LOOKED_AT]
+            numbers = np.frombuffer(b"".join([little_endian(row.vector) for row in some]), "<f4")
+            is_good = np.isfinite(numbers)
+            if is_good.all():
+                finite.update(map(id, some))
+            else:
+                finite.update(compress(map(id, some), is_good.reshape(len(some), -1).all(axis=1)))
+    return finite
 
 
 def _refuse_constant(name: str) -> NoReturn:

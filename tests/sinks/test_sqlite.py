@@ -26,7 +26,8 @@ from asyncembed.sinks.sqlite import table
 from asyncembed.sinks.sqlite.connection import PAGE_BYTES
 from asyncembed.types import Row
 
-from .sink_rows import MODEL, HeldRow, hashes, row, rows, vec
+from ..steps import Steps
+from .sink_rows import MODEL, HeldRow, hashes, nearest, row, rows, vec
 
 
 @pytest.fixture
@@ -169,6 +170,67 @@ async def test_slices_of_any_size_find_the_same(path: Path, monkeypatch: pytest.
         for size in (1, 100, 320):
             monkeypatch.setattr(table, "SLICE_BYTES", size)
             assert await sink.search(rows(1)[0].vector, k=12, model=MODEL) == whole
+
+
+async def test_no_call_takes_a_step_for_every_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # after each step another thread that computes keeps the interpreter for 5 ms: 2,000 rows were stored in 9 s
+    steps = Steps(monkeypatch)
+    stored = rows(2_000, 64)
+    taken = {}
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 64)
+        steps.count = 0
+        assert await sink.write(MODEL, stored) == {}
+        taken["write"], steps.count = steps.count, 0
+        assert await sink.write(MODEL, stored) == {}
+        taken["write again"], steps.count = steps.count, 0
+        assert len(await sink.existing(MODEL, hashes(stored))) == 2_000
+        taken["existing"], steps.count = steps.count, 0
+        assert [hit.id for hit in await sink.search(stored[7].vector, 20)] == nearest(stored, stored[7].vector, 20)
+        taken["search"], steps.count = steps.count, 0
+        assert len([id async for id in sink.ids(MODEL)]) == 2_000
+        taken["ids"], steps.count = steps.count, 0
+        assert await sink.delete([one.id for one in stored], MODEL) == 2_000
+        taken["delete"] = steps.count
+    assert all(0 < count < 25 for count in taken.values()), taken
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 1_000])
+async def test_rows_and_refusals_are_the_same_however_many_a_statement_holds(
+    path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "ROWS_A_STATEMENT", most)
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 8)
+        asked(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (id NOT IN ('id-00003', 'id-00009'))")
+        refused = await sink.write(MODEL, rows(10))
+        assert set(refused) == {"id-00003", "id-00009"}
+        assert [id async for id in sink.ids(MODEL)] == [f"id-{number:05}" for number in (0, 1, 2, 4, 5, 6, 7, 8)]
+
+
+async def test_large_vectors_are_stored_a_few_megabytes_a_statement(path: Path) -> None:
+    large = rows(3, table.BYTES_A_STATEMENT // 4 + 1)
+    async with SQLiteSink(path) as sink:
+        assert await sink.write(MODEL, large) == {}
+        assert [hit.id for hit in await sink.search(large[1].vector, 3)] == nearest(large, large[1].vector, 3)
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le", "UTF-16be"])
+async def test_a_file_of_any_encoding_gives_back_the_bytes_it_was_given(path: Path, encoding: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+        connection.execute("CREATE TABLE notes (note TEXT)")
+    every_byte = np.frombuffer(bytes(range(256)) + bytes(reversed(range(256))), "<f4").reshape(2, 64)
+    finite = np.where(np.isfinite(every_byte), every_byte, np.float32(1.5))
+    stored = [row("ü 𝄞", finite[0], "text ü 𝄞", '{"ü": "𝄞"}'), row("b", finite[1])]
+    async with SQLiteSink(path) as sink:
+        assert await sink.write(MODEL, stored) == {}
+        assert await sink.existing(MODEL, hashes(stored)) == {"ü 𝄞", "b"}
+        assert [id async for id in sink.ids(MODEL)] == ["b", "ü 𝄞"]
+        first, second = await sink.search(finite[0], 2)
+        assert (first.id, first.text, first.metadata) == ("ü 𝄞", "text ü 𝄞", {"ü": "𝄞"})
+        assert first.score == pytest.approx(1)
+        assert [first.id, second.id] == nearest(stored, finite[0], 2)
 
 
 async def test_reading_does_not_wait_for_a_writer(path: Path) -> None:

@@ -26,6 +26,9 @@ PAGE_BYTES = 16_384
 # How long one attempt waits for a lock before it looks whether its caller is still there.
 LOCK_SLICE_S = 0.05
 
+# Statements kept ready. Each holds on to the values it was last given, and a write's are megabytes.
+STATEMENTS_KEPT = 8
+
 # What a wait may help against.
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
@@ -168,7 +171,9 @@ def primary_code(error: sqlite3.Error) -> int:
 
 def connect(uri: str, *, writes: bool = False) -> sqlite3.Connection:
     """Connect; called on the connection's thread."""
-    connection = sqlite3.connect(uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None)
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=LOCK_SLICE_S, isolation_level=None, cached_statements=STATEMENTS_KEPT
+    )
     if not writes:
         return connection
     try:

@@ -1,6 +1,10 @@
 """The statements behind `SQLiteSink`: one table in one SQLite file, on whichever connection is handed in.
 
 Synchronous, without threads or waiting. Methods that write expect to run inside `transaction`.
+
+Python's sqlite3 lets go of the interpreter for every step of a statement, and while another thread computes it gets it
+back only 5 ms later. A statement that takes or yields row by row then needs 5 ms a row, and the loop waits in between.
+So each statement here takes or yields many rows in one step.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +45,23 @@ _CREATE_MODELS = f"""
     )
 """
 
+# What there is of a table, in one row: name, type, NOT NULL, default and place in the key of each column.
+_LOOK = f"""
+    SELECT (SELECT json_group_array(json_array(name, type, "notnull", dflt_value, pk)) FROM pragma_table_info(?)),
+        EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{schema.MODELS_TABLE}' COLLATE NOCASE)
+"""
+
 # Any number of ids in one parameter: SQLite takes at most 32,766 of them.
 _AMONG = "id IN (SELECT value FROM json_each(?))"
 
 # What SQLite raises when it will not have a row: a constraint that the user added, more than a gigabyte.
 _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
+
+# What one statement stores at most; between two of them the caller may give up, after 10 ms of work. Vectors of 1,536
+# dimensions while another thread computes: 230 rows/s one by one, 6,500 with 64 at a time, 16,000 with 256, 21,000 with
+# 512. With nobody else at work all of these store 30,000.
+ROWS_A_STATEMENT = 512
+BYTES_A_STATEMENT = 4 << 20
 
 # Blobs read and ranked at a time in a search: the rest of a step costs little beside reading them.
 SLICE_BYTES = 8 << 20
@@ -81,20 +99,26 @@ class Table:
         Raises:
             SinkConfigError: A table of that name exists with other columns or another key.
         """
-        columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
-        connection.execute(f'CREATE TABLE IF NOT EXISTS "{self.name}" ({columns}, PRIMARY KEY ({", ".join(_KEY)}))')
-        connection.execute(_CREATE_MODELS)
-        found = connection.execute(f'PRAGMA table_info("{self.name}")').fetchall()
-        kinds = {name: f"{kind}{' NOT NULL' * required}" for _, name, kind, required, *_ in found}
-        key = [name for _, name in sorted((place, name) for _, name, *_, place in found if place)]
+        found, has_models = self._look(connection)
+        if not (found and has_models):
+            columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+            connection.execute(f'CREATE TABLE IF NOT EXISTS "{self.name}" ({columns}, PRIMARY KEY ({", ".join(_KEY)}))')
+            connection.execute(_CREATE_MODELS)
+            found, _ = self._look(connection)
+        kinds = {name: f"{kind}{' NOT NULL' * required}" for name, kind, required, *_ in found}
+        key = [name for _, name in sorted((place, name) for name, *_, place in found if place)]
         unfit = [name for name, kind in _COLUMNS.items() if kinds.get(name) != kind]
         # what else there is must do without us
-        unfit += [name for _, name, _, must, default, _ in found if must and default is None and name not in _COLUMNS]
+        unfit += [name for name, _, must, default, _ in found if must and default is None and name not in _COLUMNS]
         if unfit or key != _KEY:
             raise SinkConfigError(
                 f"{self.where} is not a table of this library (its key is {key}, ours is {_KEY}; columns that do "
                 f"not fit: {unfit}): use another table name"
             )
+
+    def _look(self, connection: sqlite3.Connection) -> tuple[list[list[Any]], bool]:
+        columns, has_models = connection.execute(_LOOK, (self.name,)).fetchone()
+        return json.loads(columns), bool(has_models)
 
     def record(self, connection: sqlite3.Connection, model: str, dimensions: int) -> int:
         """Return the size of the model's stored vectors; if there are none, record the given one."""
@@ -120,41 +144,56 @@ class Table:
             connection: Inside a transaction.
             model: Part of every row's key.
             rows: By key, as `schema.admit` returns them.
-            check: Called before every row; raises to give up.
+            check: Called before every statement; raises to give up.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        sql = f"""
-            INSERT INTO "{self.name}" (id, model, content_hash, embedding, text, metadata, created_at, updated_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+        vector_bytes = max((row.vector.nbytes for row in rows.values()), default=1)
+        most_parameters = connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
+        most = min(ROWS_A_STATEMENT, BYTES_A_STATEMENT // vector_bytes, most_parameters // len(_COLUMNS))
+        left = iter(rows.items())
+        refused: schema.Refusals = {}
+        while some := list(islice(left, max(1, most))):
+            check()
+            refused |= self._upsert_at_once(connection, model, some, now)
+        return refused
+
+    def _upsert_at_once(
+        self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str
+    ) -> schema.Refusals:
+        values: list[object] = []
+        for key, row in rows:
+            blob = schema.little_endian(row.vector)
+            values += (key, model, row.content_hash, blob, row.text, row.metadata, now, now)
+        try:
+            connection.execute(self._upsert_sql(len(rows)), values)
+            return {}
+        except _REFUSED as error:
+            if not connection.in_transaction:
+                raise  # a trigger of the user's has rolled all of it back
+            if len(rows) == 1:
+                ((key, row),) = rows
+                return {row.id: RowRefusedError(f"row {schema.shown(key)} was refused by {self.where}: {error}")}
+        # rare, so only now one by one: a refused statement undoes only itself
+        refused: schema.Refusals = {}
+        for row_by_key in rows:
+            refused |= self._upsert_at_once(connection, model, [row_by_key], now)
+        return refused
+
+    def _upsert_sql(self, count: int) -> str:
+        row = f"({', '.join('?' * len(_COLUMNS))})"
+        return f"""
+            INSERT INTO "{self.name}" ({", ".join(_COLUMNS)}) VALUES {", ".join([row] * count)}
             ON CONFLICT (id, model) DO UPDATE SET
                 content_hash = excluded.content_hash, embedding = excluded.embedding, text = excluded.text,
                 metadata = excluded.metadata, updated_at = excluded.updated_at
         """
 
-        def values(key: str, row: Row) -> tuple[object, ...]:
-            check()
-            blob = schema.little_endian(row.vector)
-            return key, model, row.content_hash, blob, row.text, row.metadata, now, now
-
-        try:
-            connection.executemany(sql, (values(key, row) for key, row in rows.items()))
-            return {}
-        except _REFUSED:
-            if not connection.in_transaction:
-                raise  # a trigger of the user's has rolled all of it back
-            refused: schema.Refusals = {}  # rare, so only now one by one: a refused statement undoes only itself
-        for key, row in rows.items():
-            try:
-                connection.execute(sql, values(key, row))
-            except _REFUSED as error:
-                refused[row.id] = RowRefusedError(f"row {schema.shown(key)} was refused by {self.where}: {error}")
-        return refused
-
     def hashes(self, connection: sqlite3.Connection, model: str, keys: Sequence[str]) -> dict[str, str | None]:
         """Return the content hash of each of the keys that is stored."""
         self._check_created(connection)
-        sql = f'SELECT id, content_hash FROM "{self.name}" WHERE model = ? AND {_AMONG}'
-        return dict(connection.execute(sql, (model, json.dumps(keys))))
+        sql = f'''SELECT json_group_object(id, content_hash || '') FROM "{self.name}" WHERE model = ? AND {_AMONG}'''
+        found: dict[str, str | None] = json.loads(connection.execute(sql, (model, json.dumps(keys))).fetchone()[0])
+        return found
 
     def models(self, connection: sqlite3.Connection) -> dict[str, int]:
         """Return the models that have rows, each with the dimensions of its vectors."""
@@ -174,28 +213,38 @@ class Table:
 
     def rank_slice(self, connection: sqlite3.Connection, model: str, ranking: Ranking, after: int) -> int | None:
         """Offer the next rows behind that rowid to the ranking; return the last one's, None at the end."""
-        dimensions = ranking.dimensions
-        found = connection.execute(
-            f'SELECT rowid, id, embedding FROM "{self.name}" WHERE model = ? AND rowid > ? ORDER BY rowid LIMIT ?',
-            (model, after, max(1, SLICE_BYTES // (4 * dimensions))),
-        ).fetchall()
-        if not found:
-            return None
-        rowids, ids, blobs = zip(*found, strict=True)
-        if set(map(len, blobs)) != {4 * dimensions}:
-            id, blob = next((id, blob) for _, id, blob in found if len(blob) != 4 * dimensions)
-            raise SinkError(
-                f"row {schema.shown(id)} of {self.where} holds {len(blob)} bytes where {dimensions} float32 "
-                "belong: something else wrote it; delete it"
-            )
-        ranking.offer(ids, np.frombuffer(b"".join(blobs), "<f4").reshape(len(blobs), dimensions))
-        return int(rowids[-1])
+        size, most = 4 * ranking.dimensions, max(1, SLICE_BYTES // (4 * ranking.dimensions))
+        last, count, ids, blobs, unfit = connection.execute(
+            f"""
+            SELECT max(rowid), count(*), json_group_array(id), {_joined(connection, "embedding")},
+                min(rowid) FILTER (WHERE typeof(embedding) <> 'blob' OR length(embedding) <> ?)
+            FROM (SELECT rowid, id, embedding FROM "{self.name}" WHERE model = ? AND rowid > ? ORDER BY rowid LIMIT ?)
+            """,
+            (size, model, after, most),
+        ).fetchone()
+        if unfit is not None:
+            raise SinkError(self._what_is_unfit(connection, unfit, ranking.dimensions))
+        if count:
+            vectors = np.frombuffer(_unjoined(blobs), "<f4").reshape(count, ranking.dimensions)
+            ranking.offer(json.loads(ids), vectors)
+        return int(last) if count == most else None
+
+    def _what_is_unfit(self, connection: sqlite3.Connection, rowid: int, dimensions: int) -> str:
+        sql = f'SELECT id, length(embedding) FROM "{self.name}" WHERE rowid = ?'
+        id, size = connection.execute(sql, (rowid,)).fetchone()
+        return (
+            f"row {schema.shown(id)} of {self.where} holds {size} bytes where {dimensions} float32 "
+            "belong: something else wrote it; delete it"
+        )
 
     def hits(self, connection: sqlite3.Connection, model: str, best: Sequence[tuple[str, float]]) -> list[Hit]:
         """Return the ranked rows with text and metadata; without those deleted since they were ranked."""
-        sql = f'SELECT id, text, metadata FROM "{self.name}" WHERE model = ? AND {_AMONG}'
+        sql = f'''
+            SELECT json_group_array(json_array(id, text, metadata)) FROM "{self.name}" WHERE model = ? AND {_AMONG}
+        '''
         keys = json.dumps([id for id, _ in best])
-        found = {id: rest for id, *rest in connection.execute(sql, (model, keys))}
+        (rows,) = connection.execute(sql, (model, keys)).fetchone()
+        found = {id: rest for id, *rest in json.loads(rows)}
         return [Hit(id, score, found[id][0], schema.parsed(found[id][1])) for id, score in best if id in found]
 
     def count(self, connection: sqlite3.Connection, model: str | None) -> int:
@@ -207,8 +256,9 @@ class Table:
     def ids(self, connection: sqlite3.Connection, model: str, after: str, limit: int) -> list[str]:
         """Return up to `limit` ids behind that one, in order."""
         self._check_created(connection)
-        sql = f'SELECT id FROM "{self.name}" WHERE model = ? AND id > ? ORDER BY id LIMIT ?'
-        return [id for (id,) in connection.execute(sql, (model, after, limit))]
+        page = f'SELECT id FROM "{self.name}" WHERE model = ? AND id > ? ORDER BY id LIMIT ?'
+        (ids,) = connection.execute(f"SELECT json_group_array(id) FROM ({page})", (model, after, limit)).fetchone()
+        return sorted(json.loads(ids))  # as they come, but SQLite does not promise it of an aggregate
 
     def delete(self, connection: sqlite3.Connection, model: str, keys: Sequence[str]) -> int:
         """Delete the rows; return how many there were."""
@@ -223,3 +273,18 @@ class Table:
         ).fetchone()
         if tables != 2:
             raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
+
+
+def _joined(connection: sqlite3.Connection, column: str) -> str:
+    """Return SQL for the bytes of all rows of a column of blobs, one after the other; `_unjoined` makes them of it.
+
+    `group_concat` takes the bytes of a blob as a text in the database's encoding, and the cast gives them back. Only in
+    UTF-8 they are not looked at on the way; a file of the user's in UTF-16 has them as digits, which takes longer.
+    """
+    if connection.execute("PRAGMA encoding").fetchone() == ("UTF-8",):
+        return f"CAST(group_concat({column}, '') AS BLOB)"
+    return f"group_concat(hex({column}), '')"
+
+
+def _unjoined(joined: bytes | str) -> bytes:
+    return bytes.fromhex(joined) if isinstance(joined, str) else joined
