@@ -5,21 +5,29 @@
 
 No call leaves a transaction open. What SQLite raises leaves as an error of ours. No connection lives through a fork: of
 those on its other side SQLite would believe that they hold the locks of this one (seen when run: rows were lost).
+
+Each statement takes or yields many rows in one step: while another thread computes, every step is paid with 5 ms of
+waiting for the interpreter (sinks/sqlite/table.py has the figures).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 
 from ..errors import AsyncEmbedError, ConfigError
 from ..types import Vectors
+
+T = TypeVar("T")
 
 # `PRAGMA application_id` says whose file it is (sqlite.org/pragma.html): "aemc".
 APPLICATION_ID = 0x61656D63
@@ -50,8 +58,28 @@ PAGE_BYTES = 32_768
 # read or kept then is a miss, not an error.
 BUSY_S = 1.0
 
-# Asked for in one statement; SQLite took 999 parameters before 3.32 (sqlite.org/limits.html).
+# Asked for, and written, in one statement; SQLite took 999 parameters before 3.32 (sqlite.org/limits.html).
 KEYS_A_STATEMENT = 500
+ROWS_A_STATEMENT = 300
+
+# Statements kept ready. Each holds on to the values it was last given, and a write's are megabytes.
+STATEMENTS_KEPT = 8
+
+# The vectors of all rows, one after the other, as one blob. `group_concat` takes and gives bytes as a text in the
+# database's encoding, which is UTF-8 in a file of ours.
+_FOUND = """
+    SELECT json_group_array(hex(key)), json_group_array(used), json_group_array(length(vector)),
+        CAST(group_concat(vector, '') AS BLOB)
+    FROM vectors WHERE key IN ({}) AND typeof(vector) = 'blob' AND length(vector) > 0 AND length(vector) % 4 = 0
+"""
+_OLDEST = """
+    SELECT json_group_array(json_array(id, length(vector)))
+    FROM (SELECT id, vector FROM vectors ORDER BY used, id LIMIT ?)
+"""
+_WRITE = """
+    INSERT INTO vectors (key, used, vector) VALUES {}
+    ON CONFLICT (key) DO UPDATE SET used = excluded.used, vector = excluded.vector
+"""
 
 # Hits that are noted together, in a transaction of their own if nothing is written meanwhile.
 MOST_NOTED = 2_000
@@ -100,16 +128,18 @@ class CacheFile:
         """
         found: dict[bytes, Vectors] = {}
         with self._connected() as connection:
-            for start in range(0, len(keys), KEYS_A_STATEMENT):
-                some = keys[start : start + KEYS_A_STATEMENT]
-                marks = ",".join("?" * len(some))
-                rows = connection.execute(f"SELECT key, used, vector FROM vectors WHERE key IN ({marks})", some)
-                for key, used, blob in rows:
-                    if _is_vector(blob):
-                        found[key] = _decoded(blob)
-                        # before the file is half full nobody asks who was used when
-                        if self._is_filling and used < self._newest:
-                            self._noted.add(key)
+            for some in _pieces(keys, KEYS_A_STATEMENT):
+                row = connection.execute(_FOUND.format(_marks(len(some))), some).fetchone()
+                hexes, uses, sizes = map(json.loads, row[:3])
+                start = 0
+                for digits, used, size in zip(hexes, uses, sizes, strict=True):
+                    key = bytes.fromhex(digits)
+                    # bytes of its own, since who keeps one vector would with a view keep them all
+                    found[key] = _decoded(row[3][start : start + size])
+                    start += size
+                    # before the file is half full nobody asks who was used when
+                    if self._is_filling and used < self._newest:
+                        self._noted.add(key)
             if len(self._noted) >= MOST_NOTED:
                 with suppress(sqlite3.Error):  # what was found is there all the same
                     self._write(connection, {})
@@ -158,7 +188,13 @@ class CacheFile:
         try:
             # before SQLite does it, which asks for no mode; its other files beside this one take over the mode
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                self._path,
+                timeout=BUSY_S,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=STATEMENTS_KEPT,
+            )
             try:
                 self._prepare(connection)
             except BaseException:
@@ -197,29 +233,30 @@ class CacheFile:
             now = _newest(connection)
             if rows or now != self._only_noted:  # else all hits would be older again, and noted, whenever some are
                 now += 1
-            connection.executemany("UPDATE vectors SET used = ? WHERE key = ?", ((now, key) for key in noted))
+            for some in _pieces(noted, KEYS_A_STATEMENT):
+                marks = _marks(len(some))
+                connection.execute(f"UPDATE vectors SET used = ? WHERE key IN ({marks})", (now, *some))
             self._make_room(connection, sum(_most_stored(blob) for _, blob in rows))
-            connection.executemany(
-                "INSERT INTO vectors (key, used, vector) VALUES (?, ?, ?)"
-                " ON CONFLICT (key) DO UPDATE SET used = excluded.used, vector = excluded.vector",
-                ((key, now, blob) for key, blob in rows),
-            )
+            for written in _pieces(rows, ROWS_A_STATEMENT):
+                values = chain.from_iterable((key, now, blob) for key, blob in written)
+                connection.execute(_WRITE.format(_marks(len(written), "(?, ?, ?)")), tuple(values))
         self._newest, self._only_noted = now, None if rows else now
         self._is_filling = self._is_over(connection, 0.5)
 
     def _make_room(self, connection: sqlite3.Connection, needed: int) -> None:
         while self._is_over(connection, 1.0, needed):
-            evicted, leaving = 0, []
-            oldest = connection.execute("SELECT id, length(vector) FROM vectors ORDER BY used, id")
-            for id, length in oldest:
-                leaving.append((id,))
-                evicted += length
-                if evicted >= max(needed, min(EVICTED_BYTES, (self._max_bytes or 0) // 8)):
-                    break
-            oldest.close()
-            if not leaving:
-                return
-            connection.executemany("DELETE FROM vectors WHERE id = ?", leaving)
+            least, evicted = max(needed, min(EVICTED_BYTES, (self._max_bytes or 0) // 8)), 0
+            while evicted < least:
+                oldest = json.loads(connection.execute(_OLDEST, (KEYS_A_STATEMENT,)).fetchone()[0])
+                if not oldest:
+                    return
+                leaving = []
+                for id, length in oldest:
+                    leaving.append(id)
+                    evicted += length
+                    if evicted >= least:
+                        break
+                connection.execute(f"DELETE FROM vectors WHERE id IN ({_marks(len(leaving))})", leaving)
 
     def _is_over(self, connection: sqlite3.Connection, share: float, more: int = 0) -> bool:
         """Tell whether the pages in use, and so many bytes, take more than that share of what the file may take."""
@@ -288,8 +325,14 @@ def _most_stored(blob: bytes) -> int:
     return 2 * len(blob) + ROW_BYTES
 
 
-def _is_vector(blob: object) -> bool:
-    return isinstance(blob, bytes) and len(blob) % 4 == 0 and len(blob) > 0
+def _marks(count: int, mark: str = "?") -> str:
+    return ", ".join([mark] * count)
+
+
+def _pieces(values: Iterable[T], most: int) -> Iterator[list[T]]:
+    left = iter(values)
+    while piece := list(islice(left, most)):
+        yield piece
 
 
 def _decoded(blob: bytes) -> Vectors:

@@ -21,6 +21,7 @@ from asyncembed.caches.sqlite import LEAST_BYTES, SQLiteCache
 from asyncembed.caches.sqlite_file import APPLICATION_ID, MOST_NOTED, PAGE_BYTES, ROW_BYTES, CacheFile, parts
 from asyncembed.errors import AsyncEmbedError, ConfigError
 from tests.caches.keys import key_of, vector
+from tests.steps import Steps
 
 
 @pytest.fixture
@@ -102,6 +103,22 @@ async def test_more_keys_than_one_statement_takes_are_found(path: Path) -> None:
     await cache.put(numbered(0, 1_700, 4))
     assert len(await cache.get([key_of(number) for number in range(2_000)])) == 1_700
     await cache.aclose()
+
+
+async def test_no_call_takes_a_step_for_every_vector(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    taken = {}
+    for what in ("put", "put while others leave"):
+        steps.count = 0
+        await cache.put(numbered(0, 4_000))
+        taken[what] = steps.count
+    steps.count = 0
+    found = await cache.get([key_of(number) for number in range(4_000)])
+    taken["get"] = steps.count
+    await cache.aclose()
+    assert len(found) > 1_000
+    assert all(0 < count < 400 for count in taken.values()), taken  # of 4,000, in many small transactions
 
 
 # ---- its size
@@ -316,6 +333,7 @@ PROCESS = """
 import asyncio, sys
 from asyncembed.caches.sqlite import SQLiteCache
 from tests.caches.keys import key_of, vector
+from tests.steps import Steps
 
 async def main():
     cache = SQLiteCache(sys.argv[1])
@@ -511,6 +529,7 @@ FORK = """
 import asyncio, os, sys
 from asyncembed.caches.sqlite import SQLiteCache
 from tests.caches.keys import key_of, vector
+from tests.steps import Steps
 
 cache = SQLiteCache(sys.argv[1])
 
