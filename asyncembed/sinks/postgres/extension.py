@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -67,12 +68,24 @@ async def _set_codec(connection: Any, schema: str, kind: str) -> None:
     await connection.set_type_codec(kind, schema=schema, encoder=encode, decoder=decode, format="binary")
 
 
+# As pgvector receives a vector (vector_recv in its vector.c): two bytes for its size, two that are 0, and its numbers,
+# all big-endian. Its own classes take 5 us for 1,536 numbers, and 13 us for halves, by way of Python's array; these 2
+# and 8.
+_HEADER = struct.Struct(">HH")
+
+
+def _encode(vector: Any) -> bytes:
+    numbers = np.asarray(vector)
+    return _HEADER.pack(numbers.size, 0) + numbers.astype(">f4").tobytes()
+
+
 def _encode_half(vector: Any) -> bytes:
+    numbers = np.asarray(vector)
     with np.errstate(over="ignore"):  # to infinity, which the server then refuses for its row alone
-        return HalfVector(vector).to_binary()
+        return _HEADER.pack(numbers.size, 0) + numbers.astype(">f2").tobytes()
 
 
 _CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "vector": (lambda vector: Vector(vector).to_binary(), Vector.from_binary),
+    "vector": (_encode, Vector.from_binary),
     "halfvec": (_encode_half, HalfVector.from_binary),
 }
