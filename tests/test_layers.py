@@ -19,6 +19,7 @@ ROWS = [
     "models",
     "loops",
     "threads",
+    "sqlite_steps",
     "tokens",
     "packing",
     "weighing",
@@ -183,3 +184,12 @@ def test_no_update_waits_between_reading_and_writing(name: str) -> None:
 def test_no_bare_gather_and_no_wall_clock(name: str) -> None:
     calls = {ast.unparse(node.func) for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call)}
     assert calls.isdisjoint({"asyncio.gather", "asyncio.get_event_loop", "time.time"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_done_row_by_row_in_sqlite(name: str) -> None:
+    # see `sqlite_steps`; asyncpg's method of that name sends all rows in one go
+    calls = {ast.unparse(node.func) for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call)}
+    assert name == "sinks.postgres.storing" or not [
+        call for call in calls if call.endswith((".executemany", ".fetchall"))
+    ]

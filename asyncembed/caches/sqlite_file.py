@@ -5,9 +5,6 @@
 
 No call leaves a transaction open. What SQLite raises leaves as an error of ours. No connection lives through a fork: of
 those on its other side SQLite would believe that they hold the locks of this one (seen when run: rows were lost).
-
-Each statement takes or yields many rows in one step: while another thread computes, every step is paid with 5 ms of
-waiting for the interpreter (sinks/sqlite/table.py has the figures).
 """
 
 from __future__ import annotations
@@ -17,17 +14,15 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, islice
-from typing import TypeVar
+from itertools import chain
 
 import numpy as np
 
 from ..errors import AsyncEmbedError, ConfigError
+from ..sqlite_steps import KEYS_A_STATEMENT, STATEMENTS_KEPT, joined, marks, pieces
 from ..types import Vectors
-
-T = TypeVar("T")
 
 # `PRAGMA application_id` says whose file it is (sqlite.org/pragma.html): "aemc".
 APPLICATION_ID = 0x61656D63
@@ -58,19 +53,12 @@ PAGE_BYTES = 32_768
 # read or kept then is a miss, not an error.
 BUSY_S = 1.0
 
-# Asked for, and written, in one statement; SQLite took 999 parameters before 3.32 (sqlite.org/limits.html).
-KEYS_A_STATEMENT = 500
+# Of three parameters each.
 ROWS_A_STATEMENT = 300
 
-# Statements kept ready. Each holds on to the values it was last given, and a write's are megabytes.
-STATEMENTS_KEPT = 8
-
-# The vectors of all rows, one after the other, as one blob. `group_concat` takes and gives bytes as a text in the
-# database's encoding, which is UTF-8 in a file of ours.
-_FOUND = """
-    SELECT json_group_array(hex(key)), json_group_array(used), json_group_array(length(vector)),
-        CAST(group_concat(vector, '') AS BLOB)
-    FROM vectors WHERE key IN ({}) AND typeof(vector) = 'blob' AND length(vector) > 0 AND length(vector) % 4 = 0
+_FOUND = f"""
+    SELECT json_group_array(hex(key)), json_group_array(used), json_group_array(length(vector)), {joined("vector")}
+    FROM vectors WHERE key IN ({{}}) AND typeof(vector) = 'blob' AND length(vector) > 0 AND length(vector) % 4 = 0
 """
 _OLDEST = """
     SELECT json_group_array(json_array(id, length(vector)))
@@ -128,8 +116,8 @@ class CacheFile:
         """
         found: dict[bytes, Vectors] = {}
         with self._connected() as connection:
-            for some in _pieces(keys, KEYS_A_STATEMENT):
-                row = connection.execute(_FOUND.format(_marks(len(some))), some).fetchone()
+            for some in pieces(keys, KEYS_A_STATEMENT):
+                row = connection.execute(_FOUND.format(marks(len(some))), some).fetchone()
                 hexes, uses, sizes = map(json.loads, row[:3])
                 start = 0
                 for digits, used, size in zip(hexes, uses, sizes, strict=True):
@@ -233,13 +221,12 @@ class CacheFile:
             now = _newest(connection)
             if rows or now != self._only_noted:  # else all hits would be older again, and noted, whenever some are
                 now += 1
-            for some in _pieces(noted, KEYS_A_STATEMENT):
-                marks = _marks(len(some))
-                connection.execute(f"UPDATE vectors SET used = ? WHERE key IN ({marks})", (now, *some))
+            for some in pieces(noted, KEYS_A_STATEMENT):
+                connection.execute(f"UPDATE vectors SET used = ? WHERE key IN ({marks(len(some))})", (now, *some))
             self._make_room(connection, sum(_most_stored(blob) for _, blob in rows))
-            for written in _pieces(rows, ROWS_A_STATEMENT):
+            for written in pieces(rows, ROWS_A_STATEMENT):
                 values = chain.from_iterable((key, now, blob) for key, blob in written)
-                connection.execute(_WRITE.format(_marks(len(written), "(?, ?, ?)")), tuple(values))
+                connection.execute(_WRITE.format(marks(len(written), "(?, ?, ?)")), tuple(values))
         self._newest, self._only_noted = now, None if rows else now
         self._is_filling = self._is_over(connection, 0.5)
 
@@ -256,7 +243,7 @@ class CacheFile:
                     evicted += length
                     if evicted >= least:
                         break
-                connection.execute(f"DELETE FROM vectors WHERE id IN ({_marks(len(leaving))})", leaving)
+                connection.execute(f"DELETE FROM vectors WHERE id IN ({marks(len(leaving))})", leaving)
 
     def _is_over(self, connection: sqlite3.Connection, share: float, more: int = 0) -> bool:
         """Tell whether the pages in use, and so many bytes, take more than that share of what the file may take."""
@@ -323,16 +310,6 @@ def parts(vectors: Mapping[bytes, Vectors], most_bytes: int) -> Iterator[dict[by
 def _most_stored(blob: bytes) -> int:
     # a row of just over half a page has that page to itself
     return 2 * len(blob) + ROW_BYTES
-
-
-def _marks(count: int, mark: str = "?") -> str:
-    return ", ".join([mark] * count)
-
-
-def _pieces(values: Iterable[T], most: int) -> Iterator[list[T]]:
-    left = iter(values)
-    while piece := list(islice(left, most)):
-        yield piece
 
 
 def _decoded(blob: bytes) -> Vectors:

@@ -15,6 +15,7 @@ from asyncembed.errors import ConfigError, DeadlineError, InvalidRecordError, Si
 from asyncembed.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
+from tests.steps import Steps
 from tests.stores import OpenStore, told
 
 
@@ -82,6 +83,17 @@ async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
         report = await ingest(records(*range(0, 3_500, 7)), embedder, sink, prune=True)
         assert (report.skipped_count, report.pruned_count) == (500, 3_000)
         assert sorted(await ids(sink)) == sorted(f"id {number}" for number in range(0, 3_500, 7))
+
+
+async def test_neither_a_rerun_nor_pruning_takes_a_step_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    embedder, _ = make()
+    async with SQLiteSink(":memory:") as sink:
+        await ingest(records(*range(4_000)), embedder, sink)
+        steps.count = 0
+        report = await ingest(records(*range(2_000)), embedder, sink, prune=True)
+        assert (report.skipped_count, report.pruned_count) == (2_000, 2_000)
+    assert 0 < steps.count < 200
 
 
 # ---- what failed is still in the source ----

@@ -15,6 +15,8 @@ from typing import TypeAlias, TypeVar
 
 import aiosqlite
 
+from ...sqlite_steps import STATEMENTS_KEPT
+
 T = TypeVar("T")
 Job: TypeAlias = Callable[[sqlite3.Connection, Callable[[], None]], T]
 """What runs on a connection's thread. It calls its second argument now and then, which raises to give up."""
@@ -25,9 +27,6 @@ PAGE_BYTES = 16_384
 
 # How long one attempt waits for a lock before it looks whether its caller is still there.
 LOCK_SLICE_S = 0.05
-
-# Statements kept ready. Each holds on to the values it was last given, and a write's are megabytes.
-STATEMENTS_KEPT = 8
 
 # What a wait may help against.
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -2,8 +2,8 @@
 
 A transaction is one function on its connection's thread, from BEGIN IMMEDIATE to COMMIT or ROLLBACK. So no other
 task can come between its statements, and a cancelled caller cannot leave it open: it waits for that function,
-which stops at its next row or commits. There are two connections, since in WAL mode a reader does not wait for a
-writer: one writes, one reads.
+which stops before its next statement or commits. There are two connections, since in WAL mode a reader does not wait
+for a writer: one writes, one reads.
 """
 
 from __future__ import annotations

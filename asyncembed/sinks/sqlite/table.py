@@ -1,10 +1,6 @@
 """The statements behind `SQLiteSink`: one table in one SQLite file, on whichever connection is handed in.
 
 Synchronous, without threads or waiting. Methods that write expect to run inside `transaction`.
-
-Python's sqlite3 lets go of the interpreter for every step of a statement, and while another thread computes it gets it
-back only 5 ms later. A statement that takes or yields row by row then needs 5 ms a row, and the loop waits in between.
-So each statement here takes or yields many rows in one step.
 """
 
 from __future__ import annotations
@@ -15,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from ...errors import RowRefusedError, SinkConfigError, SinkError
+from ...sqlite_steps import joined, marks, pieces
 from ...types import Hit, Row
 from .. import schema
 from ..search import Ranking
@@ -150,9 +146,8 @@ class Table:
         vector_bytes = max((row.vector.nbytes for row in rows.values()), default=1)
         most_parameters = connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
         most = min(ROWS_A_STATEMENT, BYTES_A_STATEMENT // vector_bytes, most_parameters // len(_COLUMNS))
-        left = iter(rows.items())
         refused: schema.Refusals = {}
-        while some := list(islice(left, max(1, most))):
+        for some in pieces(rows.items(), max(1, most)):
             check()
             refused |= self._upsert_at_once(connection, model, some, now)
         return refused
@@ -180,9 +175,9 @@ class Table:
         return refused
 
     def _upsert_sql(self, count: int) -> str:
-        row = f"({', '.join('?' * len(_COLUMNS))})"
+        rows = marks(count, f"({marks(len(_COLUMNS))})")
         return f"""
-            INSERT INTO "{self.name}" ({", ".join(_COLUMNS)}) VALUES {", ".join([row] * count)}
+            INSERT INTO "{self.name}" ({", ".join(_COLUMNS)}) VALUES {rows}
             ON CONFLICT (id, model) DO UPDATE SET
                 content_hash = excluded.content_hash, embedding = excluded.embedding, text = excluded.text,
                 metadata = excluded.metadata, updated_at = excluded.updated_at
@@ -276,15 +271,11 @@ class Table:
 
 
 def _joined(connection: sqlite3.Connection, column: str) -> str:
-    """Return SQL for the bytes of all rows of a column of blobs, one after the other; `_unjoined` makes them of it.
-
-    `group_concat` takes the bytes of a blob as a text in the database's encoding, and the cast gives them back. Only in
-    UTF-8 they are not looked at on the way; a file of the user's in UTF-16 has them as digits, which takes longer.
-    """
+    """Return SQL for the bytes of all rows of a column of blobs, one after the other; `_unjoined` makes them of it."""
     if connection.execute("PRAGMA encoding").fetchone() == ("UTF-8",):
-        return f"CAST(group_concat({column}, '') AS BLOB)"
-    return f"group_concat(hex({column}), '')"
+        return joined(column)
+    return f"group_concat(hex({column}), '')"  # a file of the user's in UTF-16: as digits, which takes longer
 
 
-def _unjoined(joined: bytes | str) -> bytes:
-    return bytes.fromhex(joined) if isinstance(joined, str) else joined
+def _unjoined(found: bytes | str) -> bytes:
+    return bytes.fromhex(found) if isinstance(found, str) else found
