@@ -143,6 +143,7 @@ class _Job:
         self._count = 0
         self._records_a_turn = 8
         self._why_unfit: WhyUnfit = getattr(sink, "why_unfit", lambda id: None)
+        self._stored_id: Callable[[RecordId], str] = getattr(sink, "stored_id", str)
         self._pending: dict[int, _Pending] = {}
         self._in_flight: set[str] = set()
         self._held: dict[str, _Pending] = {}
@@ -175,7 +176,9 @@ class _Job:
         while start < len(some):
             turn = some[start : start + self._records_a_turn]
             began = clock()
-            found = await in_thread_if(self._records_a_turn == 1, _checked, self._count, turn, self._why_unfit)
+            found = await in_thread_if(
+                self._records_a_turn == 1, _checked, self._count, turn, self._why_unfit, self._stored_id
+            )
             fitting = int(len(turn) * TURN_S / max(clock() - began, 1e-6))
             self._records_a_turn = max(1, min(RECORDS_A_TURN, fitting))
             good.extend(found[0])
@@ -289,7 +292,9 @@ def _row(pending: _Pending, vector: Vectors) -> Row:
     return Row(record.id, record.text, vector, pending.content_hash, pending.metadata)
 
 
-def _checked(first: int, some: Sequence[Any], why_unfit: WhyUnfit) -> tuple[list[_Pending], list[Failure]]:
+def _checked(
+    first: int, some: Sequence[Any], why_unfit: WhyUnfit, stored_id: Callable[[RecordId], str]
+) -> tuple[list[_Pending], list[Failure]]:
     """Tell the good records of a slice from the bad ones, before anything is paid for either."""
     good: list[_Pending] = []
     bad: list[Failure] = []
@@ -299,7 +304,7 @@ def _checked(first: int, some: Sequence[Any], why_unfit: WhyUnfit) -> tuple[list
             record = as_record(value)
             record_id = record.id
             check_text(record.text)
-            key = str(record.id)
+            key = stored_id(record.id)  # two spellings of one id are one row
             metadata = _as_json(record.metadata)
             reason = why_unstorable(key, record.text, metadata) or why_unfit(record.id)
             if reason is not None:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 # its error. So nothing is an address here that could be read in two ways.
 _HOST = r"(?:[^@:/?#,\[\]]*|\[[0-9A-Fa-f:.%]+\])(?::[0-9]+)?"
 _DSN = re.compile(
-    rf"postgres(?:ql)?://(?:[^:@/?#]*(?::[^@/?#]*)?@)?({_HOST}(?:,{_HOST})*)(?:/([^@/?#]*))?(?:\?([^@#]*))?"
+    rf"postgres(?:ql)?://(?:[^:@/?#\[\]]*(?::[^@/?#\[\]]*)?@)?({_HOST}(?:,{_HOST})*)(?:/([^@/?#]*))?(?:\?([^@#]*))?"
 )
 
 
@@ -27,7 +27,7 @@ def described(dsn_or_pool: object) -> str:
     if parts is None:
         raise ConfigError(
             "the address is not postgresql://user:password@host:port/database: in user and password "
-            "write / as %2F, # as %23, ? as %3F and @ as %40"
+            "write / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B and ] as %5D"
         )
     host, database, query = parts.groups()
     options = parse_qs(query or "")

@@ -34,6 +34,12 @@ _CLASSES: dict[str, Verdict] = {
     "P0": "row",  # raised by a trigger
     "44": "row",  # with check option violation
     "23": "row",  # integrity constraint violation
+    "21": "row",  # cardinality violation
+    "2F": "row",  # SQL routine exception
+    "38": "row",  # external routine exception
+    "39": "row",  # external routine invocation exception
+    "45": "row",  # unhandled user-defined exception
+    "55": "row",  # object not in prerequisite state
     "54": "row",  # program limit exceeded: a key too large for its index
     "28": "config",  # invalid authorization specification
     "3D": "config",  # invalid catalog name: no such database
@@ -41,6 +47,11 @@ _CLASSES: dict[str, Verdict] = {
     "42": "config",  # no such table, column, type, operator
     "0A": "config",  # feature not supported: no such extension on this server
 }
+
+# PostgreSQL's own classes that are not about what was sent: transactions, resources, the system, the server itself.
+# What is in none of these is a code of the user's, which a trigger has raised about a row.
+_SYSTEM = frozenset(("00", "01", "02", "03", "09", "0B", "0L", "0P", "24", "25", "27", "2B", "2D", "34", "40", "53"))
+_SYSTEM |= {"57", "58", "72", "F0", "HV", "XX"}
 
 # After a failover only a new connection leads to the new primary.
 NEW_CONNECTION = ("25006",)
@@ -72,7 +83,7 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
     if type(error).__name__ == _STALE:
         return "again"
     if state is not None:
-        return _CODES.get(state) or _CLASSES.get(state[:2]) or "fatal"
+        return _CODES.get(state) or _CLASSES.get(state[:2]) or ("fatal" if state[:2] in _SYSTEM else "row")
     if is_our_fault(error) or isinstance(error, ssl.SSLCertVerificationError):
         return "config"
     if isinstance(error, OSError) and not reached:
@@ -90,7 +101,8 @@ def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
     """
     state, kind = sqlstate_of(error), type(error).__name__
     if state is not None:
-        message = "" if verdict == "row" else f": {error.args[0]}"
+        # a message from within a function may be about a row, whatever its code
+        message = "" if verdict == "row" or getattr(error, "context", None) else f": {error.args[0]}"
         return f"{kind}{message} (SQLSTATE {state})"
     if isinstance(error, TimeoutError):
         return f"no free connection, or no answer on it, within {waited_s:g} s"

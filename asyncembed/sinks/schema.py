@@ -179,7 +179,13 @@ def keys_of(ids: Iterable[RecordId]) -> list[str]:
 
 def parsed(metadata: str | None) -> Mapping[str, Any] | None:
     """Return stored metadata as the mapping it was."""
-    value: Mapping[str, Any] | None = None if metadata is None else json.loads(metadata)
+    if metadata is None:
+        return None
+    value: Mapping[str, Any]
+    try:
+        value = json.loads(metadata)
+    except ValueError:  # PostgreSQL writes 1e5000 with all its zeros, and Python makes no int of so many digits
+        value = json.loads(metadata, parse_int=float)
     return value
 
 

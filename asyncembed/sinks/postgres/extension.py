@@ -57,8 +57,15 @@ async def taught(connection: Any, schema: str, kind: str) -> AsyncIterator[None]
     await _set_codec(connection, schema, kind)
     try:
         yield
+    except Exception:
+        try:
+            await connection.execute("ROLLBACK")  # in a failed transaction it cannot be untaught
+            await connection.reset_type_codec(kind, schema=schema)
+        except BaseException:
+            connection.terminate()
+        raise
     except BaseException:
-        connection.terminate()  # in a failed transaction it cannot be untaught
+        connection.terminate()
         raise
     await connection.reset_type_codec(kind, schema=schema)
 

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 from ...errors import SinkConfigError
-from ...storable import has_bytes
+from ...storable import has_bytes, why_unstorable
 from ...types import RecordId, Row
 from .. import schema
 from ..schema import quoted
@@ -25,6 +25,7 @@ from .extension import Extension
 
 # What a column can be for, and the field of a row that goes into it.
 ROLES = ("id", "model", "embedding", "content_hash", "text", "metadata", "created_at", "updated_at")
+CLOCKS = ("created_at", "updated_at")
 _FIELDS = {"embedding": "vector", "content_hash": "content_hash", "text": "text", "metadata": "metadata"}
 
 # pgvector README, "What if I want to index vectors with more than 2,000 dimensions?", and 16,000 for storage.
@@ -34,8 +35,12 @@ MAX_INDEXED = {"vector": 2_000, "halfvec": 4_000}
 # The operator and the operator class for each way to measure nearness (pgvector README, "Querying", "HNSW").
 METRICS = {"cosine": ("<=>", "cosine_ops"), "inner_product": ("<#>", "ip_ops"), "l2": ("<->", "l2_ops")}
 
+# SHA-256 in hex.
+HASH_CHARACTERS = 64
+
 _INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _TEXTS = ("text", "character varying")
+_LITERAL = re.compile(r"'(?:[^']|'')*'")
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 
 
@@ -47,6 +52,12 @@ class Column:
     modifier: int
     required: bool
 
+    @property
+    def most_characters(self) -> int | None:
+        """How long a text may be: n of `varchar(n)`; None if that does not bound it."""
+        # PostgreSQL's varchar.c, VARHDRSZ: the modifier is n + 4
+        return self.modifier - 4 if self.type == "character varying" and self.modifier > 4 else None
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -57,12 +68,14 @@ class Facts:
         extension: Where pgvector is, and which.
         columns: By name.
         keys: The columns of each unique index that ON CONFLICT can name.
+        has_models: Whether the table beside ours that records the sizes of vectors is there.
     """
 
     schema: str
     extension: Extension
     columns: Mapping[str, Column]
     keys: tuple[frozenset[str], ...]
+    has_models: bool = False
 
 
 def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
@@ -133,7 +146,7 @@ class Layout:
     @property
     def holds_any_text(self) -> bool:
         """Whether every id has a place in the id column."""
-        return self.id_type in _TEXTS
+        return self.id_type in _TEXTS and self._column("id").most_characters is None
 
     def _column(self, role: str) -> Column:
         return self.facts.columns[self.names[role]]
@@ -184,11 +197,20 @@ class Layout:
         key = {self.names[role] for role in ("id", "model") if role in self.names}
         if key not in self.facts.keys:
             problems.append(f"it has no unique index on exactly ({', '.join(sorted(key))})")
-        given = set(self.names.values())
+        given = {self.names[role] for role in (*self._written(), *self._clocks())}
         required = sorted(name for name, column in self.facts.columns.items() if column.required and name not in given)
         if required:
             problems.append(f"{', '.join(required)} must be given, but no column maps to it")
         return problems
+
+    def check_model(self, model: str) -> None:
+        """Raise SinkConfigError if the model's name, or any content hash, is too long for its column."""
+        for role, needed in (("model", len(model)), ("content_hash", HASH_CHARACTERS)):
+            most = self._column(role).most_characters if role in self.names else None
+            if most is not None and needed > most:
+                raise SinkConfigError(
+                    f"{self.where}: its column {self.names[role]} holds {most} characters; {needed} are needed"
+                )
 
     # ---- ids ----
 
@@ -200,7 +222,10 @@ class Layout:
         """
         if not has_bytes(key):
             raise ValueError("is no text")
-        if self.holds_any_text:
+        if self.id_type in _TEXTS:
+            most = self._column("id").most_characters
+            if most is not None and len(key) > most:
+                raise ValueError(f"is longer than {most} characters")
             return key
         if self.id_type == "uuid":
             return _uuid(key)
@@ -221,26 +246,40 @@ class Layout:
 
     def insert(self) -> str:
         """Return the upsert of one row; its parameters are those of `parameters`."""
+        clocks = [self.of(role) for role in self._clocks()]
         columns = [self.of(role) for role in self._written()]
-        key = ", ".join(self.of(role) for role in ("id", "model") if role in self.names)
-        changes = [f"{column} = EXCLUDED.{column}" for column in columns if column not in key.split(", ")]
-        if "updated_at" in self.names:
-            changes.append(f"{self.of('updated_at')} = now()")
+        key = [self.of(role) for role in ("id", "model") if role in self.names]
+        changes = [f"{column} = EXCLUDED.{column}" for column in columns if column not in key]
+        changes += [f"{self.of(role)} = now()" for role in self._clocks() if role == "updated_at"]
+        values = [*self._placeholders(), *["now()"] * len(clocks)]
         return (
-            f"INSERT INTO {self.sql_table} ({', '.join(columns)}) VALUES ({', '.join(self._placeholders())}) "
-            f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(changes)}"
+            f"INSERT INTO {self.sql_table} ({', '.join([*columns, *clocks])}) VALUES ({', '.join(values)}) "
+            f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {', '.join(changes)}"
         )
 
     def update(self) -> str:
         """Return the update of one row that exists; its parameters are those of `parameters`."""
         pairs = zip(self._written(), self._placeholders(), strict=True)
         changes = [f"{self.of(role)} = {placeholder}" for role, placeholder in pairs if role != "id"]
-        if "updated_at" in self.names:
-            changes.append(f"{self.of('updated_at')} = now()")
-        return f"UPDATE {self.sql_table} SET {', '.join(changes)} WHERE {self.of('id')} = $1"
+        changes += [f"{self.of(role)} = now()" for role in self._clocks() if role == "updated_at"]
+        condition = f"{self.of('id')} = $1{self._of_no_other_model('$2')}"
+        return f"UPDATE {self.sql_table} SET {', '.join(changes)} WHERE {condition}"
+
+    def _of_no_other_model(self, parameter: str) -> str:
+        if "model" not in self.names:
+            return ""
+        return f" AND ({self.of('model')} = {parameter} OR {self.of('model')} IS NULL)"
 
     def _written(self) -> list[str]:
-        return [role for role in ROLES if role in self.names and role not in ("created_at", "updated_at")]
+        """The roles that a row has values for; of rows that are only filled, the texts are the user's own."""
+        others = ("text", "metadata", *CLOCKS) if self.update_only else CLOCKS
+        return [role for role in ROLES if role in self.names and role not in others]
+
+    def _clocks(self) -> list[str]:
+        """The roles that are set to the time of writing; a column of another type is left to its default."""
+        return [
+            role for role in CLOCKS if role in self.names and self._column(role).type.startswith(("timestamp", "date"))
+        ]
 
     def _placeholders(self) -> list[str]:
         return [
@@ -256,11 +295,16 @@ class Layout:
         return lambda key, row: (key, *head, *[getattr(row, field) for field in fields])
 
     def lock(self) -> str:
-        """Return the query for which of the ids $1 exist, which locks them in their order."""
+        """Return the query for which of the ids $1 exist for no other model than $2, as text; locks them in order."""
+        model = self._of_no_other_model("$2") or " AND $2::text IS NOT NULL"
         return (
-            f"SELECT {self.of('id')} FROM {self.sql_table} WHERE {self.of('id')} = ANY($1::{self.id_type}[]) "
-            f"ORDER BY {self.of('id')} FOR UPDATE"
+            f"SELECT {self.of('id')}::text FROM {self.sql_table} WHERE {self.of('id')} = ANY($1::{self.id_type}[])"
+            f"{model} ORDER BY {self._in_order()} FOR UPDATE"
         )
+
+    def _in_order(self) -> str:
+        """The order in which everybody locks: that of Python, in which rows are written."""
+        return f'{self.of("id")} COLLATE "C"' if self.id_type in _TEXTS else self.of("id")
 
     def _for_model(self, parameter: str) -> str:
         # PostgreSQL wants every parameter used, also where no column tells the model
@@ -270,9 +314,9 @@ class Layout:
         return f"{self.of('embedding')} IS NOT NULL AND {of_model}"
 
     def hashes(self) -> str:
-        """Return the query for id and content hash of those of the ids $2 that are stored for model $1."""
+        """Return the query for id, as text, and content hash of those of the ids $2 that are stored for model $1."""
         return (
-            f"SELECT {self.of('id')}, {self.of('content_hash')} FROM {self.sql_table} "
+            f"SELECT {self.of('id')}::text, {self.of('content_hash')} FROM {self.sql_table} "
             f"WHERE {self.of('id')} = ANY($2::{self.id_type}[]) AND {self._for_model('$1')}"
         )
 
@@ -307,9 +351,11 @@ class Layout:
     def delete(self) -> str:
         """Return the statement that takes the vectors of model $1 and ids $2 away: rows, or only their vectors."""
         condition = f"WHERE {self.of('id')} = ANY($2::{self.id_type}[]) AND {self._for_model('$1')}"
+        locked = f"SELECT {self.of('id')} FROM {self.sql_table} {condition} ORDER BY {self._in_order()} FOR UPDATE"
+        rows = f"{self.of('id')} = ANY(ARRAY({locked})) AND {self._for_model('$1')}"
         if self.update_only:
-            return f"UPDATE {self.sql_table} SET {self.of('embedding')} = NULL {condition}"
-        return f"DELETE FROM {self.sql_table} {condition}"
+            return f"UPDATE {self.sql_table} SET {self.of('embedding')} = NULL WHERE {rows}"
+        return f"DELETE FROM {self.sql_table} WHERE {rows}"
 
     def measured(self, dimensions: int, *, by_index: bool) -> tuple[str, str]:
         """Return the expression whose distance is taken, and its type.
@@ -328,13 +374,28 @@ class Layout:
         """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
 
         Raises:
-            SinkConfigError: It is about metadata, and there is no column for them.
+            SinkConfigError: It is none, or about metadata, and there is no column for them.
         """
-        if where is None or isinstance(where, str):
+        if isinstance(where, str):
+            highest = max(map(int, re.findall(r"\$([0-9]{1,9})", _LITERAL.sub("", where))), default=0)
+            if highest > len(args):
+                raise SinkConfigError(f"where= speaks of ${highest}; args= has {len(args)} values")
+            if "\0" in where:
+                raise SinkConfigError("where= has a NUL in it, which is no SQL")
             return where or "true", args
+        if where is None or where == {}:
+            return "true", args
+        if not isinstance(where, Mapping):
+            raise SinkConfigError(f"where= is a {type(where).__name__}; it is a mapping or SQL")
         if "metadata" not in self.names:
             raise SinkConfigError(f"{self.where} has no column for metadata: give where= as SQL")
-        return f"{self.of('metadata')} @> $1::text::jsonb", [json.dumps(dict(where))]
+        try:
+            wanted = json.dumps(dict(where), allow_nan=False, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SinkConfigError(f"where= has a value that JSON cannot hold ({type(error).__name__})") from None
+        if why_unstorable("where", "", wanted) is not None:
+            raise SinkConfigError("where= has NUL or half a surrogate pair in it, which no metadata have")
+        return f"{self.of('metadata')} @> $1::text::jsonb", [wanted]
 
     def nearest(self, dimensions: int, condition: str, first: int, *, by_index: bool) -> str:
         """Return the query for the rows nearest to a vector.
@@ -345,16 +406,19 @@ class Layout:
         distance = f"{expression} OPERATOR({quoted(self.facts.extension.schema)}.<=>) ${first + 1}::text::{typed}"
         return (
             f"SELECT {self.of('id')}::text AS id, {self.of('text')}::text AS text, "
-            f"{self.of('metadata')}::text AS metadata, {self.of('embedding')}::real[] AS embedding "
-            f"FROM {self.sql_table} WHERE {self._for_model(f'${first}')} AND ({condition}) "
+            f"{self.of('metadata')}::text AS metadata, "
+            f"{self.pgvector('vector_send')}({self.of('embedding')}::{self.pgvector('vector')}) AS embedding "
+            # on a line of its own, since the condition may end in a comment
+            f"FROM {self.sql_table} WHERE {self._for_model(f'${first}')} AND ({condition}\n) "
             f'ORDER BY {distance}, {self.of("id")}::text COLLATE "C" LIMIT ${first + 2}'
         )
 
     # ---- an index ----
 
-    def index_name(self, model: str, metric: str) -> str:
+    def index_name(self, model: str, dimensions: int, metric: str) -> str:
         """Return the name of the index over a model's vectors, qualified and quoted; the same every time."""
-        suffix = f"_{hashlib.sha256(model.encode()).hexdigest()[:8]}_{metric}_hnsw"
+        whose = "\0".join((self.table, self.names["embedding"], model, str(dimensions)))
+        suffix = f"_{hashlib.sha256(whose.encode()).hexdigest()[:12]}_{metric}_hnsw"
         return f"{quoted(self.facts.schema)}.{quoted(self.table[: schema.MAX_NAME_BYTES - len(suffix)] + suffix)}"
 
     def create_index(self, name: str, model_literal: str, dimensions: int, metric: str, options: str) -> str:

@@ -37,10 +37,21 @@ class LoopPool:
         return self._given is not None
 
     async def open(self) -> Pool:
-        """Return the pool for the running loop."""
-        if self._given is not None:
-            return self._given
+        """Return the pool for the running loop.
+
+        Raises:
+            SinkError: The one that was handed in is closed, not open yet, or another loop's.
+        """
         loop = asyncio.get_running_loop()
+        if self._given is not None:
+            if self._given.is_closing():
+                raise SinkError(f"{self._name}: the pool is closed")
+            # asyncpg has no other words for these two
+            if not getattr(self._given, "_initialized", True):
+                raise SinkError(f"{self._name}: the pool is not open yet: await it, or enter it with `async with`")
+            if getattr(self._given, "_loop", loop) is not loop:
+                raise SinkError(f"{self._name}: the pool belongs to another event loop: make one in this loop")
+            return self._given
         if self._own is not None and self._loop is loop:
             return self._own
         if self._own is not None and self._loop is not None and self._loop.is_running():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import SinkBusyError, SinkConfigError
+from ...threads import in_thread_if
 from ...types import Hit, Vectors
 from .. import schema
 from ..search import Ranking
@@ -16,6 +17,12 @@ from .layout import MAX_INDEXED, Layout
 
 # Ranked here once more, from the stored numbers: the server's distances are float32, an index's even half of that.
 _SPARE = 20
+
+# What LIMIT takes is a bigint, and no table has so many rows.
+_MOST_ROWS = 2**62
+
+# Ranked in 1 ms.
+WORTH_A_THREAD_BYTES = 512 * 1024
 
 # pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
 _EF_SEARCH = (40, 1_000)
@@ -32,7 +39,7 @@ async def nearest(
     args: Sequence[Any],
 ) -> list[Hit]:
     """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
-    limit = 2 * k + _SPARE
+    limit = min(2 * k + _SPARE, _MOST_ROWS)
     ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
     # planned for this very vector: a pool's cached plan would read it anew for every row, and use no model's index
     settings = f"SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL hnsw.ef_search = {ef_search}"
@@ -42,30 +49,42 @@ async def nearest(
     ):  # else an index looks at ef_search rows and leaves out what `where` refuses
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
-    by_index = len(query) > MAX_INDEXED[layout.kind] and await _has_half_index(connection, layout, len(query))
-    found = await connection.fetch(
-        layout.nearest(len(query), where, len(args) + 1, by_index=by_index),
-        *args,
-        model,
-        json.dumps(query.tolist()),
-        limit,
-    )
+    index = layout.index_name(model, len(query), "cosine")
+    by_index = len(query) > MAX_INDEXED[layout.kind] and await _is_built(connection, index)
+    sql = layout.nearest(len(query), where, len(args) + 1, by_index=by_index)
+    # at unit length, which is the same to a cosine: the server's sums, in float32 or less, then stay within bounds
+    unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
+    values = (*args, model, json.dumps(unit.astype(np.float32).tolist()), limit)
+    found = await connection.fetch(sql, *values)
+    if len(found) < k and await _has_indexes(connection, layout):
+        # an index gives up after so many rows (hnsw.max_scan_tuples) that the condition refuses: look at all of them
+        await connection.execute("SET LOCAL enable_indexscan = off")
+        found = await connection.fetch(sql, *values)
     if not found:
         return []
-    ranking.offer([row["id"] for row in found], np.array([row["embedding"] for row in found], dtype=np.float32))
+    # vector_send in pgvector's vector.c: two numbers of two bytes, then big-endian float32
+    vectors = (
+        np.frombuffer(b"".join([row["embedding"][4:] for row in found]), ">f4")
+        .reshape(len(found), -1)
+        .astype(np.float32)
+    )
+    await in_thread_if(vectors.nbytes > WORTH_A_THREAD_BYTES, ranking.offer, [row["id"] for row in found], vectors)
     rest = {row["id"]: row for row in found}
     return [Hit(id, score, rest[id]["text"], schema.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
 
 
-async def _has_half_index(connection: Any, layout: Layout, dimensions: int) -> bool:
-    return bool(
-        await connection.fetchval(
-            "SELECT EXISTS (SELECT 1 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
-            "WHERE i.indrelid = to_regclass($1::text) AND i.indisvalid AND pg_get_indexdef(c.oid) LIKE $2)",
-            layout.sql_table,
-            f"%halfvec({dimensions})%halfvec_cosine_ops%",
-        )
+async def _is_built(connection: Any, index: str) -> bool:
+    sql = "SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass($1::text) AND indisvalid)"
+    return bool(await connection.fetchval(sql, index))
+
+
+async def _has_indexes(connection: Any, layout: Layout) -> bool:
+    """Return whether there may be an approximate index: one that is not a B-tree."""
+    sql = (
+        "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
+        "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
     )
+    return bool(await connection.fetchval(sql, layout.sql_table))
 
 
 async def index_statements(
@@ -85,7 +104,7 @@ async def index_statements(
             f"pgvector indexes up to {MAX_INDEXED['halfvec']} dimensions; {chosen!r} has {known[chosen]}: "
             "ask the model for fewer, or search without an index"
         )
-    name = layout.index_name(chosen, metric)
+    name = layout.index_name(chosen, known[chosen], metric)
     state = await connection.fetchrow(
         "SELECT indisvalid, EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
         "AS building FROM pg_index WHERE indexrelid = to_regclass($1::text)",

@@ -26,7 +26,7 @@ from .extension import is_untaught, taught
 from .layout import METRICS, Layout, check_columns
 from .pool import LoopPool
 from .storing import RefusedError, store
-from .target import Target
+from .target import ALREADY_THERE, Target
 from .transactions import Transactions
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class PostgresSink:
         schema.check_model(model, dimensions)
         self._sizes.pop(model, None)
         work = partial(self._target.prepare, model=model, dimensions=dimensions)
-        self._layout = await self._transactions.run(work)
+        self._layout = await self._transactions.run(work, again=ALREADY_THERE)
         await self._pool.learn()
 
     async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
@@ -142,8 +142,8 @@ class PostgresSink:
             wanted = layout.convert_all(hashes)
             stored = dict(await connection.fetch(layout.hashes(), model, list(set(wanted.values()))))
             if "content_hash" not in layout.names:
-                return {id for id, key in wanted.items() if key in stored}
-            return {id for id, key in wanted.items() if stored.get(key) == hashes[id]}
+                return {id for id, key in wanted.items() if str(key) in stored}
+            return {id for id, key in wanted.items() if stored.get(str(key)) == hashes[id]}
 
         return await self._run(work)
 
@@ -167,10 +167,13 @@ class PostgresSink:
             await self.prepare(model, None)
 
         async with self._large_writes.get() if len(rows) >= LARGE_WRITE_ROWS else nullcontext():
-            try:
-                size, refused = await self._run(partial(self._store, model, rows, carefully=False))
-            except RefusedError:
-                size, refused = await self._run(partial(self._store, model, rows, carefully=True))
+            stored: tuple[int, schema.Refusals] | None = None
+            with suppress(RefusedError):
+                stored = await self._run(partial(self._store, model, rows, carefully=False))
+            # out here what may go wrong now has not that error as its context, which quotes a row
+            if stored is None:
+                stored = await self._run(partial(self._store, model, rows, carefully=True))
+        size, refused = stored
         if not self._target.ours:
             self._sizes[model] = size
         return refused
@@ -308,8 +311,7 @@ class PostgresSink:
             options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
             return await searching.index_statements(connection, layout, stored, layout.meant(model), metric, options)
 
-        for statement in await self._run(work):
-            await self._transactions.alone(statement)
+        await self._transactions.alone(partial(self._run, work))
 
     async def _run(self, work: Callable[[Any, Layout], Coroutine[Any, Any, T]]) -> T:
         async def with_layout(connection: Any) -> T:

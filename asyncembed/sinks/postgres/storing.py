@@ -9,10 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import RowRefusedError
-from ...postgres.errors import verdict_on
+from ...postgres.errors import sqlstate_of, verdict_on
 from ...types import Row
 from .. import schema
 from .layout import Layout
+
+# Whether a trigger sees rows before they are stored (pg_trigger.h: TRIGGER_TYPE_ROW is 1, TRIGGER_TYPE_BEFORE is 2).
+_MAY_LEAVE_OUT = "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1::text) AND tgtype & 3 = 3)"
+
+# So many rows refused for want of rights or columns, and not one stored, are not about rows.
+ENOUGH_REFUSED = 8
 
 
 class RefusedError(Exception):
@@ -36,21 +42,47 @@ async def store(
     """
     refused: schema.Refusals = {}
     if layout.update_only:
-        found = {row[0] for row in await connection.fetch(layout.lock(), list(rows))}
-        for key in [key for key in rows if key not in found]:
+        found = {row[0] for row in await connection.fetch(layout.lock(), list(rows), model)}
+        for key in [key for key in rows if str(key) not in found]:
             id = rows[key].id
             refused[id] = RowRefusedError(f"row {schema.shown(str(id))} is not in {layout.where}, which is only filled")
-        rows = {key: row for key, row in rows.items() if key in found}
+        rows = {key: row for key, row in rows.items() if str(key) in found}
     batch = list(rows.items())
     if carefully:
-        return refused | await _store_by_halves(connection, layout, model, batch)
-    try:
-        await _store_all(connection, layout, model, batch)
-    except Exception as error:
-        if verdict_on(error) == "row":
-            raise RefusedError from None  # the server's error may quote the text
-        raise
-    return refused
+        unfit = await _store_by_halves(connection, layout, model, batch)
+        refused |= unfit
+    else:
+        is_refused = False
+        try:
+            await _store_all(connection, layout, model, batch)
+        except Exception as error:
+            if not _may_be_of_a_row(error):
+                raise
+            is_refused = True
+        if is_refused:
+            raise RefusedError  # out here it has no context: the server's error may quote the text
+    left_out = await _left_out(connection, layout, model, rows, refused)
+    return refused | left_out
+
+
+async def _left_out(
+    connection: Any, layout: Layout, model: str, rows: Mapping[Any, Row], refused: schema.Refusals
+) -> schema.Refusals:
+    """Return the rows that a trigger has left out without a word, if there are triggers that may."""
+    if layout.update_only or not await connection.fetchval(_MAY_LEAVE_OUT, layout.sql_table):
+        return {}
+    stored = dict(await connection.fetch(layout.hashes(), model, list(rows)))
+    has_hash = "content_hash" in layout.names
+    return {
+        row.id: RowRefusedError(f"row {schema.shown(str(row.id))} was left out by a trigger of {layout.where}")
+        for key, row in rows.items()
+        if row.id not in refused and (str(key) not in stored or (has_hash and stored[str(key)] != row.content_hash))
+    }
+
+
+def _may_be_of_a_row(error: Exception) -> bool:
+    """Return whether the server may mean one row and not all: a trigger may raise anything, a policy what rights do."""
+    return verdict_on(error) == "row" or (verdict_on(error) == "config" and sqlstate_of(error) is not None)
 
 
 async def _store_all(connection: Any, layout: Layout, model: str, rows: Sequence[tuple[Any, Row]]) -> None:
@@ -62,21 +94,29 @@ async def _store_all(connection: Any, layout: Layout, model: str, rows: Sequence
 async def _store_by_halves(
     connection: Any, layout: Layout, model: str, rows: Sequence[tuple[Any, Row]]
 ) -> schema.Refusals:
-    await connection.execute("SAVEPOINT half")
-    try:
-        await _store_all(connection, layout, model, rows)
-    except Exception as error:
-        if verdict_on(error) != "row":
-            raise
-        await connection.execute("ROLLBACK TO SAVEPOINT half")
-        if len(rows) == 1:
-            return {rows[0][1].id: _refusal(rows[0][1], layout, error)}
-    else:
-        await connection.execute("RELEASE SAVEPOINT half")
-        return {}
-    middle = len(rows) // 2
-    first = await _store_by_halves(connection, layout, model, rows[:middle])
-    return first | await _store_by_halves(connection, layout, model, rows[middle:])
+    refused: schema.Refusals = {}
+    parts = [rows]
+    stored = 0
+    while parts:
+        part = parts.pop()
+        await connection.execute("SAVEPOINT part")
+        try:
+            await _store_all(connection, layout, model, part)
+        except Exception as error:
+            if not _may_be_of_a_row(error):
+                raise
+            await connection.execute("ROLLBACK TO SAVEPOINT part")
+            if len(part) > 1:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+                continue
+            refused[part[0][1].id] = _refusal(part[0][1], layout, error)
+            if verdict_on(error) != "row" and not stored and len(refused) == min(len(rows), ENOUGH_REFUSED):
+                raise  # it is not the rows: nothing of this table's can be written any more
+        else:
+            await connection.execute("RELEASE SAVEPOINT part")
+            stored += len(part)
+    return refused
 
 
 def _refusal(row: Row, layout: Layout, error: Any) -> RowRefusedError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import SinkConfigError
@@ -17,6 +18,13 @@ from .sizes import agreed_size
 # Any number will do, if it is always the same: whoever creates tables holds this lock, so that many processes may
 # start at once. CREATE … IF NOT EXISTS alone is no protection, it fails with unique_violation.
 _SETUP_LOCK = 0x61_73_79_6E_63_65_6D_62  # "asyncemb"
+
+# What CREATE is refused with when somebody who does not hold that lock, a migration, was a moment faster:
+# unique_violation, duplicate_table, duplicate_object. Once more, and it is found.
+ALREADY_THERE = ("23505", "42P07", "42710")
+
+# An index over vectors of one size, and whose they are.
+_INDEXED_SIZE = re.compile(r"(?:vector|halfvec)\((\d+)\)")
 
 _TYPES = {
     "id": 'text COLLATE "C" NOT NULL',  # sorted by code point, as Python does
@@ -60,18 +68,38 @@ class Target:
             facts = await self._facts(connection, extension)
             assert facts is not None
         layout = self._layout(facts)
-        if self.ours and await connection.fetchval("SELECT to_regclass($1::text)", layout.sql_models) is None:
+        if self.ours and not facts.has_models:
             await connection.execute(
                 f"CREATE TABLE {layout.sql_models} "
                 "(table_name text, model text, dimensions integer NOT NULL, PRIMARY KEY (table_name, model))"
             )
+            layout = self._layout(replace(facts, has_models=True))
+        layout.check_model(model)
         if dimensions is not None:
             if dimensions > MAX_DIMENSIONS:
                 raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
             stored = await agreed_size(connection, layout, model, dimensions)
             schema.check_dimensions(model, stored, dimensions, self.where)
+            await self._check_indexes(connection, layout, model, dimensions)
         await self._rehearse(connection, layout)
         return layout
+
+    async def _check_indexes(self, connection: Any, layout: Layout, model: str, dimensions: int) -> None:
+        """Find indexes over this model's vectors when they had another size: they refuse every row."""
+        indexes = await connection.fetch(
+            "SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid) AS definition FROM pg_index "
+            "WHERE indrelid = to_regclass($1::text) AND indexprs IS NOT NULL AND (indpred IS NULL OR "
+            "strpos(pg_get_expr(indpred, indrelid), quote_literal($2::text)) > 0)",
+            layout.sql_table,
+            model,
+        )
+        for name, definition in indexes:
+            sizes = {int(size) for size in _INDEXED_SIZE.findall(definition)}
+            if sizes and dimensions not in sizes:
+                raise SinkConfigError(
+                    f"{self.where} has an index over {sizes.pop()} dimensions of model {model!r}, "
+                    f"which takes no vectors of {dimensions}: DROP INDEX {name}"
+                )
 
     async def _rehearse(self, connection: Any, layout: Layout) -> None:
         """Have the server refuse now what it would refuse when rows are written: for want of rights, for instance."""
@@ -84,6 +112,9 @@ class Target:
                 raise
             await connection.execute("ROLLBACK TO SAVEPOINT rehearsal")  # it looks at the values: real ones will do
         await connection.execute(f"SELECT FROM {layout.sql_table} LIMIT 0 FOR UPDATE")  # not if all is read-only
+        if self.ours:
+            await connection.execute(f"SELECT FROM {layout.sql_models} LIMIT 0 FOR UPDATE")
+            await connection.execute(f"EXPLAIN INSERT INTO {layout.sql_models} VALUES ('', '', 1)")
 
     async def look_up(self, connection: Any) -> Layout:
         """Return the layout of the table as it is.
@@ -134,9 +165,11 @@ class Target:
 
     async def _facts(self, connection: Any, extension: Extension) -> Facts | None:
         table = await connection.fetchrow(
-            "SELECT c.oid, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE c.oid = to_regclass($1::text)",
+            "SELECT c.oid, n.nspname, "
+            "EXISTS (SELECT FROM pg_class WHERE relname = $2 AND relnamespace = n.oid) AS models "
+            "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1::text)",
             self._sql_name(),
+            schema.MODELS_TABLE,
         )
         if table is None:
             return None
@@ -159,6 +192,7 @@ class Target:
             extension,
             {row["attname"]: Column(row["type"], row["atttypmod"], row["required"]) for row in columns},
             tuple(frozenset(row["names"]) for row in keys),
+            table["models"],
         )
 
     def _sql_name(self) -> str:

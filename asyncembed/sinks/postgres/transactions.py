@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 from ...postgres.errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
@@ -24,6 +24,12 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 # Seconds for a connection to be given back, and so for a reset that asks the server.
 RELEASE_S = 5.0
+
+# PostgreSQL's limits of time are ints.
+MOST_MS = 2**31 - 1
+
+# What would end a statement that takes long.
+_LIMITS = ("statement_timeout", "lock_timeout")
 
 # Seconds for an index: longer than any takes, since a pool that was handed in may have a limit for statements.
 INDEX_S = 7 * 86_400.0
@@ -58,8 +64,12 @@ class Transactions:
         self._retry_for = retry_for
         self._reached = reached
 
-    async def run(self, work: Work[T]) -> T:
+    async def run(self, work: Work[T], *, again: Container[str | None] = ()) -> T:
         """Return what the work returns, once its transaction is committed.
+
+        Args:
+            work: What is done, perhaps more than once.
+            again: SQLSTATEs after which it is done again, whatever they mean elsewhere.
 
         Raises:
             SinkError: Nothing of it is known to be stored.
@@ -72,9 +82,10 @@ class Transactions:
             except AsyncEmbedError:
                 raise
             except self._foreign as error:
-                verdict = verdict_on(error, reached=self._reached)
-                if verdict not in ("again", "busy") or clock() + pause > deadline:
-                    self._give_up(error, verdict)
+                verdict = "again" if sqlstate_of(error) in again else verdict_on(error, reached=self._reached)
+                failure = error
+            if verdict not in ("again", "busy") or clock() + pause > deadline:
+                raise self._explained(failure, verdict)  # out here it has no context: see `_explained`
             await asyncio.sleep(pause)
         raise AssertionError("there is no last pause")
 
@@ -91,10 +102,11 @@ class Transactions:
     async def _transaction(self, connection: Any, work: Work[T]) -> T:
         # bounded on the server, too: were this machine to vanish, its locks would vanish soon after; and no constraint
         # is put off until COMMIT, where it could not be told any more which row it is about
-        limit_ms = max(1, int(self._timeout * 1_000))  # 0 would be no limit
+        limit_ms = max(1, min(MOST_MS, int(min(self._timeout, MOST_MS) * 1_000)))  # 0 would be no limit
+        # what was committed meanwhile is seen by each statement, whatever the role's default
         await connection.execute(
-            f"BEGIN; SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL statement_timeout = {limit_ms}; "
-            f"SET LOCAL idle_in_transaction_session_timeout = {limit_ms}"
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SET CONSTRAINTS ALL IMMEDIATE; "
+            f"SET LOCAL statement_timeout = {limit_ms}; SET LOCAL idle_in_transaction_session_timeout = {limit_ms}"
         )
         try:
             result = await work(connection)
@@ -112,19 +124,50 @@ class Transactions:
             raise
         return result
 
-    async def alone(self, statement: str) -> None:
-        """Run a statement outside of any transaction, for as long as it takes."""
-        pool = await self._open_pool()
-        try:
-            async with pool.acquire(timeout=self._timeout) as connection:
-                await connection.execute(statement, timeout=INDEX_S)
-        except self._foreign as error:
-            self._give_up(error, verdict_on(error, reached=True))
+    async def alone(self, statements: Callable[[], Awaitable[Sequence[str]]]) -> None:
+        """Run statements outside of any transaction, each for as long as it takes.
 
-    def _give_up(self, error: Exception, verdict: Verdict) -> NoReturn:
+        Args:
+            statements: Which ones: asked again after a failure that may pass, for at most so long as others are.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline: float | None = None
+        for pause in pauses():
+            try:
+                for statement in await statements():
+                    await self._run_alone(statement)
+            except AsyncEmbedError:
+                raise
+            except self._foreign as error:
+                verdict, failure = verdict_on(error, reached=True), error
+            else:
+                return
+            deadline = deadline or clock() + self._retry_for
+            if verdict not in ("again", "busy") or clock() + pause > deadline:
+                raise self._explained(failure, verdict)
+            await asyncio.sleep(pause)
+
+    async def _run_alone(self, statement: str) -> None:
+        pool = await self._open_pool()
+        async with pool.acquire(timeout=self._timeout) as connection:
+            limits = [
+                name for name in _LIMITS if await connection.fetchval("SELECT current_setting($1)", name) != "0"
+            ]  # of the user's or the role's, for what usually takes a moment
+            for name in limits:
+                await connection.execute(f"SET {name} = 0")
+            try:
+                await connection.execute(statement, timeout=INDEX_S)
+            finally:
+                for name in limits:
+                    with suppress(*self._foreign):
+                        await connection.execute(f"RESET {name}")
+
+    def _explained(self, error: Exception, verdict: Verdict) -> SinkError:
         ours = explained(error, verdict, self._name, tried_s=self._retry_for, waited_s=self._timeout)
         # rows are quoted in the server's errors, and addresses with their passwords in asyncpg's
-        raise ours from (None if verdict == "row" or is_our_fault(error) else error)
+        is_secret = verdict == "row" or is_our_fault(error) or getattr(error, "context", None)
+        ours.__cause__ = None if is_secret else error
+        return ours
 
 
 def pauses() -> Iterator[float]:
