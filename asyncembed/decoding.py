@@ -166,6 +166,13 @@ class Decoder:
                 and got, and never what the reply says.
         """
         document = _parse(bytes(self._rest + self._unread), self.size)
+        try:
+            return self._reply(document)
+        except ProtocolError as error:
+            error.tokens = (_tokens(document) if isinstance(document, Mapping) else None) or 0
+            raise
+
+    def _reply(self, document: Any) -> Reply:
         data = document.get("data") if isinstance(document, Mapping) else None
         if not isinstance(data, list):
             raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{_error_in(document)}")

@@ -18,6 +18,7 @@ from .errors import (
     AsyncEmbedError,
     BadRequestError,
     DeadlineError,
+    ProtocolError,
     ProviderError,
     RateLimitedError,
     RejectedTextError,
@@ -229,6 +230,7 @@ class Engine:
                 try:
                     reply = await self._request(batch, run, ticket)
                 except ProviderError as error:
+                    run.tokens += error.tokens if isinstance(error, ProtocolError) else 0
                     self._pace.observe(ticket, error.rates)
                     self._pace.failed()
                     if is_overload(error):

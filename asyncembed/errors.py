@@ -223,7 +223,12 @@ class TransportError(ProviderError):
 
 
 class ProtocolError(ProviderError):
-    """An answer came, but not the one that was asked for: wrong count, order, size or numbers."""
+    """An answer came, but not the one that was asked for: wrong count, order, size or numbers.
+
+    `tokens` is what the provider has billed for it all the same; 0 if it did not say.
+    """
+
+    tokens: int = 0
 
 
 class SomeFailedError(AsyncEmbedError, RuntimeError):

@@ -45,6 +45,17 @@ class PerLoop(Generic[T]):
         return self._values.pop(asyncio.get_running_loop(), None)
 
 
+def noted(cancelled: asyncio.CancelledError, outcome: Any) -> asyncio.CancelledError:
+    """Note on the error of a cancelled call that its work was done all the same, and with what outcome."""
+    cancelled.outcome = outcome  # type: ignore[attr-defined]  # a subclass would not do: asyncio.timeout knows this one
+    return cancelled
+
+
+def outcome_of(cancelled: asyncio.CancelledError) -> Any:
+    """Return the outcome of what was done although its caller was cancelled; None if it was not, or nobody knows."""
+    return getattr(cancelled, "outcome", None)
+
+
 async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Cancel the tasks and wait for their end, even if the caller is cancelled meanwhile; drop what they raise."""
     for task in tasks:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -14,11 +14,11 @@ from .batches import Outcome
 from .embedder import Embedder
 from .errors import AsyncEmbedError, InputError, InvalidRecordError, SinkError, SourceError
 from .gathering import reporter
-from .loops import ended
+from .loops import ended, outcome_of
 from .pruning import Pruning
 from .records import AnyIterable, as_record, in_slices
 from .report import IngestReport, ProgressCallback
-from .run import Run
+from .run import STORING_S, Run, StoppedError
 from .storable import why_unstorable
 from .threads import in_thread_if
 from .types import Failure, Record, RecordId, Row, Sink, Vectors
@@ -76,14 +76,16 @@ async def ingest(
     """
     run = Run(deadline)
     pruning = Pruning(sink, embedder.model) if prune else None
-    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), getattr(records, "__len__", None), pruning)
+    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), _length_of(records), pruning)
     watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
     try:
         async with run.until_deadline():
-            await sink.prepare(embedder.model, embedder.dimensions)
-            async with aclosing(job.slices(records)) as slices:
-                await embedder.run(slices, run, job.deliver)
-            await job.prune()
+            with suppress(StoppedError):
+                async with run.unless_stopped():
+                    await sink.prepare(embedder.model, embedder.dimensions)
+                async with aclosing(job.slices(records)) as slices:
+                    await embedder.run(slices, run, job.deliver)
+                await job.prune()
     except (SinkError, SourceError) as error:
         error.report = job.finish(error)
         raise
@@ -129,7 +131,7 @@ class _Job:
         run: Run,
         skip_existing: bool,
         report_progress: ProgressCallback,
-        length: Any,
+        total: int | None,
         pruning: Pruning | None,
     ) -> None:
         self._embedder = embedder
@@ -137,7 +139,7 @@ class _Job:
         self._run = run
         self._skip_existing = skip_existing
         self._report_progress = report_progress
-        self._total: int | None = None if length is None else length()
+        self._total = total
         self._pruning = pruning
         self._report = IngestReport()
         self._count = 0
@@ -160,7 +162,9 @@ class _Job:
                 if self._pruning is not None:
                     failed = [failure.id for failure in bad if failure.id is not None]
                     await self._pruning.see([*(pending.record.id for pending in good), *failed])
-                yield await self._admit(good)
+                texts = await self._admit(good)
+                if texts or not some:  # nothing at all says that none will come for a while
+                    yield texts
         while self._held or self._released:
             yield ()  # send what they wait for
             while not self._released:
@@ -239,7 +243,17 @@ class _Job:
             for text, vector in zip(texts, vectors, strict=True)
             for index in text.indices
         ]
-        refused: Mapping[RecordId, AsyncEmbedError] = await self._sink.write(self._embedder.model, rows)
+        with suppress(StoppedError):  # it was given time, and is in the store wholly or not at all
+            async with self._run.storing():
+                try:
+                    refused = await self._sink.write(self._embedder.model, rows)
+                except asyncio.CancelledError as cancelled:
+                    if outcome_of(cancelled) is not None:
+                        self._count_stored(indices, outcome_of(cancelled))
+                    raise
+            self._count_stored(indices, refused)
+
+    def _count_stored(self, indices: Sequence[int], refused: Mapping[RecordId, AsyncEmbedError]) -> None:
         for index in indices:
             record = self._done(index).record
             if record.id in refused:
@@ -251,7 +265,8 @@ class _Job:
         """Delete what the source does not have, if that was asked for; the source has been read to its end."""
         if self._pruning is not None:
             unknown = sum(failure.id is None for failure in self._report.failures)
-            self._report.pruned_count = await self._pruning.finish(self._run, unknown)
+            async with self._run.unless_stopped(STORING_S):
+                self._report.pruned_count = await self._pruning.finish(self._run, unknown)
 
     def _done(self, index: int) -> _Pending:
         pending = self._pending.pop(index)
@@ -285,6 +300,13 @@ class _Job:
             cache_hits=run.cache_hits,
             cache_misses=run.cache_misses,
         )
+
+
+def _length_of(records: object) -> int | None:
+    try:
+        return len(records)  # type: ignore[arg-type]  # that is the question
+    except Exception:  # it has none, or it is not known yet
+        return None
 
 
 def _row(pending: _Pending, vector: Vectors) -> Row:

@@ -11,11 +11,11 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Protocol, cast
 
-from .errors import ConfigError
+from .errors import ConfigError, SinkError
 from .records import in_slices
 from .run import Run
 from .sqlite_steps import KEYS_A_STATEMENT, marks, pieces
@@ -74,7 +74,7 @@ class Pruning:
         await asyncio.to_thread(self._add, keys)
 
     def _add(self, keys: Sequence[bytes]) -> None:
-        with self._lock:
+        with self._lock, _errors_of_ours():
             for some in pieces(keys, KEYS_A_STATEMENT):
                 self._seen.execute(f"INSERT OR IGNORE INTO seen VALUES {marks(len(some), '(?)')}", some)
 
@@ -106,7 +106,7 @@ class Pruning:
 
     def _unseen(self, ids: Sequence[str]) -> list[str]:
         seen: set[bytes] = set()
-        with self._lock:
+        with self._lock, _errors_of_ours():
             for some in pieces(map(_key, ids), KEYS_A_STATEMENT):
                 sql = f"SELECT json_group_array(hex(id)) FROM seen WHERE id IN ({marks(len(some))})"
                 seen.update(map(bytes.fromhex, json.loads(self._seen.execute(sql, some).fetchone()[0])))
@@ -116,6 +116,16 @@ class Pruning:
         """Forget all of it."""
         with self._lock:
             self._seen.close()
+
+
+@contextmanager
+def _errors_of_ours() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise SinkError(
+            f"what was seen cannot be noted: {error}; it is kept in the folder for temporary files (SQLITE_TMPDIR)"
+        ) from error
 
 
 def _is_stopped(run: Run) -> bool:

@@ -35,6 +35,16 @@ def as_record(value: object) -> Record:
     Raises:
         InvalidRecordError: It stands for none, or its id cannot be one.
     """
+    try:
+        return _as_record(value)
+    except InputError:
+        raise
+    except Exception as error:  # of a mapping that is lazy, or an object that only looks like one
+        # from None: the original may show the record
+        raise InvalidRecordError(f"cannot be read ({type(error).__name__})") from None
+
+
+def _as_record(value: object) -> Record:
     if isinstance(value, Record):
         record_id = _record_id(value.id)
         return value if record_id is value.id else Record(record_id, value.text, value.metadata)
@@ -59,7 +69,8 @@ def _from_mapping(value: Any) -> Record:
         return Record(record_id, value["text"], metadata)
     if "content" not in keys:
         raise InvalidRecordError("has neither text nor content")
-    parts = [value[key] for key in ("title", "content") if key in keys and value[key] not in (None, "")]
+    parts = [value[key] for key in ("title", "content") if key in keys]
+    parts = [part for part in parts if part is not None and not (isinstance(part, str) and not part)]
     for part in parts:
         if not isinstance(part, str):
             raise WrongTypeError(f"has a title or content that is {type(part).__name__}; a text is a str")

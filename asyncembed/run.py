@@ -13,6 +13,9 @@ from .report import Progress
 from .types import Place
 from .weighing import Item
 
+# What is being stored when a run is stopped gets this long: it is paid for, and half of it may be there already.
+STORING_S = 10.0
+
 
 class StoppedError(Exception):
     """The run was stopped while something was waited for. Never leaves the engine."""
@@ -53,7 +56,8 @@ class Run:
         self.stopped_by: AsyncEmbedError | None = None
         self.aside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext
         """Entered by a batch while it waits out a backoff, so that others are sent meanwhile."""
-        self._scopes: dict[asyncio.Timeout, float] = {}
+        self._scopes: dict[asyncio.Timeout, tuple[float, float]] = {}
+        """What is waited for, and for how many seconds more when the run is stopped, and when it is stopped at once."""
 
     @property
     def elapsed_s(self) -> float:
@@ -69,9 +73,9 @@ class Run:
             return
         self.stopped_by = self.stopped_by or error
         now = asyncio.get_running_loop().time()
-        for scope, grace_s in self._scopes.items():
+        for scope, graces_s in self._scopes.items():
             if not scope.expired():  # else it is ending already
-                scope.reschedule(now if at_once else now + grace_s)
+                scope.reschedule(now + graces_s[at_once])
 
     def meet_pause(self, until: float) -> None:
         """Stop if a pause, until that time of the loop's clock, ends after the deadline: nobody need wait for it."""
@@ -104,9 +108,24 @@ class Run:
         """
         if self.stopped_by is not None:
             raise StoppedError
+        async with self._while_it_goes_on(grace_s, 0.0):
+            yield
+
+    @asynccontextmanager
+    async def storing(self) -> AsyncIterator[None]:
+        """Store something, also after the run was stopped, but then only for STORING_S.
+
+        Raises:
+            StoppedError: That has passed.
+        """
+        async with self._while_it_goes_on(STORING_S, STORING_S):
+            yield
+
+    @asynccontextmanager
+    async def _while_it_goes_on(self, *graces_s: float) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(None) as scope:
-                self._scopes[scope] = grace_s
+            async with asyncio.timeout(None if self.stopped_by is None else graces_s[0]) as scope:
+                self._scopes[scope] = graces_s[0], graces_s[1]
                 try:
                     yield
                 finally:
@@ -115,10 +134,6 @@ class Run:
             if not scope.expired():
                 raise  # of what was waited for
             raise StoppedError from None
-
-
-# A batch that is being stored when a run is stopped gets this long, since half of it may be there already.
-STORING_S = 10.0
 
 
 class Runs:

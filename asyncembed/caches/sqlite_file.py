@@ -205,6 +205,7 @@ class CacheFile:
             raise ConfigError(f"{self._path} is a database, but no cache: choose another file")
         if version > VERSION:
             raise ConfigError(f"the cache {self._path} has version {version}; this library writes {VERSION}")
+        connection.execute("PRAGMA temp_store = MEMORY")  # the folder for temporary files may be full
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
         with suppress(sqlite3.OperationalError):  # a disk that cannot share memory: slower, and as safe
             connection.execute("PRAGMA journal_mode = WAL")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from functools import reduce
@@ -39,6 +40,9 @@ OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
 DEFAULT_MODEL: Final = "text-embedding-3-small"
 
+# More than any model takes, and than the splitter counts.
+MOST_CHUNK_TOKENS: Final = 1_000_000
+
 _AGAIN: Final = "run the same command again to go on: what is stored is skipped"
 _FINISHING: Final = "asyncembed: finishing what is under way and storing it; once more stops at once"
 
@@ -55,7 +59,7 @@ _provider_options = _options(
 )
 _source_options = _options(
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help='"local" needs no key.'),
-    click.option("--chunk-tokens", type=click.IntRange(min=1), default=512, show_default=True),
+    click.option("--chunk-tokens", type=click.IntRange(min=1, max=MOST_CHUNK_TOKENS), default=512, show_default=True),
     click.option("--id-field", default="id", show_default=True, help="Of JSON objects and CSV rows."),
     click.option("--text-field", default="text", show_default=True, help="Of JSON objects and CSV rows."),
 )
@@ -133,12 +137,27 @@ def plan_command(
 def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
     try:
         code = asyncio.run(work)
+        _flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except AsyncEmbedError as error:
         print_error(f"asyncembed: {error}")
         code = _code(error)
     sys.exit(code)
+
+
+def _flush() -> None:
+    """Write what is printed, now, so that what goes wrong can be told."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has seen enough; click ends quietly
+    except OSError as error:
+        # or Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise AsyncEmbedError(f"the output cannot be written: {error.strerror}") from None
 
 
 def _code(error: AsyncEmbedError) -> int:
@@ -262,5 +281,6 @@ def _file_of(target: str) -> str | None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    # not `print_out`: what it would write out is not JSON's way to write it
-    click.echo(json.dumps(document, ensure_ascii=False))
+    # not `print_out`: what it would write out is not JSON's way to write it, nor is what a stream does that lacks it
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(document, ensure_ascii=not is_utf8))

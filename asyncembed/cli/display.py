@@ -10,7 +10,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
 from ..errors import AsyncEmbedError, InvalidRecordError
@@ -83,7 +83,7 @@ def display(*, silent: bool) -> Iterator[Display]:
     if silent:
         with _warnings_to(lambda line: None):
             yield Nothing()
-    elif not sys.stderr.isatty():
+    elif sys.stderr is None or not sys.stderr.isatty():
         with _warnings_to(print_error):
             yield Lines()
     else:
@@ -193,8 +193,10 @@ def _failure_document(failure: Failure) -> dict[str, Any]:
 
 
 def print_error(line: str) -> None:
-    """Print one line to standard error, and at once."""
-    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - what a command is for
+    """Print one line to standard error, and at once; that nobody reads it any more ends no run."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - what a command is for
 
 
 def print_out(line: str) -> None:

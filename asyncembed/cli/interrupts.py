@@ -52,7 +52,8 @@ class Interrupts:
         if self.received is None:
             self.received = number
             self.stop.set()
-            self._on_first()
+            with suppress(OSError):  # nobody is there to be told
+                self._on_first()
             return
         self._let_go()
         for each in _SIGNALS:

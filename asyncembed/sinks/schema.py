@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jiter
 import numpy as np
 
-from ..errors import AsyncEmbedError, RowRefusedError, SinkConfigError
+from ..errors import AsyncEmbedError, RowRefusedError, SinkConfigError, SinkError
 from ..storable import MAX_MODEL_BYTES, has_bytes, why_unstorable
 from ..types import RecordId, Row, Vectors
 
@@ -173,20 +173,20 @@ def little_endian(vector: Vectors) -> memoryview:
 
 
 def keys_of(ids: Iterable[RecordId]) -> list[str]:
-    """Return the keys of the ids, sorted and without doubles."""
-    return sorted({str(id) for id in ids})
+    """Return the keys of the ids, sorted and without doubles, and without those that no store holds."""
+    return sorted({key for id in ids if has_bytes(key := str(id))})  # at a NUL SQLite's JSON ends a text
 
 
 def parsed(metadata: str | None) -> Mapping[str, Any] | None:
     """Return stored metadata as the mapping it was."""
     if metadata is None:
         return None
-    value: Mapping[str, Any]
-    try:
-        value = json.loads(metadata)
-    except ValueError:  # PostgreSQL writes 1e5000 with all its zeros, and Python makes no int of so many digits
-        value = json.loads(metadata, parse_int=float)
-    return value
+    # PostgreSQL writes 1e5000 with all its zeros, and Python makes no int of so many digits
+    for parse_int in (int, float):
+        with suppress(ValueError):
+            value: Mapping[str, Any] = json.loads(metadata, parse_int=parse_int)
+            return value
+    raise SinkError("a row holds metadata that is no JSON: something else wrote it")
 
 
 def choose_model(models: Mapping[str, int], model: str | None, dimensions: int | None, where: str) -> str | None:

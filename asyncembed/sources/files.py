@@ -8,6 +8,7 @@ as fast as the records are taken.
 from __future__ import annotations
 
 import asyncio
+import errno
 import glob
 import os
 import stat
@@ -208,8 +209,9 @@ def _searched(folder: str) -> Iterator[_Found]:
     for root, folders, names in os.walk(folder, onerror=problems.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and _suffix(name) in SUFFIXES:
-                yield os.path.join(root, name)
+            path = os.path.join(root, name)
+            if not name.startswith(".") and _suffix(name) in SUFFIXES and not _is_pipe(path):
+                yield path
     for problem in problems:
         yield InvalidRecordError(f"{_shown(problem.filename)}: {problem.strerror}")
 
@@ -237,6 +239,12 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
+def _is_pipe(path: str) -> bool:
+    """Return whether whoever opens it waits, perhaps for ever."""
+    status = _status(path)
+    return status is not None and (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode))
+
+
 def _shown(path: str) -> str:
     """Return the path for a message: printable, and of a URL no more than its scheme, for it may hold a password."""
     scheme, separator, _ = path.partition("://")
@@ -245,6 +253,8 @@ def _shown(path: str) -> str:
 
 def _opened(path: str) -> AbstractContextManager[Any]:
     if path == STDIN:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "there is no standard input")
         # unbuffered: it hands over what a pipe has, and a thread that waits in it does not keep us from ending
         return nullcontext(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
     return open(path, "rb", buffering=0)

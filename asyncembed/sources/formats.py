@@ -158,7 +158,7 @@ def as_item(value: dict[str, Any], where: str, fields: Fields) -> Item:
 def _text(value: dict[str, Any], name: str) -> str:
     """Take the text out; without a field "text", title and content are joined as `records` does."""
     if name == "text" and "text" not in value and "content" in value:
-        parts = [_str(value.pop(part), part) for part in ("title", "content") if value.get(part)]
+        parts = [_str(value.pop(part), part) for part in ("title", "content") if value.get(part) not in (None, "")]
         return _str("\n".join(parts), "content")
     return _str(value.pop(name, None), name)
 

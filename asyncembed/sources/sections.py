@@ -9,6 +9,7 @@ Blocking and lazy: what is held of a file is a window of some chunks, whatever t
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,11 +32,15 @@ _WINDOW: Final = 8_192
 _WINDOW_PER_TOKEN: Final = 16
 
 # CommonMark 0.31, 4.2, 4.3 and 4.5: up to three spaces before a heading, an underline or a fence.
-_ATX = re.compile(r" {0,3}#{1,6}(?:[ \t]+(?P<title>.*?))??(?:[ \t]+#+)?[ \t]*$")
+_ATX = re.compile(r" {0,3}#{1,6}(?![^ \t])")
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
 _PARAGRAPH = re.compile(r" {0,3}(?![#>|<+*-]|\d+[.)]|=+\s*$|```|~~~)\S")
 _FENCE = re.compile(r" {0,3}(?P<fence>`{3,}(?=[^`]*$)|~{3,})")
-_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+# No bracket within its text, and one pair within its address, or a line of them would take the square of its length.
+_LINK = re.compile(r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]*\))*\)")
+
+# A longer slug is cut, so that an id stays one (`storable.MAX_ID_BYTES`). Characters.
+_LONGEST_SLUG: Final = 200
 
 
 class Line(NamedTuple):
@@ -93,7 +98,10 @@ def plain_chunks(lines: Iterable[Line], path: str, splitter: Splitter) -> Iterat
 def slug(title: str) -> str:
     """Return the anchor GitHub gives a heading, "section" if nothing is left of it."""
     plain = _LINK.sub(r"\1", title).strip().lower()
-    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-") or "section"
+    anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-") or "section"
+    if len(anchor) <= _LONGEST_SLUG:
+        return anchor
+    return f"{anchor[:_LONGEST_SLUG]}-{hashlib.sha256(anchor.encode()).hexdigest()[:8]}"
 
 
 def _records(
@@ -179,7 +187,10 @@ def _under_headings(lines: Iterable[Line]) -> Iterator[tuple[Heading, Line]]:
 
 def _title(before: str, text: str, following: str) -> str | None:
     if atx := _ATX.match(text):
-        return (atx["title"] or "").strip()
+        title = text[atx.end() :].strip(" \t")
+        inner = title.rstrip("#")
+        # a closing run of # stands alone or behind a blank
+        return inner.strip() if not inner or inner[-1] in " \t" else title.strip()
     # Only a paragraph of one line is taken for an underlined heading: of more, it is mostly a rule or a table.
     if not before.strip() and _PARAGRAPH.match(text) and _UNDERLINE.match(following.rstrip("\r\n")):
         return text.strip()

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
-from ...loops import PerLoop
+from ...loops import PerLoop, noted, outcome_of
 from ...postgres.driver import FOREIGN, Pool
 from ...postgres.dsn import described
 from ...types import Hit, RecordId, Row, Vectors
@@ -166,13 +166,18 @@ class PostgresSink:
         if self._layout is None:
             await self.prepare(model, None)
 
-        async with self._large_writes.get() if len(rows) >= LARGE_WRITE_ROWS else nullcontext():
-            stored: tuple[int, schema.Refusals] | None = None
-            with suppress(RefusedError):
-                stored = await self._run(partial(self._store, model, rows, carefully=False))
-            # out here what may go wrong now has not that error as its context, which quotes a row
-            if stored is None:
-                stored = await self._run(partial(self._store, model, rows, carefully=True))
+        try:
+            async with self._large_writes.get() if len(rows) >= LARGE_WRITE_ROWS else nullcontext():
+                stored: tuple[int, schema.Refusals] | None = None
+                with suppress(RefusedError):
+                    stored = await self._run(partial(self._store, model, rows, carefully=False))
+                # out here what may go wrong now has not that error as its context, which quotes a row
+                if stored is None:
+                    stored = await self._run(partial(self._store, model, rows, carefully=True))
+        except asyncio.CancelledError as cancelled:
+            if outcome_of(cancelled) is not None:
+                noted(cancelled, outcome_of(cancelled)[1])
+            raise
         size, refused = stored
         if not self._target.ours:
             self._sizes[model] = size

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
+from ...loops import noted
 from ...postgres.errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
 
 T = TypeVar("T")
@@ -21,6 +22,9 @@ Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
 # Seconds between attempts: 0.05, 0.1, 0.2, … 2, 2, 2, each shortened by up to half at random, so that those who
 # failed together do not come back together.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+
+# Seconds that a caller who was cancelled waits for the answer to COMMIT.
+COMMIT_S = 1.0
 
 # Seconds for a connection to be given back, and so for a reset that asks the server.
 RELEASE_S = 5.0
@@ -93,13 +97,16 @@ class Transactions:
         pool = await self._open_pool()
         connection = await pool.acquire(timeout=self._timeout)
         self._reached = True
+        committing = asyncio.Event()
         try:
-            return await in_time(connection, self._transaction(connection, work), self._timeout)
+            return await in_time(
+                connection, self._transaction(connection, work, committing), self._timeout, almost_done=committing
+            )
         finally:
             with suppress(*self._foreign):  # it is thrown away then; what was done is done
                 await pool.release(connection, timeout=RELEASE_S)
 
-    async def _transaction(self, connection: Any, work: Work[T]) -> T:
+    async def _transaction(self, connection: Any, work: Work[T], committing: asyncio.Event) -> T:
         # bounded on the server, too: were this machine to vanish, its locks would vanish soon after; and no constraint
         # is put off until COMMIT, where it could not be told any more which row it is about
         limit_ms = max(1, min(MOST_MS, int(min(self._timeout, MOST_MS) * 1_000)))  # 0 would be no limit
@@ -110,6 +117,7 @@ class Transactions:
         )
         try:
             result = await work(connection)
+            committing.set()
             await connection.execute("COMMIT")
         except Exception as error:
             with suppress(*self._foreign):
@@ -178,8 +186,13 @@ def pauses() -> Iterator[float]:
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-async def in_time(connection: Any, conversation: Coroutine[Any, Any, T], timeout: float) -> T:
+async def in_time(
+    connection: Any, conversation: Coroutine[Any, Any, T], timeout: float, *, almost_done: asyncio.Event
+) -> T:
     """Await the conversation; if it is late, or the caller is cancelled, end it by ending its connection.
+
+    Cancelled when it is almost done, it is given a moment, so that it is known what has become of it: if it is done,
+    the error says so, see `loops.outcome_of`.
 
     asyncpg waits for the server's answer even when it is cancelled, for ever if none comes (`return await waiter`
     in its `bind_execute_many`). Without a connection nothing in it waits any more.
@@ -189,6 +202,12 @@ async def in_time(connection: Any, conversation: Coroutine[Any, Any, T], timeout
     try:
         await asyncio.wait([task], timeout=timeout)
         late = not task.done()
+    except asyncio.CancelledError as cancelled:
+        if almost_done.is_set():
+            await asyncio.wait([task], timeout=COMMIT_S)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            noted(cancelled, task.result())
+        raise
     finally:
         while not task.done():
             connection.terminate()

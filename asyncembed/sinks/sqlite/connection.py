@@ -15,6 +15,7 @@ from typing import TypeAlias, TypeVar
 
 import aiosqlite
 
+from ...loops import noted
 from ...sqlite_steps import STATEMENTS_KEPT
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class ThreadConnection:
 
     async def run(self, job: Job[T]) -> T:
         """Run the job on the thread. When this returns or raises, even CancelledError, the job runs no more.
+
+        Cancelled when the job was done already, the error says so: see `loops.outcome_of`.
 
         Raises:
             MovedError: It ran, but the file is not there any more.
@@ -128,10 +131,11 @@ async def _settled(future: asyncio.Future[T], stop: threading.Event) -> T:
         except asyncio.CancelledError as error:
             stop.set()  # the end is one row, one commit or one look at a lock away
             cancelled = error
-    if cancelled is not None:
-        future.cancelled() or future.exception()  # seen, so that nobody logs it as lost
+    if cancelled is None:
+        return future.result()
+    if future.cancelled() or future.exception():  # seen, so that nobody logs it as lost
         raise cancelled
-    return future.result()
+    raise noted(cancelled, future.result())
 
 
 def _patiently(job: Job[T], connection: sqlite3.Connection, wait_s: float, stop: threading.Event) -> T:
@@ -176,6 +180,8 @@ def connect(uri: str, *, writes: bool = False) -> sqlite3.Connection:
     if not writes:
         return connection
     try:
+        # what undoes a statement is a temporary file otherwise, and the folder for those may be full
+        connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # heeded by a new file only
         # FULL syncs at every commit, so that what was paid for outlives a power cut, too: 10 % slower
         connection.execute("PRAGMA synchronous = FULL")

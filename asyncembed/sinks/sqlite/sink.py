@@ -56,6 +56,8 @@ class SQLiteSink:
         self._loop: asyncio.AbstractEventLoop | None = None
         if not busy_timeout >= 0:
             raise SinkConfigError(f"busy_timeout is {busy_timeout}; it is a number of seconds, at least 0")
+        if "\0" in os.fspath(path):
+            raise SinkConfigError("the path has a NUL in it, which no file's has")
         self._memory = os.fspath(path) == ":memory:"
         self._path = Path(path) if self._memory else Path(path).absolute()
         self._shown = os.fspath(path)
@@ -142,7 +144,7 @@ class SQLiteSink:
         if chosen is None:
             return []
         ranking = Ranking(query, k)
-        after: int | None = 0
+        after: int | None = -(2**63)
         while after is not None:
             # one slice a turn, so that others who read come in between
             after = await self._read(partial(self._table.rank_slice, model=chosen, ranking=ranking, after=after))
@@ -162,11 +164,12 @@ class SQLiteSink:
 
     async def ids(self, model: str) -> AsyncIterator[str]:
         """Yield the ids stored for the model, in order; one page of them is held in memory."""
-        after = ""
-        while page := await self._read(partial(self._table.ids, model=model, after=after, limit=schema.IDS_PER_PAGE)):
+        last: str | None = ""
+        while last is not None:
+            read = partial(self._table.ids, model=model, after=last, limit=schema.IDS_PER_PAGE)
+            page, last = await self._read(read)
             for id in page:
                 yield id
-            after = page[-1]
 
     async def delete(self, ids: Iterable[RecordId], model: str) -> int:
         """Delete the model's rows with these ids, in one transaction; return how many there were."""

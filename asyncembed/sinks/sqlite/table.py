@@ -235,7 +235,8 @@ class Table:
     def hits(self, connection: sqlite3.Connection, model: str, best: Sequence[tuple[str, float]]) -> list[Hit]:
         """Return the ranked rows with text and metadata; without those deleted since they were ranked."""
         sql = f'''
-            SELECT json_group_array(json_array(id, text, metadata)) FROM "{self.name}" WHERE model = ? AND {_AMONG}
+            SELECT json_group_array(json_array(id, {_as_text("text")}, {_as_text("metadata")})) FROM "{self.name}"
+            WHERE model = ? AND {_AMONG}
         '''
         keys = json.dumps([id for id, _ in best])
         (rows,) = connection.execute(sql, (model, keys)).fetchone()
@@ -248,12 +249,13 @@ class Table:
         sql = f'SELECT count(*) FROM "{self.name}" WHERE model = coalesce(?, model)'
         return int(connection.execute(sql, (model,)).fetchone()[0])
 
-    def ids(self, connection: sqlite3.Connection, model: str, after: str, limit: int) -> list[str]:
-        """Return up to `limit` ids behind that one, in order."""
+    def ids(self, connection: sqlite3.Connection, model: str, after: str, limit: int) -> tuple[list[str], str | None]:
+        """Return up to `limit` ids behind that one, in order, and the last of them as the file orders them."""
         self._check_created(connection)
         page = f'SELECT id FROM "{self.name}" WHERE model = ? AND id > ? ORDER BY id LIMIT ?'
-        (ids,) = connection.execute(f"SELECT json_group_array(id) FROM ({page})", (model, after, limit)).fetchone()
-        return sorted(json.loads(ids))  # as they come, but SQLite does not promise it of an aggregate
+        sql = f"SELECT json_group_array(id), max(id) FROM ({page})"
+        ids, last = connection.execute(sql, (model, after, limit)).fetchone()
+        return sorted(json.loads(ids)), last  # sorted as it is, but SQLite does not promise it of an aggregate
 
     def delete(self, connection: sqlite3.Connection, model: str, keys: Sequence[str]) -> int:
         """Delete the rows; return how many there were."""
@@ -268,6 +270,10 @@ class Table:
         ).fetchone()
         if tables != 2:
             raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
+
+
+def _as_text(column: str) -> str:
+    return f"CASE typeof({column}) WHEN 'blob' THEN NULL ELSE {column} END"  # somebody else's: JSON holds no bytes
 
 
 def _joined(connection: sqlite3.Connection, column: str) -> str:
