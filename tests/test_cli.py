@@ -625,3 +625,60 @@ async def test_outside_the_main_thread_signals_are_left_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert await asyncio.to_thread(elsewhere) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- standard streams that are not what they mostly are ----
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of shell in which `asyncembed` is our command."""
+    line = line.replace("asyncembed", f"{sys.executable} -m asyncembed")
+    return subprocess.run(line, shell=True, capture_output=True, timeout=30, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full"])
+def test_nobody_need_read_standard_error(redirect: str) -> None:
+    write("a.csv", "id,text\n1,one\n2,\n")
+    done = shell(f"asyncembed ingest a.csv --to v.db --model local {redirect}")
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert done.stdout.startswith(b"1 stored, 0 skipped, 1 failed")
+
+
+def test_a_signal_ends_a_run_well_whose_standard_error_is_gone(server: EmbeddingServer) -> None:
+    server.latency_s = 0.2
+    records(20_000)
+    line = "asyncembed ingest records.jsonl --to v.db --concurrency 1 2>/dev/full & pid=$!"
+    done = shell(f"{line}; while ! test -s v.db-wal; do :; done; kill -TERM $pid; wait $pid")
+    assert done.returncode == 143
+    assert b" stored, " in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_a_document_is_json_in_every_encoding(encoding: str) -> None:
+    write("a.csv", "id,text\n😀,ein Schiff für 5 €\n")
+    assert shell("asyncembed ingest a.csv --to v.db --model local").returncode == 0
+    done = shell("asyncembed search v.db Schiff --json", PYTHONIOENCODING=encoding)
+    (hit,) = json.loads(done.stdout.decode(encoding))["hits"]
+    assert (hit["id"], hit["text"]) == ("😀", "ein Schiff für 5 €")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("asyncembed plan a.csv >/dev/full", 1, b"asyncembed: the output cannot be written"),
+        ("asyncembed plan - <&-", 1, b"there is no standard input"),
+        ("asyncembed plan a.csv --chunk-tokens 99999999999999999999999", 2, b"chunk-tokens"),
+    ],
+)
+def test_streams_and_numbers_that_cannot_be_are_told_in_a_line(line: str, code: int, words: bytes) -> None:
+    write("a.csv", "id,text\n1,one\n")
+    done = shell(line)
+    assert words in done.stderr
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_title_that_is_no_text_is_refused_as_the_library_does(run: Run) -> None:
+    write("a.jsonl", '{"id": 1, "title": "T", "content": 0}\n{"id": 2, "title": [], "content": "c"}\n')
+    result = run("ingest", "a.jsonl", "--to", "v.db", "--model", "local")
+    assert result.stdout.startswith("0 stored, 0 skipped, 2 failed")

@@ -275,3 +275,14 @@ async def test_fifty_calls_share_an_embedder_and_one_that_leaves_takes_only_itse
     assert [number for number, call in enumerate(calls) if call.cancelled()] == [0, 49]
     for call in calls[1:49]:
         assert_right(call.result())
+
+
+@pytest.mark.parametrize("fault", [NaNVector(), WrongCount(), DuplicateIndex()])
+async def test_what_is_billed_for_a_reply_that_cannot_be_used_is_counted(fault: Fault) -> None:
+    async with (
+        EmbeddingServer(dimensions=8, faults=script([fault])) as server,
+        Embedder("m", base_url=server.base_url, api_key="none") as embedder,
+    ):
+        result = await embedder.embed([f"text {number}" for number in range(20)])
+        assert result.requests > 1
+        assert result.total_tokens == server.total_tokens

@@ -8,8 +8,6 @@ machine can read.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from functools import reduce
@@ -25,10 +23,12 @@ from ..sources import SUFFIXES
 from .display import (
     display,
     failure_lines,
+    flush_out,
     hit_document,
     hit_lines,
     plan_document,
     print_error,
+    print_json,
     print_out,
     report_document,
     with_total,
@@ -137,27 +137,13 @@ def plan_command(
 def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
     try:
         code = asyncio.run(work)
-        _flush()
+        flush_out()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except AsyncEmbedError as error:
         print_error(f"asyncembed: {error}")
         code = _code(error)
     sys.exit(code)
-
-
-def _flush() -> None:
-    """Write what is printed, now, so that what goes wrong can be told."""
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # the reader has seen enough; click ends quietly
-    except OSError as error:
-        # or Python would try once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise AsyncEmbedError(f"the output cannot be written: {error.strerror}") from None
 
 
 def _code(error: AsyncEmbedError) -> int:
@@ -218,7 +204,7 @@ def _print_report(report: IngestReport, received: Signals | None, error: AsyncEm
 
 
 def _print_document(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
-    _print_json(report_document(report, None if received is None else received.name, error))
+    print_json(report_document(report, None if received is None else received.name, error))
 
 
 async def _search(target: str, query: str, k: int, model: str | None, options: dict[str, Any], as_json: bool) -> int:
@@ -235,7 +221,7 @@ async def _search(target: str, query: str, k: int, model: str | None, options: d
                 vector = await embedder.embed_one(query)
             hits = await sink.search(vector, k, model=chosen)
     if as_json:
-        _print_json({"model": chosen, "hits": [hit_document(hit) for hit in hits]})
+        print_json({"model": chosen, "hits": [hit_document(hit) for hit in hits]})
     for line in () if as_json else hit_lines(hits):
         print_out(line)
     return OK
@@ -258,7 +244,7 @@ async def _plan(sources: Reading, model: str, as_json: bool) -> int:
         async with Embedder(model, api_key="plan-sends-nothing") as embedder:
             plan = await embedder.plan(sources)
     if as_json:
-        _print_json(plan_document(plan))
+        print_json(plan_document(plan))
     else:
         print_out(str(plan))
         for line in failure_lines(plan.failures):
@@ -278,9 +264,3 @@ def _file_of(target: str) -> str | None:
     """Return the path of the file that the target is; None if it is none."""
     path = target.removeprefix("sqlite:///")
     return None if "://" in path else path
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    # not `print_out`: what it would write out is not JSON's way to write it, nor is what a stream does that lacks it
-    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    click.echo(json.dumps(document, ensure_ascii=not is_utf8))

@@ -6,7 +6,9 @@ Ids and texts come from anywhere, so nothing is printed that a terminal would ob
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -200,8 +202,40 @@ def print_error(line: str) -> None:
 
 
 def print_out(line: str) -> None:
-    """Print one line to standard output."""
-    print(printable(line))  # noqa: T201 - what a command is for
+    """Print one line to standard output.
+
+    Raises:
+        AsyncEmbedError: It cannot be written.
+    """
+    with _output():
+        print(printable(line))  # noqa: T201 - what a command is for
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print the document in one line to standard output, as JSON in whichever encoding that has. Raises: as above."""
+    # what `print_out` would write out is not JSON's way to write it, nor is what a stream does that lacks a character
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    with _output():
+        print(json.dumps(document, ensure_ascii=not is_utf8))  # noqa: T201 - what a command is for
+
+
+def flush_out() -> None:
+    """Write what is printed, now, so that what goes wrong can be told. Raises: as above."""
+    with _output():
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader has seen enough; click ends quietly
+    except OSError as error:
+        # or Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise AsyncEmbedError(f"the output cannot be written: {error.strerror}") from None
 
 
 def printable(line: str) -> str:

@@ -403,3 +403,12 @@ async def test_a_store_that_holds_nothing_yet_finds_nothing_whatever_is_asked_fo
         await sink.prepare(MODEL, None)
         assert await sink.search(vec(1, 0, 0), model=MODEL) == []
         assert await sink.search(vec(1, 0, 0)) == []
+
+
+async def test_an_id_that_no_store_holds_is_nobodys(open_store: OpenStore) -> None:
+    # at a NUL SQLite's JSON ends a text
+    async with open_store() as sink:
+        await sink.write(MODEL, [row("abc")])
+        assert await sink.existing(MODEL, {"abc\0other": row("abc").content_hash}) == set()
+        assert await sink.delete(["abc\0other", "\ud800"], MODEL) == 0
+        assert await sink.count() == 1

@@ -522,3 +522,123 @@ async def test_memory_does_not_grow_with_the_number_of_records(open_store: OpenS
         await peak(2_000, 0)
         small, large = await peak(8_000, 10_000), await peak(32_000, 100_000)
     assert large < 1.25 * small + 500_000
+
+
+# ---- how a run ends ----
+
+
+@pytest.mark.parametrize("deadline", [0.03 * step for step in range(1, 9)])
+async def test_a_report_tells_of_what_is_stored_and_of_nothing_else_whenever_the_deadline_comes(
+    open_store: OpenStore, deadline: float
+) -> None:
+    # a batch whose COMMIT was under way was told as failed, and was in the store
+    embedder, _ = make(max_batch_size=50)
+    source = (Record(number, f"text {number}") for number in range(100_000))
+    async with open_store() as sink:
+        await sink.prepare("fake", 4)
+        with pytest.raises(DeadlineError) as caught:
+            await ingest(source, embedder, sink, deadline=deadline)
+        report = caught.value.report
+        assert report.success_count == await sink.count()
+        assert report.seen == report.success_count + report.failed_count
+        stored = {int(id) async for id in sink.ids("fake")}
+    assert stored.isdisjoint(report.failed_ids)
+
+
+class Blocked:
+    """A sink that does not come back from one of its calls, until it is cancelled."""
+
+    def __init__(self, sink: Any, call: str) -> None:
+        self._sink = sink
+        self._call = call
+        self.reached = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return self._block if name == self._call else getattr(self._sink, name)
+
+    async def _block(self, *args: Any) -> None:
+        self.reached.set()
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("call", ["prepare", "existing", "write", "delete"])
+async def test_a_store_that_does_not_come_back_does_not_keep_a_run_from_ending(
+    open_store: OpenStore, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.run.STORING_S", 0.05)
+    monkeypatch.setattr("asyncembed.pipeline.STORING_S", 0.05)
+    embedder, _ = make()
+    stop = asyncio.Event()
+    async with open_store() as sink:
+        await ingest(records(3), embedder, sink)
+        blocked = Blocked(sink, call)
+        run = asyncio.create_task(ingest(records(3, first=3), embedder, blocked, stop=stop, prune=True))
+        await blocked.reached.wait()
+        stop.set()
+        report = await run
+        assert report.seen == report.success_count == await sink.count() - 3 == (3 if call == "delete" else 0)
+        assert report.failures == []
+
+
+async def test_changes_that_are_far_apart_go_out_together(open_store: OpenStore) -> None:
+    embedder, provider = make()
+    async with open_store() as sink:
+        await ingest(records(20_000), embedder, sink)
+        provider.requests.clear()
+        some = [
+            Record(record.id, record.text + (" changed" if number % 1_500 == 0 else ""))
+            for number, record in enumerate(records(20_000))
+        ]
+        report = await ingest(some, embedder, sink)
+    assert (report.success_count, report.requests) == (14, 1)
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping that cannot be read."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise ConnectionError("the row is gone: secret text")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("id", "text"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param({"id": 1, "title": np.array([1, 2]), "content": "x"}, id="an array for a title"),
+        pytest.param({"id": 1, "title": 0, "content": "x"}, id="a number for a title"),
+        pytest.param(Lazy(), id="a mapping that raises"),
+        pytest.param(dict, id="a class"),
+    ],
+)
+async def test_a_record_that_cannot_be_read_fails_alone(open_store: OpenStore, odd: Any) -> None:
+    embedder, _ = make()
+    async with open_store() as sink:
+        report = await ingest([("a", "one"), odd, ("b", "two")], embedder, sink)
+        assert (report.success_count, report.failed_count) == (2, 1)
+        assert report.failures[0].index == 1
+        assert "secret" not in str(report.failures[0].error)
+    embedder, _ = make()
+    assert [item.error is None async for item in embedder.stream([("a", "one"), odd, ("b", "two")])] == [
+        True,
+        False,
+        True,
+    ]
+
+
+class Uncounted(list[Any]):
+    def __len__(self) -> int:
+        raise ValueError("not known yet")
+
+
+async def test_a_source_that_does_not_know_its_length_has_none(open_store: OpenStore) -> None:
+    embedder, _ = make()
+    told: list[Progress] = []
+    async with open_store() as sink:
+        report = await ingest(Uncounted(records(3)), embedder, sink, on_progress=told.append)
+    assert report.success_count == 3
+    assert told[-1].total is None

@@ -23,7 +23,7 @@ import pytest
 from asyncembed.errors import RowRefusedError, SinkBusyError, SinkConfigError, SinkError
 from asyncembed.sinks import SQLiteSink
 from asyncembed.sinks.sqlite import table
-from asyncembed.sinks.sqlite.connection import PAGE_BYTES
+from asyncembed.sinks.sqlite.connection import PAGE_BYTES, connect
 from asyncembed.types import Row
 
 from ..steps import Steps
@@ -614,3 +614,47 @@ def test_a_sink_shows_its_file_and_table() -> None:
 def test_a_negative_patience_is_refused() -> None:
     with pytest.raises(SinkConfigError, match="busy_timeout is -1"):
         SQLiteSink("x.db", busy_timeout=-1)
+
+
+# ---- what somebody else has done to the file ----
+
+
+def test_what_undoes_a_statement_is_kept_in_memory(path: Path) -> None:
+    # else a full folder for temporary files ends every write, and is taken for a full disk
+    with closing(connect(path.as_uri(), writes=True)) as connection:
+        assert connection.execute("PRAGMA temp_store").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le", "UTF-16be"])
+async def test_every_id_is_listed_once_whatever_the_encoding(
+    path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.sinks.schema.IDS_PER_PAGE", 7)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+        connection.execute("CREATE TABLE notes (note TEXT)")
+    stored = [row(chr(0x41 + 37 * number) * 2) for number in range(1, 200)] + [
+        row(name) for name in ("𝄞", "\ue000", "a")
+    ]
+    async with SQLiteSink(path) as sink:
+        assert await sink.write(MODEL, stored) == {}
+        listed = [id async for id in sink.ids(MODEL)]
+    assert len(listed) == len(stored)
+    assert set(listed) == {one.id for one in stored}
+
+
+async def test_what_is_no_text_is_not_shown_and_what_is_no_json_is_named(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a"), row("b", vec(3, 2, 1))])
+        asked(path, "UPDATE embeddings SET text = x'00ff', rowid = -5 WHERE id = 'a'")
+        (hit,) = await sink.search(vec(1, 2, 3), 1)
+        assert (hit.id, hit.text) == ("a", None)
+        asked(path, "UPDATE embeddings SET metadata = 'secret' WHERE id = 'a'")
+        with pytest.raises(SinkError, match="metadata that is no JSON") as caught:
+            await sink.search(vec(1, 2, 3), 1)
+    assert "secret" not in repr(caught.value)
+
+
+def test_a_path_with_nul_is_refused() -> None:
+    with pytest.raises(SinkConfigError, match="NUL"):
+        SQLiteSink("a\0b.db")

@@ -351,3 +351,9 @@ async def test_what_goes_wrong_in_the_reading_thread_reaches_the_reader(monkeypa
     monkeypatch.setattr("asyncembed.sources.files.plain_chunks", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         await items("a.txt")
+
+
+async def test_a_pipe_in_a_folder_is_left_where_it_is() -> None:
+    write("docs/b.txt")
+    os.mkfifo("docs/a.txt")
+    assert await ids("docs") == ["docs/b.txt#1"]

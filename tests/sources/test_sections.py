@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from asyncembed.errors import ConfigError, InvalidRecordError
+from asyncembed.sources import sections
 from asyncembed.sources.sections import TOP, Line, Splitter, markdown_chunks, plain_chunks, slug
 from asyncembed.types import Record
 
@@ -227,3 +228,36 @@ def test_a_missing_splitter_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "semantic_text_splitter", None)
     with pytest.raises(ConfigError, match=r'pip install "asyncembed\[cli\]"'):
         Splitter(512)
+
+
+@pytest.mark.parametrize("line", ["# a" + " " * 400_000 + "x", "# " + "[" * 400_000, "# " + "[a](" * 100_000])
+def test_a_heading_of_any_length_takes_no_more_than_its_length(line: str) -> None:
+    # the square of it was a minute, or hours
+    records = list(markdown_chunks([Line(1, line + "\n"), Line(2, "text\n")], "a.md", Splitter(512)))
+    assert all(isinstance(record, Record) for record in records)
+
+
+def test_a_long_heading_makes_ids_that_stores_hold_and_that_differ() -> None:
+    titles = ["word " * 600 + end for end in ("one", "two")]
+    first, second = (slug(title) for title in titles)
+    assert first != second
+    assert len(first.encode()) < 300 > len(second.encode())
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("# a #", "a"),
+        ("# a#", "a#"),
+        ("## ##", ""),
+        ("#", ""),
+        ("# #", ""),
+        ("#\ta  ##  ", "a"),
+        ("   ### a # b ##", "a # b"),
+        ("#a", None),
+        ("    # a", None),
+        ("####### a", None),
+    ],
+)
+def test_a_closing_run_of_a_heading_is_no_part_of_it(line: str, title: str | None) -> None:
+    assert sections._title("", line, "") == title

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import tracemalloc
 import uuid
 from collections.abc import AsyncIterator
@@ -286,3 +287,20 @@ async def test_a_run_cancelled_while_it_remembers_leaves_nothing_behind(open_sto
         assert await ids(sink) == ["id 5"]
         assert report.success_count + report.skipped_count == 1
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_full_folder_for_temporary_files_is_told_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def full(database: str, **options: Any) -> sqlite3.Connection:
+        connection = connect(database, **options)
+        if not database:
+            connection.execute("PRAGMA max_page_count = 8")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    embedder, _ = make()
+    async with SQLiteSink(":memory:") as sink:
+        with pytest.raises(SinkError, match="temporary files") as caught:
+            await ingest(records(*range(9_000)), embedder, sink, prune=True)
+        assert caught.value.report.success_count == await sink.count()

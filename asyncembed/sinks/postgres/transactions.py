@@ -98,13 +98,19 @@ class Transactions:
         connection = await pool.acquire(timeout=self._timeout)
         self._reached = True
         committing = asyncio.Event()
+        conversation = self._transaction(connection, work, committing)
+        results: list[T] = []
         try:
-            return await in_time(
-                connection, self._transaction(connection, work, committing), self._timeout, almost_done=committing
-            )
+            results.append(await in_time(connection, conversation, self._timeout, almost_done=committing))
         finally:
-            with suppress(*self._foreign):  # it is thrown away then; what was done is done
-                await pool.release(connection, timeout=RELEASE_S)
+            try:
+                with suppress(*self._foreign):  # it is thrown away then; what was done is done
+                    await pool.release(connection, timeout=RELEASE_S)
+            except asyncio.CancelledError as cancelled:
+                for result in results:
+                    noted(cancelled, result)
+                raise
+        return results[0]
 
     async def _transaction(self, connection: Any, work: Work[T], committing: asyncio.Event) -> T:
         # bounded on the server, too: were this machine to vanish, its locks would vanish soon after; and no constraint
