@@ -27,8 +27,8 @@ MODELS_TABLE = "asyncembed_models"
 # PostgreSQL documentation, 4.1.1: "By default, NAMEDATALEN is 64 so the maximum identifier length is 63 bytes."
 MAX_NAME_BYTES = 63
 
-# Vectors whose numbers are looked at in one go, by a copy.
-ROWS_LOOKED_AT = 128
+# Vectors whose numbers are looked at in one go, by a copy that stays in a processor's cache.
+ROWS_LOOKED_AT = 32
 
 # Ids a page when all are listed.
 IDS_PER_PAGE = 10_000
@@ -107,44 +107,41 @@ def admit(
             last[convert(str(row.id))] = row
         except ValueError:
             refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} has an id that {where} cannot hold")
-    finite = _finite([row for row in last.values() if row.vector.shape == (dimensions,)])
-    admitted: dict[Any, Row] = {}
-    for key in sorted(last):
+    keys = sorted(last)
+    shape = (dimensions,)
+    fitting = [row for key in keys if (row := last[key]).vector.shape == shape]
+    not_finite = _not_finite(fitting)
+    for key in keys:
         row = last[key]
-        reason = _refusal(str(row.id), row, dimensions, is_finite=id(row) in finite)
-        if reason is None:
-            admitted[key] = row
+        if row.vector.shape != shape:
+            reason: str | None = f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
+        elif not_finite and id(row) in not_finite:
+            reason = "has a vector with NaN or infinity in it"
+        elif row.metadata is not None and not _is_json(row.metadata):
+            reason = "has metadata that is not plain JSON, without NaN and half surrogate pairs"
         else:
+            reason = why_unstorable(str(row.id), row.text, row.metadata)
+        if reason is not None:
             refused[row.id] = RowRefusedError(f"row {shown(str(row.id))} {reason}")
-    return admitted, refused
+            del last[key]
+    return {key: last[key] for key in keys if key in last}, refused
 
 
-def _refusal(key: str, row: Row, dimensions: int, *, is_finite: bool) -> str | None:
-    if row.vector.shape != (dimensions,):
-        return f"has a vector of shape {row.vector.shape}; its model has {dimensions} dimensions"
-    if not is_finite:
-        return "has a vector with NaN or infinity in it"
-    if row.metadata is not None and not _is_json(row.metadata):
-        return "has metadata that is not plain JSON, without NaN and half surrogate pairs"
-    return why_unstorable(key, row.text, row.metadata)
-
-
-def _finite(rows: Sequence[Row]) -> set[int]:
-    """Return the `id()` of the rows, all of one size, whose numbers are finite as they are stored.
+def _not_finite(rows: Sequence[Row]) -> set[int]:
+    """Return the `id()` of the rows, all of one size, that hold numbers which are not finite as they are stored.
 
     Many at a time, since numpy lets go of the interpreter in each call, and gets it back when others let go of it.
     """
-    finite: set[int] = set()
+    found: set[int] = set()
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinity
         for start in range(0, len(rows), ROWS_LOOKED_AT):
             some = rows[start : start + ROWS_LOOKED_AT]
             numbers = np.frombuffer(b"".join([little_endian(row.vector) for row in some]), "<f4")
             is_good = np.isfinite(numbers)
-            if is_good.all():
-                finite.update(map(id, some))
-            else:
-                finite.update(compress(map(id, some), is_good.reshape(len(some), -1).all(axis=1)))
-    return finite
+            if not is_good.all():
+                bad = ~is_good.reshape(len(some), -1).all(axis=1)
+                found.update(compress(map(id, some), bad))
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

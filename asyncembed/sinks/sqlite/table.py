@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -53,11 +55,15 @@ _AMONG = "id IN (SELECT value FROM json_each(?))"
 # What SQLite raises when it will not have a row: a constraint that the user added, more than a gigabyte.
 _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 
-# What one statement stores at most; between two of them the caller may give up, after 10 ms of work. Vectors of 1,536
-# dimensions while another thread computes: 230 rows/s one by one, 6,500 with 64 at a time, 16,000 with 256, 21,000 with
-# 512. With nobody else at work all of these store 30,000.
-ROWS_A_STATEMENT = 512
-BYTES_A_STATEMENT = 4 << 20
+# Stored between two looks at whether the caller has given up.
+ROWS_AT_ONCE = 128
+BYTES_AT_ONCE = 768 * 1024
+
+# The first rows, which tell whether other threads compute: then a row that is written by itself takes not 12 us but up
+# to 5 ms (`sqlite_steps`), and 2,000 of them 4 s. All others then go into statements of many rows, and take 0.2 s. With
+# nobody else at work those are a fifth slower than rows one by one, so that is what is done first (bench/busy.py).
+ROWS_TO_TELL = 8
+CROWDED_ROW_S = 0.000_1
 
 # Blobs read and ranked at a time in a search: the rest of a step costs little beside reading them.
 SLICE_BYTES = 8 << 20
@@ -140,27 +146,31 @@ class Table:
             connection: Inside a transaction.
             model: Part of every row's key.
             rows: By key, as `schema.admit` returns them.
-            check: Called before every statement; raises to give up.
+            check: Called now and then; raises to give up.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         vector_bytes = max((row.vector.nbytes for row in rows.values()), default=1)
         most_parameters = connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
-        most = min(ROWS_A_STATEMENT, BYTES_A_STATEMENT // vector_bytes, most_parameters // len(_COLUMNS))
+        most = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // vector_bytes, most_parameters // len(_COLUMNS)))
+        items = list(rows.items())
         refused: schema.Refusals = {}
-        for some in pieces(rows.items(), max(1, most)):
+        is_crowded = False
+        for some in chain(pieces(items[:ROWS_TO_TELL], most), pieces(items[ROWS_TO_TELL:], most)):
             check()
-            refused |= self._upsert_at_once(connection, model, some, now)
+            began = time.perf_counter()
+            refused |= self._upsert_some(connection, model, some, now, one_by_one=not is_crowded)
+            is_crowded = is_crowded or time.perf_counter() - began > CROWDED_ROW_S * len(some)
         return refused
 
-    def _upsert_at_once(
-        self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str
+    def _upsert_some(
+        self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str, *, one_by_one: bool
     ) -> schema.Refusals:
-        values: list[object] = []
-        for key, row in rows:
-            blob = schema.little_endian(row.vector)
-            values += (key, model, row.content_hash, blob, row.text, row.metadata, now, now)
+        values = [_values(key, model, row, now) for key, row in rows]
         try:
-            connection.execute(self._upsert_sql(len(rows)), values)
+            if one_by_one:
+                connection.executemany(self._upsert_sql(1), values)
+            else:
+                connection.execute(self._upsert_sql(len(rows)), list(chain.from_iterable(values)))
             return {}
         except _REFUSED as error:
             if not connection.in_transaction:
@@ -168,10 +178,10 @@ class Table:
             if len(rows) == 1:
                 ((key, row),) = rows
                 return {row.id: RowRefusedError(f"row {schema.shown(key)} was refused by {self.where}: {error}")}
-        # rare, so only now one by one: a refused statement undoes only itself
+        # rare, so only now each for itself: a refused statement undoes only itself
         refused: schema.Refusals = {}
         for row_by_key in rows:
-            refused |= self._upsert_at_once(connection, model, [row_by_key], now)
+            refused |= self._upsert_some(connection, model, [row_by_key], now, one_by_one=True)
         return refused
 
     def _upsert_sql(self, count: int) -> str:
@@ -270,6 +280,10 @@ class Table:
         ).fetchone()
         if tables != 2:
             raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
+
+
+def _values(key: str, model: str, row: Row, now: str) -> tuple[object, ...]:
+    return key, model, row.content_hash, schema.little_endian(row.vector), row.text, row.metadata, now, now
 
 
 def _as_text(column: str) -> str:
