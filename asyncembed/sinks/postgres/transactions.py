@@ -24,7 +24,7 @@ Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 # Seconds that a caller who was cancelled waits for the answer to COMMIT.
-COMMIT_S = 1.0
+COMMIT_S = 0.5
 
 # Seconds for a connection to be given back, and so for a reset that asks the server.
 RELEASE_S = 5.0
