@@ -143,6 +143,22 @@ async def test_the_index_of_a_models_old_size_is_named_before_anything_is_paid(d
         await sink.prepare("another", 4)  # it is not over its rows
 
 
+async def test_an_index_over_another_column_does_not_matter(dsn: str) -> None:
+    told(
+        dsn,
+        "CREATE TABLE se (id text PRIMARY KEY, titles vector, bodies vector)",
+        "CREATE INDEX ON se USING hnsw ((titles::vector(8)) vector_cosine_ops)",
+    )
+    for column, size in (("bodies", 4), ("titles", 8)):
+        async with PostgresSink(dsn, table="se", columns={"id": "id", "embedding": column}) as sink:
+            await sink.prepare(MODEL, size)
+            assert await sink.write(MODEL, rows(3, size)) == {}
+    async with PostgresSink(dsn, table="se", columns={"id": "id", "embedding": "titles"}) as sink:
+        told(dsn, "UPDATE se SET titles = NULL")
+        with pytest.raises(SinkConfigError, match="index over 8 dimensions"):
+            await sink.prepare(MODEL, 4)
+
+
 async def test_writers_that_would_store_the_first_rows_at_different_sizes_do_not_all_win(dsn: str) -> None:
     told(dsn, "CREATE TABLE se (section_id text PRIMARY KEY, embedding vector)")
     columns = {"id": "section_id", "embedding": "embedding"}
@@ -260,6 +276,7 @@ async def test_a_row_that_a_policy_forbids_is_refused_alone(bare_dsn: str) -> No
         await sink.prepare(MODEL, 8)
         assert list(await sink.write(MODEL, rows(10))) == ["id-00003"]
         assert await sink.count() == 9
+        assert list(await sink.write(MODEL, rows(4)[3:])) == ["id-00003"]  # alone in its batch, too
         told(bare_dsn, "REVOKE INSERT ON embeddings FROM low")
         with pytest.raises(SinkConfigError, match="permission denied"):  # that is not about rows
             await sink.write(MODEL, rows(30))

@@ -23,9 +23,6 @@ _SETUP_LOCK = 0x61_73_79_6E_63_65_6D_62  # "asyncemb"
 # unique_violation, duplicate_table, duplicate_object. Once more, and it is found.
 ALREADY_THERE = ("23505", "42P07", "42710")
 
-# An index over vectors of one size, and whose they are.
-_INDEXED_SIZE = re.compile(r"(?:vector|halfvec)\((\d+)\)")
-
 _TYPES = {
     "id": 'text COLLATE "C" NOT NULL',  # sorted by code point, as Python does
     "embedding": "{vector} NOT NULL",
@@ -93,8 +90,10 @@ class Target:
             layout.sql_table,
             model,
         )
+        # as PostgreSQL writes it: ((embedding)::vector(1536)), and another column may have vectors, too
+        cast = re.compile(rf'\("?{self.names["embedding"]}"?\)::(?:\S+\.)?(?:vector|halfvec)\((\d+)\)')
         for name, definition in indexes:
-            sizes = {int(size) for size in _INDEXED_SIZE.findall(definition)}
+            sizes = {int(size) for size in cast.findall(definition)}
             if sizes and dimensions not in sizes:
                 raise SinkConfigError(
                     f"{self.where} has an index over {sizes.pop()} dimensions of model {model!r}, "
