@@ -22,6 +22,9 @@ ROWS_AT_ONCE: Final = 500
 # The driver's cursor lives as long as a transaction, which waits here for providers, not for the server.
 _BEGIN: Final = "BEGIN READ ONLY; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 
+# Since version 17 there is a limit for transactions, too.
+_AS_LONG_AS_IT_TAKES: Final = "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'"
+
 _QUERY: Final = re.compile(r"[?&]query=")
 
 
@@ -119,6 +122,7 @@ class PostgresSource:
         try:
             connection = await self._connect()
             await connection.execute(_BEGIN)
+            await connection.execute(_AS_LONG_AS_IT_TAKES)
             yield connection
             await connection.execute("COMMIT")
             ended = True
@@ -150,6 +154,9 @@ class PostgresSource:
         # rows may be quoted in the server's errors, and addresses with their passwords in asyncpg's
         hides = verdict == "row" or is_our_fault(error)
         reason = reason_of(error, verdict, waited_s=CONNECT_S)
+        if reached and is_our_fault(error) and type(error).__name__ != "DataError":  # which is about args=
+            # a date before Christ, "24:00": there is none such in Python
+            kind, reason = SourceError, "a row holds a value that the driver cannot read: cast its column to text"
         raise kind(f"{self._name}: {reason}") from (None if hides else error)
 
     async def _prepared(self, connection: Connection) -> tuple[Any, dict[str, Callable[[Any], Any]]]:

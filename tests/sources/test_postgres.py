@@ -335,3 +335,18 @@ def test_without_its_extra_postgresql_says_how_to_get_it() -> None:
         assert done.stderr.endswith(
             'ConfigError: PostgreSQL needs asyncpg and pgvector: pip install "asyncembed[postgres]"\n'
         )
+
+
+@pytest.mark.parametrize("limit", ["statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout"])
+async def test_limits_of_a_role_do_not_end_a_long_reading(bare_dsn: str, limit: str) -> None:
+    name = told(bare_dsn, "SELECT current_database()")[0][0]
+    told(bare_dsn, f"ALTER DATABASE {name} SET {limit} = '200ms'")
+    query = "SELECT n AS id, 'text' || pg_sleep(0.001) AS text FROM generate_series(1, 600) n"
+    assert len(await read(PostgresSource(bare_dsn, query))) == 600
+
+
+@pytest.mark.parametrize("value", ["'0044-03-15 BC'::date", "'24:00'::time"])
+async def test_a_value_that_python_does_not_have_is_told_with_what_to_do(dsn: str, value: str) -> None:
+    source = PostgresSource(dsn, f"SELECT 1 AS id, 'a' AS text, {value} AS ides")
+    with pytest.raises(SourceError, match="cast its column to text"):
+        await read(source)
