@@ -135,6 +135,20 @@ async def test_a_row_against_a_constraint_of_the_user_is_refused_alone(path: Pat
         assert [id async for id in sink.ids(MODEL)] == ["a", "d"]
 
 
+@pytest.mark.parametrize("when", ["INSERT", "UPDATE"])
+async def test_a_row_that_a_trigger_leaves_out_is_not_told_as_stored(path: Path, when: str) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.prepare(MODEL, 8)
+        if when == "UPDATE":
+            await sink.write(MODEL, [row(one.id, one.vector, "another text") for one in rows(10)])
+        ignore = f"BEFORE {when} ON embeddings WHEN NEW.id = 'id-00003' BEGIN SELECT RAISE(IGNORE); END"
+        asked(path, f"CREATE TRIGGER picky {ignore}")
+        refused = await sink.write(MODEL, rows(10))
+        assert list(refused) == ["id-00003"]
+        assert "left out by a trigger" in str(refused["id-00003"])
+        assert len(await sink.existing(MODEL, hashes(rows(10)))) == 9
+
+
 async def test_a_blob_that_something_else_wrote_is_named_not_misread(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a"), row("b")])

@@ -160,7 +160,21 @@ class Table:
             began = time.perf_counter()
             refused |= self._upsert_some(connection, model, some, now, one_by_one=not is_crowded)
             is_crowded = is_crowded or time.perf_counter() - began > CROWDED_ROW_S * len(some)
-        return refused
+        return refused | self._left_out(connection, model, rows, refused)
+
+    def _left_out(
+        self, connection: sqlite3.Connection, model: str, rows: Mapping[str, Row], refused: schema.Refusals
+    ) -> schema.Refusals:
+        """Return the rows that a trigger has left out without a word, by RAISE(IGNORE), if there are triggers."""
+        sql = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE)"
+        if connection.execute(sql, (self.name,)).fetchone() == (0,):
+            return {}
+        stored = self.hashes(connection, model, list(rows))
+        return {
+            row.id: RowRefusedError(f"row {schema.shown(key)} was left out by a trigger of {self.where}")
+            for key, row in rows.items()
+            if row.id not in refused and stored.get(key) != row.content_hash
+        }
 
     def _upsert_some(
         self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str, *, one_by_one: bool
