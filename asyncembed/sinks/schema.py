@@ -127,6 +127,25 @@ def admit(
     return {key: last[key] for key in keys if key in last}, refused
 
 
+def left_out(
+    rows: Mapping[Any, Row], refused: Refusals, stored: Mapping[str, str | None], where: str, *, has_hashes: bool = True
+) -> Refusals:
+    """Return the rows that a trigger has left out without a word: neither refused, nor among what is stored.
+
+    Args:
+        rows: What was written, by key.
+        refused: What the store has refused of it.
+        stored: The content hash of each key that is stored now.
+        where: Table and store, for messages.
+        has_hashes: Whether the table has a column for them.
+    """
+    return {
+        row.id: RowRefusedError(f"row {shown(str(row.id))} was left out by a trigger of {where}")
+        for key, row in rows.items()
+        if row.id not in refused and (str(key) not in stored or (has_hashes and stored[str(key)] != row.content_hash))
+    }
+
+
 def _not_finite(rows: Sequence[Row]) -> set[int]:
     """Return the `id()` of the rows, all of one size, that hold numbers which are not finite as they are stored.
 

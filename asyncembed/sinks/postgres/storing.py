@@ -72,12 +72,7 @@ async def _left_out(
     if layout.update_only or not await connection.fetchval(_MAY_LEAVE_OUT, layout.sql_table):
         return {}
     stored = dict(await connection.fetch(layout.hashes(), model, list(rows)))
-    has_hash = "content_hash" in layout.names
-    return {
-        row.id: RowRefusedError(f"row {schema.shown(str(row.id))} was left out by a trigger of {layout.where}")
-        for key, row in rows.items()
-        if row.id not in refused and (str(key) not in stored or (has_hash and stored[str(key)] != row.content_hash))
-    }
+    return schema.left_out(rows, refused, stored, layout.where, has_hashes="content_hash" in layout.names)
 
 
 def _may_be_of_a_row(error: Exception) -> bool:

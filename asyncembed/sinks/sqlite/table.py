@@ -169,12 +169,7 @@ class Table:
         sql = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE)"
         if connection.execute(sql, (self.name,)).fetchone() == (0,):
             return {}
-        stored = self.hashes(connection, model, list(rows))
-        return {
-            row.id: RowRefusedError(f"row {schema.shown(key)} was left out by a trigger of {self.where}")
-            for key, row in rows.items()
-            if row.id not in refused and stored.get(key) != row.content_hash
-        }
+        return schema.left_out(rows, refused, self.hashes(connection, model, list(rows)), self.where)
 
     def _upsert_some(
         self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str, *, one_by_one: bool
