@@ -11,7 +11,7 @@ from __future__ import annotations
 import binascii
 import mmap
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -97,34 +97,42 @@ class Decoder:
     def feed(self, piece: bytes | memoryview) -> None:
         """Take the next bytes of the reply; what is wrong with them is said at the end."""
         self.size += len(piece)
-        unread = self._unread
-        unread += piece
-        texts: list[bytes] = []
+        self._unread += piece
+        with memoryview(self._unread) as unread:  # of which parts are no copies
+            done, begun = self._take_out(unread)
+            kept = max(done, len(unread) - _LONGEST_KEY) if begun is None else begun
+            self._rest += unread[done:kept]
+        del self._unread[:kept]
+        self._searched = 0 if begun is None else len(self._unread)
+
+    def _take_out(self, unread: memoryview) -> tuple[int, int | None]:
+        """Take the vectors out of what is unread; return where the last one ends, and where one begins that does not.
+
+        As far as that the rest is told.
+        """
+        texts: list[memoryview] = []
         done, begun = 0, None
-        while self._found + len(texts) < self._count + _STRAY and (key := _VECTOR.search(unread, done)):
+        while self._found + len(texts) < self._count + _STRAY and (key := _VECTOR.search(self._unread, done)):
             start = key.end()
             in_base64 = unread[start - 1] == _QUOTE
-            stop = unread.find(b'"' if in_base64 else b"]", max(start, self._searched))
+            stop = self._unread.find(b'"' if in_base64 else b"]", max(start, self._searched))
             if stop < 0:
                 begun = key.start()
                 break
             self._rest += unread[done : start - 1]
             self._rest += b'"vector %d"' % (self._found + len(texts))  # a blank is no base64: no vector is spelled so
             if in_base64:
-                texts.append(bytes(unread[start:stop]))
+                texts.append(unread[start:stop])
             else:
                 self._take_texts(texts)
                 texts = []
-                self._take(_from_numbers, b"[%b]" % bytes(unread[start:stop]))
+                self._take(_from_numbers, b"[" + unread[start:stop] + b"]")
             done = stop + 1
             self._searched = 0
         self._take_texts(texts)
-        kept = max(done, len(unread) - _LONGEST_KEY) if begun is None else begun
-        self._rest += unread[done:kept]
-        del unread[:kept]
-        self._searched = 0 if begun is None else len(unread)
+        return done, begun
 
-    def _take_texts(self, texts: Sequence[bytes]) -> None:
+    def _take_texts(self, texts: Sequence[memoryview]) -> None:
         """Decode the next vectors, together if that is the same: it takes half the time."""
         end = self._found + len(texts)
         if len(texts) > 1 and end <= self._count and self._vectors is not None:
@@ -134,7 +142,7 @@ class Decoder:
                 self._found = end
                 return
         for text in texts:
-            self._take(_from_base64, text)
+            self._take(_from_base64, bytes(text))
 
     def _take(self, read: Callable[[bytes], Vectors], text: bytes) -> None:
         number = self._found
@@ -169,11 +177,11 @@ class Decoder:
         try:
             return self._reply(document)
         except ProtocolError as error:
-            error.tokens = (_tokens(document) if isinstance(document, Mapping) else None) or 0
+            error.tokens = (_tokens(document) if isinstance(document, dict) else None) or 0
             raise
 
     def _reply(self, document: Any) -> Reply:
-        data = document.get("data") if isinstance(document, Mapping) else None
+        data = document.get("data") if isinstance(document, dict) else None
         if not isinstance(data, list):
             raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{_error_in(document)}")
         if len(data) != self._count:
@@ -229,7 +237,7 @@ def _parse(text: bytes, size: int) -> Any:
 
 def _order(data: list[Any]) -> list[int]:
     for position, item in enumerate(data):
-        if not isinstance(item, Mapping):
+        if not isinstance(item, dict):
             raise ProtocolError(f"expected objects in `data`, got {_kind(item)} at position {position}")
     indices = [item.get("index") for item in data]
     if all(index is None for index in indices):
@@ -264,10 +272,10 @@ def _from_base64(text: bytes) -> Vectors:
     return np.frombuffer(raw, "<f4")
 
 
-def _from_equal_texts(texts: Sequence[bytes]) -> Vectors | None:
+def _from_equal_texts(texts: Sequence[memoryview]) -> Vectors | None:
     """Return the vectors, float32[n, d], if all texts are as long and end where numbers do, without padding."""
-    width = len(texts[0])
-    if not width or width % 16 or any(len(text) != width for text in texts):
+    width, *others = {len(text) for text in texts}
+    if others or not width or width % 16:
         return None
     try:
         raw = pybase64.b64decode(b"".join(texts), validate=True)
@@ -298,9 +306,9 @@ def _are_doubles(vectors: Vectors) -> bool:
     return bool(np.count_nonzero(low_halves) >= 8 and not np.any(low_halves & 0x1FFF_FFFF))
 
 
-def _tokens(document: Mapping[str, Any]) -> int | None:
+def _tokens(document: dict[str, Any]) -> int | None:
     usage = document.get("usage")
-    if not isinstance(usage, Mapping):
+    if not isinstance(usage, dict):
         return None
     for key in ("total_tokens", "prompt_tokens"):
         tokens = usage.get(key)
@@ -310,13 +318,13 @@ def _tokens(document: Mapping[str, Any]) -> int | None:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return "an object without it"
     return {list: "a list", str: "a string", type(None): "null"}.get(type(value), type(value).__name__)
 
 
 def _error_in(document: Any) -> str:
-    return " but `error`" if isinstance(document, Mapping) and "error" in document else ""
+    return " but `error`" if isinstance(document, dict) and "error" in document else ""
 
 
 def _room_for(count: int, dimensions: int) -> Vectors:
