@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["CLOSE_S", "CONNECT_S", "FOREIGN", "Connection", "Pool", "connect", "create_pool"]
+__all__ = ["CLOSE_S", "CONNECT_S", "FOREIGN", "Connection", "Pool", "connect", "create_pool", "widen"]
 
 try:
     import asyncpg
@@ -21,6 +23,12 @@ CLOSE_S = 5.0
 # What asyncpg raises, and what comes through it.
 FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ValueError)
 
+# What the system may hold of what the server has not read yet. Linux lets a TCP connection have 4 MiB when it needs
+# them (net.ipv4.tcp_wmem), a Unix socket 208 KiB (net.core.wmem_default), so that the server waits for the event loop to
+# come back. (20,000 records in 10 requests of 1 s, by turns: `ingest` took 1.22 times as long as embedding alone, and now
+# 1.12; of 50 ms: 0.8 of what it took.)
+SEND_BYTES = 4 << 20
+
 # No cached statements, so that a pooler may change the backend between transactions.
 _OPTIONS: dict[str, Any] = {"timeout": CONNECT_S, "statement_cache_size": 0}
 
@@ -33,3 +41,12 @@ async def connect(dsn: str) -> Connection:
 def create_pool(dsn: str, **options: Any) -> Pool:
     """Return a pool that connects when it is asked for a connection."""
     return asyncpg.create_pool(dsn, **_OPTIONS, **options)
+
+
+def widen(connection: Connection) -> None:
+    """Let the system hold more of what is written to the connection, if that is a Unix socket; else do nothing."""
+    transport = getattr(connection, "_transport", None)  # asyncpg has no other word for it
+    sock = transport and transport.get_extra_info("socket")
+    if sock and sock.family == getattr(socket, "AF_UNIX", None):
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)

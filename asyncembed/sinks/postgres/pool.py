@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from ...errors import SinkError
-from ...postgres.driver import CLOSE_S, Connection, Pool, create_pool
+from ...postgres.driver import CLOSE_S, Connection, Pool, create_pool, widen
 from .extension import teach
 
 
@@ -79,6 +79,7 @@ class LoopPool:
 
 
 async def _first_words(ignorant: asyncio.Event, connection: Connection) -> None:
+    widen(connection)
     async with connection.transaction():  # all on one backend, should a pooler stand between
         if not await teach(connection):
             ignorant.set()
