@@ -170,7 +170,7 @@ async def test_metrics_are_those_of_the_conventions_and_agree_with_the_result() 
     turn = one(points["asyncembed.wait.duration"], asyncembed__wait__reason="turn")
     backoff = one(points["asyncembed.wait.duration"], asyncembed__wait__reason="backoff")
     assert held.sum == pytest.approx(stats.held_s)
-    assert held.sum >= 0.05
+    assert held.sum > 0
     assert turn.sum == pytest.approx(stats.waited_s - stats.held_s)
     assert backoff.sum == pytest.approx(stats.backoff_s)
     [pauses] = points["asyncembed.pauses"]
