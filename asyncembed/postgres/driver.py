@@ -24,8 +24,8 @@ CLOSE_S = 5.0
 FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ValueError)
 
 # What the system may hold of what the server has not read yet. Linux lets a TCP connection have 4 MiB when it needs
-# them (net.ipv4.tcp_wmem), a Unix socket 208 KiB (net.core.wmem_default), so that the server waits for the event loop to
-# come back. (20,000 records in 10 requests of 1 s, by turns: `ingest` took 1.22 times as long as embedding alone, and now
+# them (net.ipv4.tcp_wmem), a Unix socket 208 KiB (net.core.wmem_default): then the server waits for the event loop to
+# come back. (20,000 records in 10 requests of 1 s, by turns: `ingest` took 1.22 times as long as embedding alone, now
 # 1.12; of 50 ms: 0.8 of what it took.)
 SEND_BYTES = 4 << 20
 
