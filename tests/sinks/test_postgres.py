@@ -543,6 +543,19 @@ async def test_an_index_that_cannot_be_is_refused_with_what_to_do(dsn: str) -> N
             await sink.create_index(metric="cosin")
 
 
+async def test_an_index_over_a_partitioned_table_is_left_to_its_owner_who_is_told_the_statement(dsn: str) -> None:
+    table = "CREATE TABLE parted (id text, model text, embedding vector(3), PRIMARY KEY (id, model))"
+    told(dsn, f"{table} PARTITION BY HASH (id)")
+    for number in range(2):
+        told(dsn, f"CREATE TABLE part_{number} PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER {number})")
+    async with PostgresSink(dsn, table="parted", columns={name: name for name in ("id", "model", "embedding")}) as sink:
+        await sink.write(MODEL, [row(str(number), vec(1, number, 0)) for number in range(20)])
+        with pytest.raises(SinkConfigError, match="parted.* is partitioned") as caught:
+            await sink.create_index()
+        told(dsn, str(caught.value).rpartition("yourself: ")[2])
+        assert [hit.id for hit in await sink.search(vec(1, 0, 0), k=3)] == ["0", "1", "2"]
+
+
 # ---- pools that were handed in ----
 
 

@@ -43,10 +43,8 @@ async def nearest(
     ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
     # planned for this very vector: a pool's cached plan would read it anew for every row, and use no model's index
     settings = f"SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL hnsw.ef_search = {ef_search}"
-    if layout.facts.extension.version >= (
-        0,
-        8,
-    ):  # else an index looks at ef_search rows and leaves out what `where` refuses
+    if layout.facts.extension.version >= (0, 8):
+        # else an index looks at ef_search rows and leaves out what `where` refuses
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
     index = layout.index_name(model, len(query), "cosine")
@@ -93,7 +91,8 @@ async def index_statements(
     """Return what to run, outside of a transaction, to have an index over one model's vectors; nothing if there is.
 
     Raises:
-        SinkConfigError: It is not clear over which model, or pgvector cannot index vectors of that size.
+        SinkConfigError: It is not clear over which model, pgvector cannot index vectors of that size, or the table is
+            partitioned.
         SinkBusyError: Another process is building it.
     """
     chosen = schema.choose_model(known, model, None, layout.where)
@@ -116,4 +115,9 @@ async def index_statements(
         return []
     literal = await connection.fetchval("SELECT quote_literal($1::text)", chosen)
     create = layout.create_index(name, literal, known[chosen], metric, options)
+    if await connection.fetchval("SELECT relkind = 'p' FROM pg_class WHERE oid = $1::text::regclass", layout.sql_table):
+        raise SinkConfigError(
+            f"{layout.where} is partitioned, and PostgreSQL builds no index over all partitions without locking out "
+            f"writers. Where they may wait, run it yourself: {create.replace('CONCURRENTLY ', '')}"
+        )
     return [create] if state is None else [f"DROP INDEX CONCURRENTLY IF EXISTS {name}", create]
