@@ -116,6 +116,14 @@ async def test_a_table_that_is_not_ours_is_left_alone(path: Path, ddl: str) -> N
     assert asked(path, "SELECT sql FROM sqlite_master") == before
 
 
+async def test_a_column_that_hides_the_number_of_each_row_is_refused(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a")])
+        asked(path, "ALTER TABLE embeddings ADD COLUMN RowId TEXT")
+        with pytest.raises(SinkConfigError, match=r"do not fit: \['RowId'\]"):
+            await sink.write(MODEL, [row("b")])
+
+
 async def test_columns_that_do_without_us_may_be_added(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])

@@ -110,7 +110,8 @@ class Table:
         kinds = {name: f"{kind}{' NOT NULL' * required}" for name, kind, required, *_ in found}
         key = [name for _, name in sorted((place, name) for name, *_, place in found if place)]
         unfit = [name for name, kind in _COLUMNS.items() if kinds.get(name) != kind]
-        # what else there is must do without us
+        # what else there is must do without us, and leave us the number of each row, by which a search walks
+        unfit += [name for name, *_ in found if name.lower() == "rowid"]
         unfit += [name for name, _, must, default, _ in found if must and default is None and name not in _COLUMNS]
         if unfit or key != _KEY:
             raise SinkConfigError(
