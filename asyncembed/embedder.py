@@ -14,13 +14,13 @@ from .arguments import check_amount, check_model, check_range, checked, listed
 from .caches import open_cache
 from .caches.lookup import Lookup
 from .dispatch import Dispatch
-from .engine import Deliver, Engine
+from .engine import SPARE_WORKERS, Deliver, Engine
 from .errors import ConfigError, InputError
 from .gathering import Order, Results
 from .loops import PerLoop, ended
 from .metrics import Observer, Stats
 from .pacing import Slots, shared_pace
-from .packing import Limits
+from .packing import OPEN_BATCHES, Limits
 from .planning import count_up
 from .providers.local import LocalCounter, LocalProvider
 from .providers.openai import OFFICIAL_HOST, OpenAIProvider
@@ -340,6 +340,12 @@ class Embedder:
     async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
         """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
         await self._dispatches.get().run(slices, run, deliver)
+
+    @property
+    def most_under_way(self) -> int:
+        """How many texts there may be between a source and its store, whatever becomes of them."""
+        batches = self.concurrency + 1 + SPARE_WORKERS + OPEN_BATCHES
+        return batches * self._limits.inputs
 
     def cost_usd(self, run: Run) -> float | None:
         """The list price of what a run was billed; None if price or count is unknown."""

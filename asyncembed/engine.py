@@ -20,7 +20,6 @@ from .errors import (
     DeadlineError,
     ProtocolError,
     ProviderError,
-    RateLimitedError,
     RejectedTextError,
     TooLargeError,
 )
@@ -286,15 +285,15 @@ class Engine:
 
     def _decide(self, error: ProviderError, batch: Batch, run: Run) -> Action:
         pace = self._pace
-        rounds = pace.refusals if isinstance(error, RateLimitedError) else 0
         history = History(
             inputs=len(batch.items),
-            failures=max(batch.failures, rounds),
+            failures=batch.failures,
             alone=batch.alone,
             healthy=batch.passed_since(pace.successes) and not pace.looks_down,
             probed=batch.in_doubt,
             canary=run.canary is not None,
             rejections=0 if run.successes else run.rejections,
+            refusals=max(1, pace.refusals),
         )
         return decide(error, history, self._max_retries)
 

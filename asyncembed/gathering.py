@@ -65,9 +65,11 @@ class Results:
         if outcome.texts:
             embeddings = self._rows(outcome.vectors.shape[1])  # not in a thread: two outcomes would make two of it
             self._is_settled = True
-            is_work = outcome.vectors.base is not embeddings and outcome.vectors.nbytes > WORTH_A_THREAD_BYTES
+            placed = sum(len(text.indices) for text in outcome.texts)
+            copied = placed - (len(outcome.texts) if outcome.vectors.base is embeddings else 0)
+            is_work = copied * outcome.vectors[0].nbytes > WORTH_A_THREAD_BYTES
             await in_thread_if(is_work, self._place, embeddings, outcome)
-            self._placed += sum(len(text.indices) for text in outcome.texts)
+            self._placed += placed
         for text, error in outcome.failed:
             self._errors.update(dict.fromkeys(text.indices, error))
         done = self._placed + len(self._errors)

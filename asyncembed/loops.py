@@ -70,7 +70,10 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
 async def finished(work: Coroutine[Any, Any, T]) -> T:
     """Do the work to its end, even if the caller is cancelled meanwhile; that is then cancelled afterwards."""
     task = asyncio.create_task(work)
-    await _all_done([task])
+    try:
+        await _all_done([task])
+    finally:
+        task.cancelled() or task.exception()  # seen, should the caller be cancelled
     return task.result()
 
 

@@ -39,6 +39,10 @@ WAIT_MARGIN = 1.005
 PAUSE_JITTER = 0.05
 
 
+# Where slots are all that is scarce, the urgent get four of five.
+URGENT_SLOT = 0.25
+
+
 def _always() -> bool:
     return True
 
@@ -56,16 +60,27 @@ class Bucket:
     at: float
     told: tuple[float, float] | None = None
     """An earlier answer's `remaining` and `reset`."""
+    is_guess: bool = False
+    """Whether `per_s` is no more than the limit over a minute,"""
+    full_at: float | None = None
+    """and if so, when the provider says the bucket is full: a window that begins anew tells nothing else."""
 
     def wait_s(self, amount: float, now: float) -> float:
         """Return the seconds until so much can be taken; what is larger than the bucket waits for it to be full."""
         missing = min(amount, self.capacity) - self._level(now)
-        return missing / self.per_s * WAIT_MARGIN + WAIT_MARGIN_S if missing > 0 else 0.0
+        if missing <= 0:
+            return 0.0
+        seconds = missing / self.per_s * WAIT_MARGIN
+        if self.full_at is not None and self.full_at > self.at:
+            seconds = min(seconds, max(0.0, self.full_at - now))
+        return seconds + WAIT_MARGIN_S
 
     def take(self, amount: float, now: float) -> None:
         self.level, self.at = self._level(now) - amount, now
 
     def _level(self, now: float) -> float:
+        if self.full_at is not None and self.at < self.full_at <= now:
+            return self.capacity
         return min(self.capacity, self.level + (now - self.at) * self.per_s)
 
 
@@ -88,17 +103,19 @@ def learn(
         now: The time.
     """
     per_s = _slope(old.told, remaining, reset_s) if old is not None and old.told is not None else None
+    is_guess = False
     if per_s is None and old is not None:
-        per_s = old.per_s
+        per_s, is_guess = old.per_s, old.is_guess
     if per_s is None:
         missing = limit - remaining
         was_full = 0 < missing <= 1.05 * taken and reset_s is not None and reset_s >= _LEAST_RESET_S
-        per_s = missing / reset_s if was_full and reset_s else limit / 60
+        per_s, is_guess = (missing / reset_s, False) if was_full and reset_s else (limit / 60, True)
     capacity = limit if reset_s is None else min(limit, remaining + per_s * reset_s)
     told: tuple[float, float] | None = None if reset_s is None else (remaining, reset_s)
     if old is not None and old.told is not None and (told is None or old.told[0] > told[0]):
         told = old.told  # the fuller one: the further apart two answers are, the more exact is the slope
-    return Bucket(per_s, max(capacity, 1.0), remaining - unseen, now, told)
+    full_at = now + reset_s if is_guess and reset_s is not None else None
+    return Bucket(per_s, max(capacity, 1.0), remaining - unseen, now, told, is_guess, full_at)
 
 
 # Resets are told in milliseconds at best.
@@ -170,7 +187,7 @@ class Pace:
                 held_at = min(held_at, now)
             return seconds
 
-        await self.queue.wait(tokens, wait_s, is_ready, urgent=urgent)
+        await self.queue.wait(self._cost(tokens, urgent), wait_s, is_ready, urgent=urgent)
         ticket = self._take(tokens, loop.time())
         ticket.waited_s = ticket.sent_at - came_at
         ticket.held_s = max(0.0, ticket.sent_at - held_at)
@@ -274,6 +291,12 @@ class Pace:
             waits.append(self.requests.wait_s(1, now))
         waits.extend(bucket.wait_s(tokens if of_tokens else 1, now) for (_, of_tokens), bucket in self.own.items())
         return max(waits)
+
+    def _cost(self, tokens: int, urgent: bool) -> float:
+        """Return what a request takes of what is scarce, in seconds of the rate it uses up; where none is known, slots."""
+        taken = [(bucket, tokens if of_tokens else 1) for (_, of_tokens), bucket in self.own.items()]
+        taken += [(bucket, amount) for bucket, amount in ((self.tokens, tokens), (self.requests, 1)) if bucket]
+        return max((amount / bucket.per_s for bucket, amount in taken), default=URGENT_SLOT if urgent else 1.0)
 
     def _crowded(self, tokens: int) -> bool:
         if len(self.in_flight) + 1 > self.cap:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 from .batches import Outcome
@@ -30,6 +31,9 @@ from .weighing import Text, check_text, unique
 # the first reply was stored from 0.26 s on, not 0.36.) A record that takes longer alone is worth a thread.
 TURN_S = 0.00025
 RECORDS_A_TURN = 64
+
+# Stored in one transaction: all that a request can bring, unless its texts belong to more records than that.
+ROWS_A_WRITE = 4_096
 
 WhyUnfit: TypeAlias = Callable[[RecordId], str | None]
 """What a sink may have as `why_unfit`, so that an id it cannot hold is not paid for: returns what is wrong with it."""
@@ -166,12 +170,19 @@ class _Job:
                 texts = await self._admit(good)
                 if texts or not some:  # nothing at all says that none will come for a while
                     yield texts
+                if len(self._pending) > self._embedder.most_under_way:  # few texts, but of many records
+                    yield ()
+                    while len(self._pending) > self._embedder.most_under_way:
+                        await self._change()
         while self._held or self._released:
             yield ()  # send what they wait for
             while not self._released:
-                self._changed.clear()
-                await self._changed.wait()
+                await self._change()
             yield await self._admit([])
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     async def _check(self, some: Sequence[Any]) -> tuple[list[_Pending], list[Failure]]:
         good: list[_Pending] = []
@@ -219,7 +230,7 @@ class _Job:
         return released
 
     async def deliver(self, outcome: Outcome) -> None:
-        """Store what was embedded, in one transaction; count it only then."""
+        """Store what was embedded, in one transaction if it is not a flood; count it only then."""
         if outcome.texts:
             try:
                 await self._store(outcome.texts, outcome.vectors)
@@ -235,21 +246,21 @@ class _Job:
         self._progress()
 
     async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
-        indices = [index for text in texts for index in text.indices]
-        rows = [
-            _row(self._pending[index], vector)
-            for text, vector in zip(texts, vectors, strict=True)
-            for index in text.indices
-        ]
+        wanted = ((index, vector) for text, vector in zip(texts, vectors, strict=True) for index in text.indices)
         with suppress(StoppedError):  # it was given time, and is in the store wholly or not at all
-            async with self._run.storing():
-                try:
-                    refused = await self._sink.write(self._embedder.model, rows)
-                except asyncio.CancelledError as cancelled:
-                    if outcome_of(cancelled) is not None:
-                        self._count_stored(indices, outcome_of(cancelled))
-                    raise
-            self._count_stored(indices, refused)
+            while some := list(islice(wanted, ROWS_A_WRITE)):
+                rows = [_row(self._pending[index], vector) for index, vector in some]
+                async with self._run.storing():
+                    await self._write([index for index, _ in some], rows)
+
+    async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        try:
+            refused = await self._sink.write(self._embedder.model, rows)
+        except asyncio.CancelledError as cancelled:
+            if outcome_of(cancelled) is not None:
+                self._count_stored(indices, outcome_of(cancelled))
+            raise
+        self._count_stored(indices, refused)
 
     def _count_stored(self, indices: Sequence[int], refused: Mapping[RecordId, AsyncEmbedError]) -> None:
         for index in indices:
@@ -272,7 +283,7 @@ class _Job:
         held = self._held.pop(pending.key, None)
         if held is not None:
             self._released.append(held)
-            self._changed.set()
+        self._changed.set()
         return pending
 
     def _progress(self) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    cost: int
+    cost: float
     is_ready: Callable[[], bool]
-    overtaken: int = 0
+    overtaken: float = 0.0
     """What urgent ones that came later have taken meanwhile."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -33,7 +33,7 @@ class Queue:
         return len(self._urgent) + len(self._others)
 
     async def wait(
-        self, cost: int, wait_s: Callable[[], float], is_ready: Callable[[], bool], *, urgent: bool = False
+        self, cost: float, wait_s: Callable[[], float], is_ready: Callable[[], bool], *, urgent: bool = False
     ) -> None:
         """Wait until it is this one's turn and there is enough for it; whoever returns from here takes it at once.
 

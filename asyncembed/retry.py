@@ -88,6 +88,7 @@ class History:
         probed: Whether single texts were sent in its place, and failed too.
         canary: Whether a text is known that this provider has taken.
         rejections: Single texts the provider refused in this run before it took a first one.
+        refusals: Rounds of refusals for coming too fast, of whichever batches, since a request succeeded.
     """
 
     inputs: int
@@ -97,6 +98,7 @@ class History:
     probed: bool = False
     canary: bool = False
     rejections: int = 0
+    refusals: int = 1
 
 
 def is_overload(error: ProviderError) -> bool:
@@ -133,9 +135,11 @@ def _after_refusal(error: RateLimitedError, history: History, max_retries: int) 
     # While others get through, a refusal is a matter of turns, not of failing.
     if history.alone > max_retries:
         return Stop(_down(error, history.alone))
-    if error.retry_after_s is not None:
-        return Retry(error.retry_after_s, shared=True)
-    return Retry(backoff_s(history.failures), shared=True)
+    if error.retry_after_s is None:
+        return Retry(backoff_s(history.refusals), shared=True)
+    # told a few milliseconds again and again, all attempts would be used up before a second has passed
+    grown_s = backoff_s(history.alone - 1) if history.alone > 1 else 0.0
+    return Retry(max(error.retry_after_s, grown_s), shared=True)
 
 
 def _after_fault(error: ProviderError, history: History, max_retries: int) -> Action:

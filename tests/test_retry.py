@@ -103,12 +103,20 @@ def test_too_fast_means_waiting_as_long_as_was_asked_all_together(history: Histo
 
 
 def test_too_fast_without_a_time_means_backing_off_all_together() -> None:
-    for failures in (1, 4, 8):
-        action = decide(RateLimitedError("x"), past(failures=failures), MAX_RETRIES)
+    for refusals in (1, 4, 8):
+        action = decide(RateLimitedError("x"), replace(past(failures=5), refusals=refusals), MAX_RETRIES)
         assert isinstance(action, Retry)
         assert action.shared
-        ceiling_s = min(30.0, 0.5 * 2 ** (failures - 1))
+        ceiling_s = min(30.0, 0.5 * 2 ** (refusals - 1))
         assert ceiling_s / 2 <= action.after_s <= ceiling_s
+
+
+def test_too_fast_again_and_again_means_waiting_longer_than_was_asked_as_long_as_nobody_gets_through() -> None:
+    error = RateLimitedError("x", retry_after_s=0.01)
+    waits = [decide(error, past(failures=failures), MAX_RETRIES) for failures in range(1, MAX_RETRIES + 1)]
+    assert waits[0] == Retry(0.01, shared=True)
+    assert sum(wait.after_s for wait in waits if isinstance(wait, Retry)) > 10
+    assert decide(error, past(failures=5, healthy=True), MAX_RETRIES) == Retry(0.01, shared=True)
 
 
 def test_too_fast_for_ever_is_an_outage_unless_others_get_through() -> None:

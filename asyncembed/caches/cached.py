@@ -31,6 +31,9 @@ from ..types import Vectors
 from ..weighing import Text
 from .lookup import InFlight, Lookup, believed, outcome_of
 
+# So long an answer waits until it is in the cache, so that who asks again finds it there; a locked file takes longer.
+PUT_FIRST_S = 0.05
+
 Send: TypeAlias = Callable[[AsyncIterator[Sequence[Text]], Deliver], Awaitable[None]]
 """Embeds slices of texts, and delivers each text once; see `Engine.run`."""
 
@@ -167,19 +170,18 @@ class CachedCall:
         if not came:
             await self._deliver(outcome)
             return
-        if self._run.urgent:  # whoever is answered goes on, and may ask again
-            await self._lookup.put(came)
-            await self._deliver(outcome)
-        else:
-            await self._deliver_while(self._lookup.put(came), outcome)
+        # whoever is answered goes on, and may ask again
+        await self._deliver_while(self._lookup.put(came), outcome, first_s=PUT_FIRST_S if self._run.urgent else 0.0)
         for key in came:
             self._forget(key)
 
-    async def _deliver_while(self, work: Coroutine[Any, Any, None], outcome: Outcome) -> None:
-        """Deliver and do the work at the same time; what a store raises does not end the work."""
+    async def _deliver_while(self, work: Coroutine[Any, Any, None], outcome: Outcome, *, first_s: float) -> None:
+        """Deliver and do the work at the same time, which may begin earlier; what a store raises does not end it."""
         working = asyncio.create_task(work)
         broken: Exception | None = None
         try:
+            if first_s:
+                await asyncio.wait([working], timeout=first_s)
             try:
                 await self._deliver(outcome)
             except Exception as error:
@@ -207,7 +209,8 @@ class CachedCall:
     def _settle(self, key: bytes, vector: Vectors | None) -> None:
         claim = self._claimed.get(key)
         if claim is not None and not claim.done():
-            claim.set_result(vector)
+            # a copy: who waits for it may look at it when this call's result is its caller's, to change as he likes
+            claim.set_result(None if vector is None else vector.copy())
             if vector is None:
                 self._forget(key)
 

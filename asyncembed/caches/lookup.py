@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -30,6 +31,9 @@ T = TypeVar("T")
 
 # Hashed in 0.15 ms.
 WORTH_A_THREAD_CHARACTERS = 64 * 1024
+
+# So long nothing is put into a cache that has just failed: a locked file lets every answer wait for a second.
+REST_S = 10.0
 
 InFlight: TypeAlias = dict[bytes, "asyncio.Future[Vectors | None]"]
 """What is being sent: done with its vector when that is there, with None if it does not come."""
@@ -60,6 +64,7 @@ class Lookup:
         self._prefix = hashlib.sha256(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest())
         self._in_flight: PerLoop[InFlight] = PerLoop(dict)
         self._is_broken = False
+        self._rests_until = 0.0
 
     @property
     def size(self) -> int | None:
@@ -125,9 +130,12 @@ class Lookup:
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
         """Keep the vectors of a reply, if the cache can."""
+        if time.monotonic() < self._rests_until:
+            return
         try:
             await self._cache.put(vectors)
         except Exception as error:
+            self._rests_until = time.monotonic() + REST_S
             self._broke(error)
 
     def replied(self, size: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, cast
 from urllib.request import getproxies
 
@@ -37,6 +37,8 @@ _LONGEST_HEAD = 100 * 1024
 _KEPT_S = 5.0
 # Of an answer that is an error only the beginning is read: the longest message in faults.md has 300 bytes.
 _ERROR_BYTES = 64 * 1024
+# Seconds for it: what comes later is not waited for, since the status tells what to do.
+_ERROR_S = 2.0
 # Where a response of ours has what reads its body without copies.
 _RECEIVE = "asyncembed.receive"
 
@@ -71,10 +73,13 @@ class RefusedError(Exception):
 async def _stop_at_refusal(response: httpx2.Response) -> None:
     if not response.is_success:
         body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > _ERROR_BYTES:
-                break
+        # status and headers are an answer, whatever becomes of the words
+        with suppress(httpx2.RequestError, httpx2.StreamError, TimeoutError):
+            async with asyncio.timeout(_ERROR_S):
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > _ERROR_BYTES:
+                        break
         raise RefusedError(response, bytes(body[:_ERROR_BYTES]))
 
 
@@ -162,13 +167,18 @@ class Transport(httpx2.AsyncBaseTransport):
         scheme, host, port = origin = _origin(request.url)
         tls: dict[str, Any] = {"ssl": self._tls or True, "server_hostname": host} if scheme == "https" else {}
         loop = asyncio.get_running_loop()
+        connection = Connection(self, origin)
         with _as_httpx2(httpx2.ConnectError):
             try:
                 async with asyncio.timeout(request.extensions.get("timeout", {}).get("connect")):
                     sock = await connected(host, port)
-                    _, connection = await loop.create_connection(lambda: Connection(self, origin), sock=sock, **tls)
+                    await loop.create_connection(lambda: connection, sock=sock, **tls)
             except TimeoutError as error:
+                connection.connection_lost(None)
                 raise httpx2.ConnectTimeout("no connection in time") from error
+            except BaseException:
+                connection.connection_lost(None)  # uvloop does not say so if it was made before this was cancelled
+                raise
         return connection
 
     def done(self, connection: Connection | None, *, reusable: bool) -> None:
@@ -247,7 +257,8 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def is_done(self) -> bool:
         """Whether request and answer, read with `next_event`, are at their ends, and another request may follow."""
-        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        is_done = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        return is_done and not self._h11.trailing_data[0]  # nobody has asked for what came after it
 
     @property
     def is_sent(self) -> bool:

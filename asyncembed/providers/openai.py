@@ -279,7 +279,7 @@ class OpenAIProvider:
         # in a thread: importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
         try:
             loaded = await asyncio.to_thread(self._load)
-        except ImportError:
+        except ModuleNotFoundError:  # of the SDK itself
             raise
         except Exception as error:  # an address of the user's or a proxy of the environment's that is none
             raise RequestError(f"no client can be made for {self.host}: {type(error).__name__}") from None

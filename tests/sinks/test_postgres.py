@@ -550,7 +550,7 @@ async def test_an_index_over_a_partitioned_table_is_left_to_its_owner_who_is_tol
         told(dsn, f"CREATE TABLE part_{number} PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER {number})")
     async with PostgresSink(dsn, table="parted", columns={name: name for name in ("id", "model", "embedding")}) as sink:
         await sink.write(MODEL, [row(str(number), vec(1, number, 0)) for number in range(20)])
-        with pytest.raises(SinkConfigError, match="parted.* is partitioned") as caught:
+        with pytest.raises(SinkConfigError, match=r"parted.* is partitioned") as caught:
             await sink.create_index()
         told(dsn, str(caught.value).rpartition("yourself: ")[2])
         assert [hit.id for hit in await sink.search(vec(1, 0, 0), k=3)] == ["0", "1", "2"]
