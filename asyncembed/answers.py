@@ -93,8 +93,8 @@ _REQUESTED = re.compile(r"requested (\d[\d,]*)|your batch has (\d[\d,]*) tokens"
 # An option the model does not take: no text is to blame, and no smaller request will pass.
 _OPTION = re.compile(r"support specifying dimensions|invalid value for '?dimensions", re.IGNORECASE)
 
-# "sk-…" as servers quote it, whole or starred out, and what follows "Bearer".
-_KEY = re.compile(r"\b(?:sk|pk|rk|key)[-_][\w*-]{4,}|\bBearer\s+\S+", re.IGNORECASE)
+# "sk-…" as servers quote it, whole or starred out, what follows "Bearer", and whatever else has stars in its middle.
+_KEY = re.compile(r"\b(?:sk|pk|rk|key)[-_][\w*-]{4,}|\bBearer\s+\S+|[\w.-]{0,64}\*{3,}[\w.*-]{0,64}", re.IGNORECASE)
 # Shorter ones are no secrets ("none" is what servers without keys get), and would be found in any word.
 _SHORTEST_SECRET = 6
 

@@ -229,12 +229,14 @@ class Engine:
                 try:
                     reply = await self._request(batch, run, ticket)
                 except ProviderError as error:
+                    self._count_more(error.requests - 1, run)
                     run.tokens += error.tokens if isinstance(error, ProtocolError) else 0
                     self._pace.observe(ticket, error.rates)
                     self._pace.failed()
                     if is_overload(error):
                         self._pace.refused(ticket)
                     return error
+            self._count_more(reply.requests - 1, run)
             self._pace.observe(ticket, reply.rates)
             self._pace.succeeded()
             run.successes += 1
@@ -259,6 +261,11 @@ class Engine:
             else:
                 request.reply = await self._provider.embed(texts)
         return request.reply
+
+    def _count_more(self, requests: int, run: Run) -> None:
+        run.requests += requests
+        run.retries += requests
+        self._watch.more(requests)
 
     async def _after(self, error: ProviderError, batch: Batch, run: Run, deliver: Deliver) -> list[Batch]:
         """Do what has to be done after a failed attempt; return what is left to be sent."""

@@ -117,10 +117,11 @@ class ProviderError(AsyncEmbedError, RuntimeError):
     """What a provider answered, or that it did not.
 
     `status` is the HTTP status (None if there was no answer), `code` the provider's own word for it, `request_id`
-    what its support asks for, `rates` what its headers told of its limits (`types.Rates`).
+    what its support asks for, `rates` what its headers told of its limits (`types.Rates`), `requests` how many it took.
     """
 
     rates: Any = None
+    requests: int = 1
 
     def __init__(
         self,
@@ -215,11 +216,15 @@ class ServerError(ProviderError):
 
 
 class TransportError(ProviderError):
-    """No whole answer came: refused, lost, cut, or, if `timed_out`, not in time."""
+    """No whole answer came: refused, lost, cut, or, if `timed_out`, not in time.
 
-    def __init__(self, message: str, *, timed_out: bool = False, **fields: Any) -> None:
+    Unless it was `connected` nothing was sent.
+    """
+
+    def __init__(self, message: str, *, timed_out: bool = False, connected: bool = True, **fields: Any) -> None:
         super().__init__(message, **fields)
         self.timed_out = timed_out
+        self.connected = connected
 
 
 class ProtocolError(ProviderError):

@@ -293,7 +293,7 @@ class Pace:
         return max(waits)
 
     def _cost(self, tokens: int, urgent: bool) -> float:
-        """Return what a request takes of what is scarce, in seconds of the rate it uses up; where none is known, slots."""
+        """Return what a request takes of what is scarce: seconds of a rate, or slots where no rate is known."""
         taken = [(bucket, tokens if of_tokens else 1) for (_, of_tokens), bucket in self.own.items()]
         taken += [(bucket, amount) for bucket, amount in ((self.tokens, tokens), (self.requests, 1)) if bucket]
         return max((amount / bucket.per_s for bucket, amount in taken), default=URGENT_SLOT if urgent else 1.0)

@@ -146,7 +146,8 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
     suspect_after = SUSPECT_AFTER if history.inputs > 1 else REJECT_AFTER
     if is_overload(error):
         suspect_after = max_retries + 1
-    if history.failures >= min(suspect_after, max_retries + 1):
+    was_sent = not isinstance(error, TransportError) or error.connected  # else it says nothing of the texts
+    if was_sent and history.failures >= min(suspect_after, max_retries + 1):
         if history.healthy:
             return Split() if history.inputs > 1 else _reject(error, history)
         if not history.probed and (history.canary or (history.inputs > 1 and max_retries > 0)):

@@ -86,12 +86,14 @@ class Reply:
         tokens: Tokens billed as the provider said; None if it did not say.
         rates: What the answer told of the provider's limits; None if nothing.
         model: The model that the provider says it used; None if it did not say.
+        requests: How many it took: more than one if the provider refused to be asked in that way.
     """
 
     vectors: Vectors = field(repr=False)
     tokens: int | None
     rates: Rates | None = None
     model: str | None = None
+    requests: int = 1
 
 
 class Provider(Protocol):

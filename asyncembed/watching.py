@@ -116,6 +116,11 @@ class Watch:
         )
         return Watched(self.metrics, self.tally, started)
 
+    def more(self, requests: int) -> None:
+        """What was one request to us were so many more on the wire."""
+        self.tally.requests += requests
+        self.tally.retries += requests
+
     def texts(self, embedded: int, failed: int) -> None:
         """So many texts are done."""
         self.tally.texts += embedded

@@ -14,6 +14,7 @@ import asyncio
 import gc
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import ssl
@@ -54,6 +55,10 @@ _ENCODINGS = ("base64", "float", None)
 
 # openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS is silent for as long as it is let.
 _CONNECT_S = 5.0
+
+
+# What httpx and httpx2 raise before anything is sent.
+_NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
 class OpenAIProvider:
@@ -103,6 +108,7 @@ class OpenAIProvider:
             self._base_url = check_base_url(base_url, allow_insecure_http=allow_insecure_http)
             self._api_key = check_key(api_key, self._base_url)
         else:
+            _check_client(client, base_url=base_url, api_key=api_key, http_client=http_client)
             self._base_url = str(client.base_url)
             self._api_key = str(getattr(client, "api_key", ""))
 
@@ -162,24 +168,27 @@ class OpenAIProvider:
         """As `embed`, but the vectors are put into a place of the caller's, if they are sent in order."""
         client = await self._client()
         try:
-            async with asyncio.timeout(self._timeout):
+            async with client.room, asyncio.timeout(self._timeout):
                 return await self._embed(client, texts, place)
         except TimeoutError:
             raise TransportError(f"no whole answer within {self._timeout:g} s", timed_out=True) from None
 
     async def _embed(self, client: _Client, texts: Sequence[str], place: Place | None) -> Reply:
-        for encoding in range(self._encoding, len(_ENCODINGS)):
+        first = self._encoding
+        for encoding in range(first, len(_ENCODINGS)):
             try:
                 reply = await self._attempt(client, texts, _ENCODINGS[encoding], place)
-            except BadRequestError as error:
-                if not _blames_encoding(str(error)) or encoding + 1 == len(_ENCODINGS):
+            except ProviderError as error:
+                error.requests = encoding - first + 1
+                is_about_it = isinstance(error, BadRequestError) and _blames_encoding(str(error))
+                if not is_about_it or encoding + 1 == len(_ENCODINGS):
                     raise
             else:
                 break
         if encoding > self._encoding:  # else another request has found it out already
             self._encoding = encoding
             logger.warning("%s refuses encoding_format=%r", self.host, _ENCODINGS[encoding - 1])
-        return reply
+        return replace(reply, requests=encoding - first + 1) if encoding > first else reply
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None, place: Place | None) -> Reply:
         size = sum(map(len, texts))
@@ -318,11 +327,23 @@ class OpenAIProvider:
             await finished(client.closing.aclose())  # half closed, its connections would be lost
 
 
+def _check_client(client: Any, **others: object) -> None:
+    kind = type(client).__name__
+    if not (hasattr(client, "base_url") and hasattr(client, "post")):
+        raise TypeError(f"client= is {kind}; it must be a ready AsyncOpenAI or AsyncAzureOpenAI")
+    if not inspect.iscoroutinefunction(client.post):
+        raise TypeError(f"client= is {kind}, which would block the event loop; pass an AsyncOpenAI")
+    given = [f"{name}=" for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(f"client= brings its own address, key and connections; leave out {' and '.join(given)}")
+
+
 class _Client:
     """The SDK's client of one event loop, and what has to be known of it. Empty until it adopts one."""
 
     def __init__(self) -> None:
         self.building = asyncio.Lock()
+        self.room = asyncio.Semaphore()
         self.sdk: Any = None
         self.closing: AsyncGenerator[None, None] | None = None
 
@@ -339,6 +360,9 @@ class _Client:
             OSError,
             *((legacy.RequestError, legacy.StreamError) if legacy else ()),
         )
+        # a request that waits for a connection has not begun; a client of the user's may have few
+        pool = getattr(getattr(getattr(sdk, "_client", None), "_transport", None), "_pool", None)
+        self.room = asyncio.Semaphore(getattr(pool, "_max_connections", sys.maxsize))
         self.is_azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
         self.sdk = sdk
 
@@ -392,4 +416,5 @@ def _transport_error(error: BaseException) -> ProviderError:
     words = " <- ".join(type(cause).__name__ for cause in chain[:3])
     numbers = [cause.errno for cause in chain if isinstance(cause, OSError) and cause.errno]
     detail = f": {os.strerror(numbers[0])}" if numbers and numbers[0] > 0 else ""
-    return TransportError(f"no whole answer came ({words}{detail})")
+    connected = not any(type(cause).__name__ in _NOT_CONNECTED for cause in chain)
+    return TransportError(f"no whole answer came ({words}{detail})", connected=connected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import ipaddress
 import os
 import re
@@ -19,13 +20,21 @@ HIDDEN = "***"
 # word of the messages in faults.md is `credit_balance_exhausted`. Any such run holds one of the aligned pieces of half
 # its length that are looked for.
 _QUOTED = 16
-# At the end of a message that was cut off, the beginning of a quotation.
+# Of Chinese, Japanese and Korean, where that is a sentence.
+_QUOTED_WIDE = 6
+_WIDE = "\u2e80"
+# Where a message is cut off, or shortens what it quotes, the beginning of a quotation.
 _QUOTED_AT_THE_END = 6
+_CUT = re.compile(r"\.{3}|…")
 # Servers echo a key as its first and last characters with stars in between.
 _SHOWN_OF_A_KEY = 6
 
 _NO_LETTERS = re.compile(r"[\W_]+")
-_ESCAPES = re.compile(r"\\+[nrt]")
+# How servers spell what is not ASCII, or not theirs: JSON, Python, URLs, HTML. A run of them is hidden as a whole.
+_ESCAPES = re.compile(
+    r"\\+[nrt]|(?:\\+u[0-9a-f]{4})+|(?:\\+x[0-9a-f]{2})+|(?:%[0-9a-f]{2})+|(?:&(?:#x?[0-9a-f]{1,8}|[a-z]{2,31});)+",
+    re.IGNORECASE,
+)
 
 
 def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
@@ -101,34 +110,58 @@ def veil(message: str, texts: Sequence[str], keys: Sequence[str]) -> str:
     for key in keys:
         if len(key) >= 2 * _SHOWN_OF_A_KEY:
             message = re.sub(rf"\S*{re.escape(key[:_SHOWN_OF_A_KEY])}\S*", HIDDEN, message)
-    plain = _ESCAPES.sub(lambda match: " " * len(match[0]), message)
-    places = [place for place, character in enumerate(plain) if character.isalnum()]
-    letters = "".join(plain[place] for place in places)
+    spelled = _spelled(message)
+    places = [place for character, place in spelled for _ in character]
+    letters = "".join(character for character, _ in spelled)
+    cuts = [sum(start < match.start() for start, _ in places) for match in _CUT.finditer(message)]
     hidden: set[int] = set()
     for text in texts:
-        for start, end in _quotations(letters, _NO_LETTERS.sub("", text), cut=message.endswith("…")):
+        for start, end in _quotations(letters, _NO_LETTERS.sub("", text).lower(), cuts):
             if start < end:
-                hidden.update(range(places[start], places[end - 1] + 1))
+                hidden.update(range(places[start][0], places[end - 1][1]))
     return _without(message, hidden)
 
 
-def _quotations(letters: str, text: str, *, cut: bool) -> list[tuple[int, int]]:
-    """Return where `letters` quotes `text`: pairs of start and end."""
-    if 4 <= len(text) <= _QUOTED:
+def _spelled(message: str) -> list[tuple[str, tuple[int, int]]]:
+    """Return the message's letters and digits in lower case, those in escapes too, each with where it stands."""
+    found = []
+    done = 0
+    for match in (*_ESCAPES.finditer(message), None):
+        until = len(message) if match is None else match.start()
+        found += [(message[place], (place, place + 1)) for place in range(done, until)]
+        if match is not None:
+            found += [(character, match.span()) for character in _unescaped(match[0])]
+            done = match.end()
+    return [(character.lower(), place) for character, place in found if character.isalnum()]
+
+
+def _unescaped(run: str) -> str:
+    if run.startswith("&"):
+        return html.unescape(run)
+    digits = re.findall(r"u([0-9a-f]{4})|[x%]([0-9a-f]{2})", run, re.IGNORECASE)
+    if digits and digits[0][0]:
+        return bytes.fromhex("".join(wide for wide, _ in digits)).decode("utf-16-be", "replace")
+    return bytes.fromhex("".join(byte for _, byte in digits)).decode("utf-8", "replace")
+
+
+def _quotations(letters: str, text: str, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where `letters` quotes `text`: pairs of start and end. At the cuts a quotation may break off."""
+    quoted = _QUOTED_WIDE if sum(letter >= _WIDE for letter in text[:64]) > len(text[:64]) / 2 else _QUOTED
+    if 4 <= len(text) <= quoted:
         return [(match.start(), match.end()) for match in re.finditer(re.escape(text), letters)]
-    half = _QUOTED // 2
+    half = quoted // 2
     near = {
         start
         for piece in range(0, len(letters) - half + 1, half)
         if letters[piece : piece + half] in text
         for start in range(max(0, piece - half), piece + 1)
     }
-    quotations = [(start, start + _QUOTED) for start in near if letters[start : start + _QUOTED] in text]
+    quotations = [(start, start + quoted) for start in near if letters[start : start + quoted] in text]
     quotations = [(start, end) for start, end in quotations if end <= len(letters)]
-    if cut:
-        lengths = range(_QUOTED, _QUOTED_AT_THE_END - 1, -1)
-        length = next((length for length in lengths if letters[-length:] in text), 0)
-        quotations.append((len(letters) - length, len(letters)))
+    for cut in cuts:
+        lengths = range(min(cut, quoted), min(quoted, _QUOTED_AT_THE_END) - 1, -1)
+        length = next((length for length in lengths if letters[cut - length : cut] in text), 0)
+        quotations.append((cut - length, cut))
     return quotations
 
 
