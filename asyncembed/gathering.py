@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -192,7 +193,15 @@ def readable(first: int, values: Iterable[Any]) -> Iterator[tuple[int, Record, I
 
 
 def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
-    """Return a callback that can do no harm: one that raises is logged and not called again."""
+    """Return a callback that can do no harm: one that raises is logged and not called again.
+
+    Raises:
+        TypeError: It cannot be called, or has to be awaited.
+    """
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress is {type(on_progress).__name__}; it must be a function")
+    if inspect.iscoroutinefunction(on_progress):
+        raise TypeError("on_progress is a coroutine function, which nobody would await; pass a function")
     broken = on_progress is None
 
     def report(progress: Progress) -> None:

@@ -73,12 +73,14 @@ async def ingest(
             report tells of what was finished. A rerun does the rest.
 
     Raises:
+        TypeError: Embedder or sink are none.
         ConfigError: prune=True, and the sink cannot list and delete ids; see `pruning.PrunableSink`.
         FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
         SinkError: The store cannot take more. What it took is stored, `.report` tells.
         SourceError: The source broke off; likewise. Other errors of a source are raised as they are.
         DeadlineError: The deadline passed; likewise.
     """
+    _check_parts(embedder, sink)
     run = Run(deadline)
     pruning = Pruning(sink, embedder.model) if prune else None
     job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), _length_of(records), pruning)
@@ -104,6 +106,13 @@ async def ingest(
         run.stopped_by.report = report
         raise run.stopped_by
     return report
+
+
+def _check_parts(embedder: object, sink: object) -> None:
+    if not isinstance(embedder, Embedder):
+        raise TypeError(f"embedder is {type(embedder).__name__}; ingest takes records, an Embedder, and a sink")
+    if not all(hasattr(sink, name) for name in ("prepare", "existing", "write")):
+        raise TypeError(f"sink is {type(sink).__name__}; pass a SQLiteSink, a PostgresSink, or open_sink(…)")
 
 
 class _EndedEarlyError(AsyncEmbedError):

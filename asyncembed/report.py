@@ -48,7 +48,7 @@ class Progress:
 ProgressCallback: TypeAlias = Callable[[Progress], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingResult:
     """What `embed` returns: one row a text, in the order of the texts.
 

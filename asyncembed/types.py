@@ -6,7 +6,7 @@ repr: what is logged by accident must not leak what was embedded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 from uuid import UUID
@@ -52,8 +52,12 @@ class Failure:
     error: AsyncEmbedError
     id: RecordId | None = None
 
+    def __iter__(self) -> Iterator[Any]:
+        """Yield index and error, for `for index, error in result.failures`."""
+        return iter((self.index, self.error))
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedRecord:
     """What `stream` yields: the record, and either its vector float32[d] or the error."""
 
@@ -77,7 +81,7 @@ class Rates:
     reset_tokens_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reply:
     """What one request brought: float32[n, d], row i for text i, and what the provider billed.
 
@@ -144,7 +148,7 @@ class PlacingProvider(Provider, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """One row on its way to a store.
 

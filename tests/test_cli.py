@@ -362,6 +362,7 @@ def test_json_is_all_that_is_printed(run: Run, server: EmbeddingServer) -> None:
         }
     ]
     assert document == {
+        "seen": 2,
         "success_count": 1,
         "skipped_count": 0,
         "failed_count": 1,
@@ -682,3 +683,36 @@ def test_a_title_that_is_no_text_is_refused_as_the_library_does(run: Run) -> Non
     write("a.jsonl", '{"id": 1, "title": "T", "content": 0}\n{"id": 2, "title": [], "content": "c"}\n')
     result = run("ingest", "a.jsonl", "--to", "v.db", "--model", "local")
     assert result.stdout.startswith("0 stored, 0 skipped, 2 failed")
+
+
+def test_json_tells_what_was_wrong_before_anything_was_done(run: Run, server: EmbeddingServer) -> None:
+    result = run("ingest", "missing.md", "--to", "v.db", "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["seen"], document["error"]["error"]) == (2, 0, "ConfigError")
+    result = run("search", "v.db", "query", "--json")
+    assert json.loads(result.stdout).keys() == {"error"}
+    result = run("plan", "missing.md", "--json")
+    assert json.loads(result.stdout).keys() == {"error"}
+
+
+def test_a_plan_takes_the_options_of_an_ingest(run: Run, server: EmbeddingServer) -> None:
+    write("a.jsonl", '{"id": 1, "text": "a"}\n')
+    options = ("--base-url", server.base_url, "--concurrency", "2", "--dimensions", "8")
+    assert run("plan", "a.jsonl", *options).exit_code == 0
+    assert server.requests == []
+
+
+def test_nothing_is_pruned_where_a_folder_is_empty(run: Run, server: EmbeddingServer) -> None:
+    write("a.jsonl", '{"id": 1, "text": "a"}\n')
+    assert run("ingest", "a.jsonl", "--to", "v.db").exit_code == 0
+    Path("unmounted").mkdir()
+    result = run("ingest", "unmounted", "--to", "v.db", "--prune")
+    assert (result.exit_code, "unmounted holds no file" in result.stderr) == (2, True)
+    assert run("ingest", "a.jsonl", "--to", "v.db").stdout.startswith("0 stored, 1 skipped")
+
+
+def test_equal_fields_and_empty_targets_are_refused(run: Run, server: EmbeddingServer) -> None:
+    write("a.jsonl", '{"id": 1, "text": "a"}\n')
+    assert run("ingest", "a.jsonl", "--to", "v.db", "--id-field", "text").exit_code == 2
+    result = run("ingest", "a.jsonl", "--to", "")
+    assert (result.exit_code, "is empty" in result.stderr) == (2, True)

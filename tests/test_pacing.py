@@ -372,3 +372,41 @@ def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
     assert bucket.level == -50
     # from -50 to 100 at 10 a second, and a little more for the clocks
     assert bucket.wait_s(100, now=1_000.0) == pytest.approx(15, rel=0.01)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("per_minute", [None, 120])
+async def test_large_requests_are_not_starved_by_urgent_ones_where_tokens_are_not_what_is_scarce(
+    per_minute: float | None,
+) -> None:
+    pace = Pace(answered=True)
+    pace.limit(per_minute, None)
+    slots = Slots(pace, 1 if per_minute is None else 8)
+    served: list[str] = []
+
+    async def use(name: str, tokens: int, *, urgent: bool) -> None:
+        async with slots.slot(tokens, urgent=urgent):
+            served.append(name)
+            await asyncio.sleep(0.1)
+
+    async def urgent_for_ever() -> None:
+        while True:
+            await use("urgent", 5, urgent=True)
+
+    async with asyncio.TaskGroup() as group:
+        loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
+        await asyncio.sleep(120)  # what the bucket began with is used up
+        before = len(served)
+        await use("bulk", 25_000, urgent=False)
+        for loop in loops:
+            loop.cancel()
+    assert served[before:].index("bulk") <= 8
+
+
+def test_a_window_that_begins_anew_is_waited_for_until_then() -> None:
+    bucket = learn(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
+    assert 0.5 <= bucket.wait_s(1, now=0.0) < 0.6
+    assert bucket.wait_s(1, now=0.5) == 0
+    again = learn(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
+    assert again.wait_s(1, now=0.6) == 0
+    assert again.wait_s(2, now=0.6) < 1

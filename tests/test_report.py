@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from asyncembed.errors import AllFailedError, InvalidTextError, SomeFailedError
+from asyncembed.errors import AllFailedError, AsyncEmbedError, InvalidTextError, SomeFailedError
 from asyncembed.report import EmbeddingResult, IngestReport, Plan, Progress, failed
 from asyncembed.types import Failure
 
@@ -134,3 +134,13 @@ def test_progress_reads(progress: Progress, words: str) -> None:
 )
 def test_a_plan_reads(plan: Plan, words: str) -> None:
     assert str(plan) == words
+
+
+def test_a_failure_may_be_taken_apart_and_results_are_compared_by_identity() -> None:
+    error = AsyncEmbedError("no")
+    [(index, why)] = [Failure(3, error, "an id")]
+    assert (index, why) == (3, error)
+    first, second = (EmbeddingResult(np.zeros((1, 2), np.float32), (), 1, 1, 0, 0.1, None) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2

@@ -274,3 +274,11 @@ def test_one_poison_costs_few_requests(error: ProviderError, size: int) -> None:
     attempts = SUSPECT_AFTER + REJECT_AFTER
     assert extra <= 2 * (size - 1).bit_length() + attempts
     assert size < 2_048 or extra <= 30
+
+
+def test_what_was_never_sent_is_not_blamed_on_a_text() -> None:
+    error = TransportError("no file descriptor", connected=False)
+    for inputs in (1, 64):
+        for failures in range(1, 20):
+            assert kind(error, past(inputs, failures, healthy=True)) == RETRY
+        assert kind(error, past(inputs, MAX_RETRIES + 1)) == DOWN

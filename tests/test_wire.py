@@ -26,6 +26,7 @@ from asyncembed.errors import (
     RequestError,
 )
 from asyncembed.testing import (
+    OLD_VLLM,
     Beside,
     BrokenGzip,
     CutBody,
@@ -246,6 +247,27 @@ async def test_a_client_with_fewer_connections_than_slots_works() -> None:
     assert_right(result)
     assert result.retries == 0
     assert server.connections <= 2
+
+
+async def test_waiting_for_a_connection_of_the_users_own_is_no_part_of_a_requests_time() -> None:
+    async with (
+        EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.1) as server,
+        httpx2.AsyncClient(limits=httpx2.Limits(max_connections=1)) as client,
+        make(server.base_url, http_client=client, max_batch_size=1, timeout=0.5) as embedder,
+    ):
+        result = await embedder.embed([f"text {number}" for number in range(8)])
+    assert (len(result.failures), result.requests, len(server.requests)) == (0, 8, 8)
+
+
+async def test_a_request_that_is_repeated_for_its_encoding_is_counted_as_often_as_it_was_sent() -> None:
+    async with (
+        EmbeddingServer(dimensions=DIMENSIONS, dialect=OLD_VLLM) as server,
+        make(server.base_url) as embedder,
+    ):
+        result = await embedder.embed([f"text {number}" for number in range(40)])
+        stats = embedder.stats()
+    assert len(server.requests) == result.requests == stats.requests == 2
+    assert result.retries == stats.retries == 1
 
 
 async def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:

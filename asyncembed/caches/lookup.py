@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
@@ -130,12 +129,13 @@ class Lookup:
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
         """Keep the vectors of a reply, if the cache can."""
-        if time.monotonic() < self._rests_until:
+        now = asyncio.get_running_loop().time()
+        if now < self._rests_until:
             return
         try:
             await self._cache.put(vectors)
         except Exception as error:
-            self._rests_until = time.monotonic() + REST_S
+            self._rests_until = asyncio.get_running_loop().time() + REST_S
             self._broke(error)
 
     def replied(self, size: int) -> None:

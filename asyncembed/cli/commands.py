@@ -10,18 +10,29 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from functools import reduce
+from contextlib import suppress
+from functools import partial, reduce
 from signal import Signals
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
 from .. import Embedder, __version__, ingest, models, open_sink
-from ..errors import AsyncEmbedError, ConfigError, InputError, SinkConfigError
+from ..errors import (
+    AsyncEmbedError,
+    AuthenticationError,
+    ConfigError,
+    InputError,
+    NotFoundError,
+    PermissionDeniedError,
+    RequestError,
+    SinkConfigError,
+)
 from ..report import IngestReport
 from ..sources import SUFFIXES
 from .display import (
     display,
+    error_document,
     failure_lines,
     flush_out,
     hit_document,
@@ -43,6 +54,9 @@ DEFAULT_MODEL: Final = "text-embedding-3-small"
 # More than any model takes, and than the splitter counts.
 MOST_CHUNK_TOKENS: Final = 1_000_000
 
+# What the same command would meet again.
+_LASTING: Final = (AuthenticationError, PermissionDeniedError, NotFoundError, RequestError)
+
 _AGAIN: Final = "run the same command again to go on: what is stored is skipped"
 _FINISHING: Final = "asyncembed: finishing what is under way and storing it; once more stops at once"
 
@@ -55,13 +69,21 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
 
 _provider_options = _options(
     click.option("--base-url", metavar="URL", help="A server that speaks like OpenAI's. [env: OPENAI_BASE_URL]"),
+    click.option("--allow-insecure-http", is_flag=True, default=None, help="For a server on a network of yours."),
     click.option("--dimensions", type=click.IntRange(min=1), help="Ask for vectors of this size."),
+    click.option("--concurrency", type=click.IntRange(min=1), help="Requests under way at once.  [default: 8]"),
 )
 _source_options = _options(
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help='"local" needs no key.'),
-    click.option("--chunk-tokens", type=click.IntRange(min=1, max=MOST_CHUNK_TOKENS), default=512, show_default=True),
-    click.option("--id-field", default="id", show_default=True, help="Of JSON objects and CSV rows."),
-    click.option("--text-field", default="text", show_default=True, help="Of JSON objects and CSV rows."),
+    click.option(
+        "--chunk-tokens",
+        type=click.IntRange(min=1, max=MOST_CHUNK_TOKENS),
+        default=512,
+        show_default=True,
+        help="Sections of files are cut into pieces of so many tokens at most.",
+    ),
+    click.option("--id-field", default="id", show_default=True, help="Of JSON objects, CSV rows and queries."),
+    click.option("--text-field", default="text", show_default=True, help="Likewise."),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")
 _sources_argument = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
@@ -81,8 +103,7 @@ def command() -> None:
 @click.option("--to", "target", required=True, metavar="TARGET", help="vectors.db, or postgresql://user@host/db")
 @_source_options
 @_provider_options
-@click.option("--concurrency", type=click.IntRange(min=1), help="Requests under way at once.  [default: 8]")
-@click.option("--prune", is_flag=True, help="Then delete what TARGET has of this model and no SOURCE has.")
+@click.option("--prune", is_flag=True, help="At the end delete what TARGET has of this model and no SOURCE has.")
 @_json_option
 def ingest_command(
     sources: tuple[str, ...],
@@ -91,11 +112,9 @@ def ingest_command(
     chunk_tokens: int,
     id_field: str,
     text_field: str,
-    base_url: str | None,
-    dimensions: int | None,
-    concurrency: int | None,
     prune: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Embed what SOURCE... holds and store it in TARGET.
 
@@ -103,9 +122,11 @@ def ingest_command(
     "postgresql://user@host/db?query=SELECT id, text FROM docs". What TARGET already has, with the same text and
     model, is skipped.
     """
-    reading = Reading(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
-    options = {"base_url": base_url, "dimensions": dimensions, "concurrency": concurrency}
-    _run(_ingest(reading, target, model, options, prune, as_json))
+    reading = partial(Reading, sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    _run(
+        lambda: _ingest(reading(), target, model, options, prune, as_json),
+        partial(report_document, IngestReport(), None) if as_json else None,
+    )
 
 
 @command.command("search")
@@ -115,35 +136,51 @@ def ingest_command(
 @click.option("--model", help="Needed if TARGET holds vectors of several models.")
 @_provider_options
 @_json_option
-def search_command(
-    target: str, query: str, k: int, model: str | None, base_url: str | None, dimensions: int | None, as_json: bool
-) -> None:
+def search_command(target: str, query: str, k: int, model: str | None, as_json: bool, **options: Any) -> None:
     """Show what in TARGET is nearest to QUERY."""
-    _run(_search(target, query, k, model, {"base_url": base_url, "dimensions": dimensions}, as_json))
+    _run(lambda: _search(target, query, k, model, options, as_json), _error_alone if as_json else None)
 
 
 @command.command("plan")
 @_sources_argument
 @_source_options
+@_provider_options
 @_json_option
 def plan_command(
-    sources: tuple[str, ...], model: str, chunk_tokens: int, id_field: str, text_field: str, as_json: bool
+    sources: tuple[str, ...],
+    model: str,
+    chunk_tokens: int,
+    id_field: str,
+    text_field: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what embedding SOURCE... would take: requests, tokens, price. Sends nothing, needs no key."""
-    reading = Reading(sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
-    _run(_plan(reading, model, as_json))
+    reading = partial(Reading, sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
+    _run(lambda: _plan(reading(), model, options, as_json), _error_alone if as_json else None)
 
 
-def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
+def _run(
+    work: Callable[[], Coroutine[Any, Any, int]], document_of: Callable[[AsyncEmbedError], dict[str, Any]] | None
+) -> NoReturn:
+    """Do the work and exit; print the document of what ended it before it had one of its own."""
     try:
-        code = asyncio.run(work)
+        code = asyncio.run(work())
         flush_out()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except AsyncEmbedError as error:
+        if document_of is not None:
+            with suppress(AsyncEmbedError):  # it may be that nothing can be printed any more
+                print_json(document_of(error))
+                flush_out()
         print_error(f"asyncembed: {error}")
         code = _code(error)
     sys.exit(code)
+
+
+def _error_alone(error: AsyncEmbedError) -> dict[str, Any]:
+    return {"error": error_document(error)}
 
 
 def _code(error: AsyncEmbedError) -> int:
@@ -155,6 +192,8 @@ async def _ingest(
 ) -> int:
     async with _embedder(model, options) as embedder, open_sink(target) as sink:
         await sources.check(_file_of(target))
+        if prune and sources.empty_folders:
+            raise ConfigError(f"{sources.empty_folders[0]} holds no file to read: is it there? Nothing is pruned then")
         with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
             for folder in sources.empty_folders:
                 shown.say(f"{folder}: no file in it ends in one of {' '.join(sorted(SUFFIXES))}")
@@ -199,7 +238,7 @@ def _print_report(report: IngestReport, received: Signals | None, error: AsyncEm
         print_error(line)
     if error is not None:
         print_error(f"asyncembed: {error}")
-    if received is not None or (error is not None and _code(error) == FAILED):
+    if received is not None or (error is not None and _code(error) == FAILED and not isinstance(error, _LASTING)):
         print_error(f"asyncembed: {_AGAIN}")
 
 
@@ -238,10 +277,10 @@ def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
     return model or next(iter(stored))
 
 
-async def _plan(sources: Reading, model: str, as_json: bool) -> int:
+async def _plan(sources: Reading, model: str, options: dict[str, Any], as_json: bool) -> int:
     with display(silent=as_json):
         await sources.check()
-        async with Embedder(model, api_key="plan-sends-nothing") as embedder:
+        async with Embedder(model, api_key="plan-sends-nothing", **_given(options)) as embedder:
             plan = await embedder.plan(sources)
     if as_json:
         print_json(plan_document(plan))

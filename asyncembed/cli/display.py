@@ -163,6 +163,7 @@ def hit_document(hit: Hit) -> dict[str, Any]:
 def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEmbedError | None) -> dict[str, Any]:
     """Return what JSON says of an ingest. `stopped_by` is a signal's name."""
     return {
+        "seen": report.seen,
         "success_count": report.success_count,
         "skipped_count": report.skipped_count,
         "failed_count": report.failed_count,
@@ -174,8 +175,13 @@ def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEm
         "elapsed_s": round(report.elapsed_s, 3),
         "cost_usd": report.cost_usd,
         "stopped_by": stopped_by,
-        "error": None if error is None else {"error": type(error).__name__, "message": str(error)},
+        "error": None if error is None else error_document(error),
     }
+
+
+def error_document(error: Exception) -> dict[str, Any]:
+    """Return what JSON says of an error."""
+    return {"error": type(error).__name__, "message": str(error)}
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
@@ -189,8 +195,7 @@ def _failure_document(failure: Failure) -> dict[str, Any]:
     return {
         "index": failure.index,
         "id": id if id is None or isinstance(id, int) else str(id),
-        "error": type(failure.error).__name__,
-        "message": str(failure.error),
+        **error_document(failure.error),
     }
 
 

@@ -28,6 +28,8 @@ def open_sink(url: str | os.PathLike[str], **options: Any) -> SQLiteSink | Postg
         SinkConfigError: The address is none of these. The message does not show it: it may hold a password.
     """
     address = os.fspath(url)
+    if not address:
+        raise SinkConfigError("the address of the sink is empty; name a file, or postgresql://…")
     scheme = _SCHEME.match(address)
     if scheme is None:
         from .sqlite import SQLiteSink

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 
 import jiter
 
-from ..errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
+from ..errors import ConfigError, InputError, InvalidRecordError, InvalidTextError, WrongTypeError
 from ..types import Record
 from .sections import Line
 
@@ -41,6 +41,10 @@ class Fields:
 
     id: str = "id"
     text: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.id == self.text:
+            raise ConfigError(f'id_field and text_field are both "{self.id}"; name two fields')
 
 
 def line_blocks(read: Callable[[], bytes]) -> Iterator[list[RawLine]]:
@@ -204,6 +208,8 @@ def _header_problem(header: list[str], fields: Fields) -> str | None:
         return f"the header names one of its {len(header)} columns twice"
     if fields.id not in header:
         return f'the header has no "{fields.id}" among its {len(header)} columns (they are parted by commas)'
+    if fields.text not in header and not (fields.text == "text" and "content" in header):
+        return f'the header has no "{fields.text}" among its {len(header)} columns'
     return None
 
 

@@ -915,3 +915,57 @@ async def test_a_run_that_is_asked_to_end_stores_the_hits_it_has_begun_to_store(
     report = await ingest(list(enumerate(many(0, 3_000))), embedder, store, stop=stop)
     assert report.success_count == len(store.stored) > 0
     assert report.seen == report.success_count < 3_000
+
+
+# ---- answers of one's own, and stores that do not answer ----
+
+
+async def test_what_a_call_got_from_another_is_not_changed_with_that_ones_result() -> None:
+    embedder, _ = make(True, latency_s=0.1, max_batch_size=200)
+    texts = many(0, 2_000)
+
+    async def embed_and_change() -> None:
+        result = await embedder.embed(texts)
+        result.embeddings[:] = 0
+
+    async with embedder:
+        changing = asyncio.create_task(embed_and_change())
+        await asyncio.sleep(0.01)
+        result = await embedder.embed(texts)
+        await changing
+    np.testing.assert_array_equal(result.embeddings, [vector_of(text) for text in texts])
+
+
+class FullCache:
+    """Takes a second to say that it cannot take anything."""
+
+    def __init__(self) -> None:
+        self.puts = 0
+
+    async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
+        return {}
+
+    async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
+        self.puts += 1
+        await asyncio.sleep(1)
+        raise OSError
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.mark.virtual_time
+async def test_a_cache_that_cannot_be_written_keeps_nobody_waiting_and_is_left_alone_for_a_while() -> None:
+    cache = FullCache()
+    embedder, _ = make(cache, latency_s=0)
+    clock = asyncio.get_running_loop().time
+    async with embedder:
+        began_at = clock()
+        await embedder.embed_one("a", deadline=0.5)
+        assert clock() - began_at < 0.2
+        await asyncio.sleep(1)
+        for text in "bcd":
+            await embedder.embed_one(text)
+        assert cache.puts == 1
+        await asyncio.sleep(10)
+        await embedder.embed_one("e")
+        assert cache.puts == 2

@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from asyncembed.errors import ProtocolError, TransportError
+from asyncembed.errors import ProtocolError, RateLimitedError, TransportError
 from asyncembed.providers import http
 from asyncembed.providers.http import PIECE_BYTES, Transport, read
 
@@ -319,3 +319,58 @@ def test_it_works_on_either_loop(runner: str) -> None:
         run = pytest.importorskip("uvloop").run
     for act, connections in ((answer, 1), (chunked, 1), (closed_in_silence, 2), (something_unasked_later, 2)):
         assert run(ask_twice(act)) == connections
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_refusal_whose_words_are_cut_off_is_what_its_status_says(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncembed.providers.http._ERROR_S", 0.05)
+
+    async def act(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'HTTP/1.1 429 Slow\r\nretry-after: 7\r\ncontent-length: 500\r\n\r\n{"error"')
+        await writer.drain()
+        if not ends:
+            await asyncio.sleep(60)
+
+    async with raw_server(act) as raw:
+        provider = provider_at(raw.base_url)
+        with pytest.raises(RateLimitedError) as caught:
+            await provider.embed(["a"])
+        assert caught.value.retry_after_s == 7
+        await provider.aclose()
+
+
+async def test_bytes_that_nobody_asked_for_behind_a_chunked_answer_close_its_connection() -> None:
+    async def act(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        _, body = head_and_body(good_answer(raw.bodies[-1]))
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(b"%b%x\r\n%b\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n" % (head, len(body), body))
+        await writer.drain()
+
+    assert await ask_twice(act) == 2
+
+
+@pytest.mark.parametrize("runner", ["asyncio", "uvloop"])
+def test_closing_ends_although_a_caller_left_just_when_its_connection_was_made(
+    runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = http.Connection.connection_made
+
+    async def main() -> None:
+        async with raw_server(answer) as raw:
+            provider = provider_at(raw.base_url)
+            task = asyncio.create_task(provider.embed(["a"]))
+
+            def leaving(self: http.Connection, transport: asyncio.BaseTransport) -> None:
+                made(self, transport)
+                task.cancel()
+
+            monkeypatch.setattr(http.Connection, "connection_made", leaving)
+            await asyncio.wait([task])
+            assert task.cancelled()
+            async with asyncio.timeout(10):
+                await provider.aclose()
+
+    run = pytest.importorskip("uvloop").run if runner == "uvloop" else asyncio.run
+    run(main())

@@ -21,6 +21,7 @@ from asyncembed.errors import (
     AuthenticationError,
     BadRequestError,
     CertificateError,
+    ConfigError,
     ProtocolError,
     ProviderError,
     RedirectRefusedError,
@@ -478,3 +479,22 @@ async def test_another_model_in_the_replies_is_told_once(
 )
 def test_a_model_may_be_spelled_in_other_ways(asked: str, told: str | None, other: bool) -> None:
     assert is_other_model(asked, told) is other
+
+
+@pytest.mark.parametrize(
+    ("client", "why"),
+    [
+        pytest.param("https://api.openai.com/v1", "client= is str", id="an address"),
+        pytest.param(object(), "client= is object", id="anything"),
+        pytest.param(openai.OpenAI(api_key="k"), "client= is OpenAI, which would block", id="a client that blocks"),
+    ],
+)
+def test_a_client_that_is_none_is_refused_at_once(client: Any, why: str) -> None:
+    with pytest.raises(TypeError, match=why):
+        OpenAIProvider(MODEL, client=client)
+
+
+@pytest.mark.parametrize("other", [{"base_url": "http://127.0.0.1:1/v1"}, {"api_key": "sk-other"}])
+def test_a_client_is_not_given_another_address_or_key(other: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"leave out {next(iter(other))}="):
+        OpenAIProvider(MODEL, client=openai.AsyncOpenAI(api_key="k"), **other)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -149,3 +151,26 @@ def test_the_ends_of_a_key_that_a_message_shows_are_hidden() -> None:
     key = "canaryabcdefghijklmnopqrstuvwxyz"
     message = veil("Incorrect API key provided: canaryab****wxyz. See the site.", [], [key])
     assert message == "Incorrect API key provided: *** See the site."
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        pytest.param(json.dumps("Schröder über Zürich und Köln"), id="JSON"),
+        pytest.param(str("Schröder über Zürich und Köln".encode()), id="bytes of Python"),
+        pytest.param(quote("Schröder über Zürich und Köln"), id="a URL"),
+        pytest.param("Schr&ouml;der &#252;ber Z&#xfc;rich und K&ouml;ln", id="HTML"),
+        pytest.param("SCHRÖDER ÜBER ZÜRICH UND KÖLN", id="upper case"),
+        pytest.param("Schröder über... (29 characters)", id="shortened"),
+    ],
+)
+def test_a_quotation_is_found_however_it_is_spelled(quoted: str) -> None:
+    message = veil(f"HTTP 400: cannot embed {quoted}", ["Schröder über Zürich und Köln"], ())
+    assert message.startswith("HTTP 400: cannot embed ")
+    for word in ("schr", "ber", "rich", "ln"):
+        assert word not in message.removeprefix("HTTP 400: cannot embed ").lower()
+
+
+def test_of_a_script_without_letters_a_few_signs_are_a_quotation() -> None:
+    text = "患者张伟的诊断结果是晚期肝癌需要立即治疗"
+    assert veil(f"invalid input '{text[4:12]}'", [text], ()) == "invalid input '***'"

@@ -8,12 +8,14 @@ import threading
 import tracemalloc
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from asyncembed import Embedder, Record, ingest
+from asyncembed import Embedder, Record, SQLiteSink, ingest
 from asyncembed.errors import (
     AsyncEmbedError,
     BadRequestError,
@@ -644,3 +646,40 @@ async def test_a_source_that_does_not_know_its_length_has_none(open_store: OpenS
         report = await ingest(Uncounted(records(3)), embedder, sink, on_progress=told.append)
     assert report.success_count == 3
     assert told[-1].total is None
+
+
+async def test_few_texts_of_many_records_do_not_empty_the_source(tmp_path: Path) -> None:
+    taken = 0
+    taken_at_first: list[int] = []
+
+    def endless() -> Iterator[Record]:
+        nonlocal taken
+        for number in range(20_000):
+            taken += 1
+            yield Record(number, f"text {number % 3}")
+
+    def script(number: int, texts: Sequence[str]) -> None:
+        taken_at_first.append(taken)
+
+    embedder = Embedder("fake", provider=FakeProvider(script, latency_s=0.1), max_batch_size=64, concurrency=2)
+    async with embedder, SQLiteSink(tmp_path / "vectors.db") as sink:
+        report = await ingest(endless(), embedder, sink)
+        assert report.success_count == await sink.count() == 20_000
+    assert taken_at_first[0] <= embedder.most_under_way + 2 * 1_000
+    assert max(later - earlier for earlier, later in pairwise(taken_at_first)) <= embedder.most_under_way + 2 * 1_000
+
+
+@pytest.mark.parametrize("sink", [None, "vectors.db", object()])
+async def test_what_is_no_sink_is_refused_with_what_to_pass(sink: Any) -> None:
+    with pytest.raises(TypeError, match=r"open_sink"):
+        await ingest(records(1), Embedder("fake", provider=FakeProvider()), sink)
+
+
+async def test_a_callback_that_would_have_to_be_awaited_is_refused(tmp_path: Path) -> None:
+    async def tell(progress: object) -> None: ...
+
+    embedder = Embedder("fake", provider=FakeProvider())
+    with pytest.raises(TypeError, match="coroutine function"):
+        await ingest(records(1), embedder, SQLiteSink(tmp_path / "vectors.db"), on_progress=tell)
+    with pytest.raises(TypeError, match="coroutine function"):
+        await embedder.embed(["a"], on_progress=tell)

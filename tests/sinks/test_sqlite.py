@@ -685,3 +685,14 @@ async def test_what_is_no_text_is_not_shown_and_what_is_no_json_is_named(path: P
 def test_a_path_with_nul_is_refused() -> None:
     with pytest.raises(SinkConfigError, match="NUL"):
         SQLiteSink("a\0b.db")
+
+
+async def test_a_file_that_cannot_be_written_is_refused_before_anything_is_paid(path: Path) -> None:
+    async with SQLiteSink(path) as sink:
+        await sink.write(MODEL, [row("a")])
+    with open(path, "r+b") as file:  # noqa: ASYNC230
+        file.seek(18)
+        file.write(b"\3")  # sqlite.org/fileformat2.html, 1.3.2: a write version above 2 means read-only
+    async with SQLiteSink(path) as sink:
+        with pytest.raises(SinkConfigError, match="read-only"):
+            await sink.prepare(MODEL, None)

@@ -13,7 +13,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from asyncembed.errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
+from asyncembed.errors import ConfigError, InputError, InvalidRecordError, InvalidTextError, WrongTypeError
 from asyncembed.sources.formats import MAX_LINE_BYTES, Fields, Item, csv_items, json_items, line_blocks, text_lines
 from asyncembed.types import Record
 
@@ -343,7 +343,13 @@ def test_a_header_that_cannot_be_used_fails_once_not_once_a_row(header: bytes, m
 
 
 def test_a_missing_text_column_is_named() -> None:
-    assert str(only(parsed("csv", b"id,body\n1,a\n"))) == 'x line 2: field "text" is missing or null'
+    with pytest.raises(InvalidRecordError, match=r'^line 1: the header has no "text" among its 2 columns$'):
+        parsed("csv", b"id,body\n1,a\n")
+
+
+def test_id_and_text_are_two_fields() -> None:
+    with pytest.raises(ConfigError, match='both "text"'):
+        Fields("text", "text")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"id,text\n"])

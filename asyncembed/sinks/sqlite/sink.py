@@ -89,6 +89,7 @@ class SQLiteSink:
         def job(connection: sqlite3.Connection, check: Callable[[], None]) -> None:
             with transaction(connection):
                 self._table.create(connection)
+                self._table.touch(connection)
                 if dimensions is not None:
                     stored = self._table.record(connection, model, dimensions)
                     schema.check_dimensions(model, stored, dimensions, self._table.where)

@@ -119,6 +119,11 @@ class Table:
                 f"not fit: {unfit}): use another table name"
             )
 
+    def touch(self, connection: sqlite3.Connection) -> None:
+        """Write what is there: of a file that cannot be written BEGIN IMMEDIATE does not say so."""
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute(f"PRAGMA user_version = {version}")
+
     def _look(self, connection: sqlite3.Connection) -> tuple[list[list[Any]], bool]:
         columns, has_models = connection.execute(_LOOK, (self.name,)).fetchone()
         return json.loads(columns), bool(has_models)
