@@ -921,19 +921,23 @@ async def test_a_run_that_is_asked_to_end_stores_the_hits_it_has_begun_to_store(
 
 
 async def test_what_a_call_got_from_another_is_not_changed_with_that_ones_result() -> None:
-    embedder, _ = make(True, latency_s=0.1, max_batch_size=200)
-    texts = many(0, 2_000)
+    texts = many(0, 5_000)
 
-    async def embed_and_change() -> None:
-        result = await embedder.embed(texts)
+    async def embed_and_change(embedder: Embedder) -> None:
+        result = await embedder.embed(texts)  # its rows are where replies were decoded to
         result.embeddings[:] = 0
 
-    async with embedder:
-        changing = asyncio.create_task(embed_and_change())
-        await asyncio.sleep(0.01)
+    async with (
+        EmbeddingServer(dimensions=8, latency_s=0.01) as server,
+        Embedder("m", base_url=server.base_url, cache=True, max_batch_size=500) as embedder,
+        Embedder("m", base_url=server.base_url) as other,
+    ):
+        expected = (await other.embed(texts)).embeddings
+        changing = asyncio.create_task(embed_and_change(embedder))
+        await asyncio.sleep(0.002)
         result = await embedder.embed(texts)
         await changing
-    np.testing.assert_array_equal(result.embeddings, [vector_of(text) for text in texts])
+    np.testing.assert_array_equal(result.embeddings, expected)
 
 
 class FullCache:
