@@ -22,6 +22,7 @@ from .errors import (
     ProviderError,
     RejectedTextError,
     TooLargeError,
+    TransportError,
 )
 from .pacing import Pace, Slots, Ticket
 from .packing import OPEN_BATCHES, Limits, Packer
@@ -42,6 +43,9 @@ SLICE_CHARACTERS = 512 * 1024
 # Beside the workers that hold a slot, and one with the batch that goes next, there are some that wait out a backoff, so
 # that one batch that fails does not keep the others from being sent; more of them would only hold more texts in memory.
 SPARE_WORKERS = 8
+
+# After so many requests without an answer it is said that something is wrong; one alone is a line that was cut.
+FAILURES_TOLD = 3
 
 # So long a limit that the provider named is kept before the larger requests are tried again. That costs one refusal a
 # slot, and a limit that was one server's of many, or a mistake, does no harm for ever.
@@ -274,6 +278,10 @@ class Engine:
         if isinstance(action, Probe):
             await self._doubt(batch, run, deliver)
             action = self._decide(error, batch, run)
+        if isinstance(error, TransportError) and self._pace.failures_in_a_row == FAILURES_TOLD:
+            logger.warning(
+                "%d requests in a row had no answer, the last one: %s; they are repeated", FAILURES_TOLD, error
+            )
         logger.debug("batch of %d failed: %s, %s", len(batch.items), type(error).__name__, type(action).__name__)
         if isinstance(action, Retry):
             return await self._wait(action, batch, run)
