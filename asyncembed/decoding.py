@@ -289,11 +289,25 @@ def _unescaped(text: bytes) -> bytes:
     return str(value).replace("\\", "?").encode(errors="replace")
 
 
-def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:
+def check_vectors(vectors: object, count: int) -> None:
+    """Raise a `ProtocolError` unless they are float32[count, d], all finite, as a provider promises."""
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+        got = getattr(vectors, "shape", type(vectors).__name__)
+        raise ProtocolError(f"expected vectors float32[{count}, d], got {got}")
+    if vectors.dtype != np.float32:
+        raise ProtocolError(f"expected vectors of float32, got {vectors.dtype}")
+    _check_finite(vectors)
+
+
+def _check_finite(vectors: Vectors) -> None:
     finite = np.isfinite(vectors)
     if not finite.all():
         row = int(np.argmin(finite.all(axis=1)))
         raise ProtocolError(f"expected finite numbers, got NaN or infinity for text {row}")
+
+
+def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:
+    _check_finite(vectors)
     if guessed and _are_doubles(vectors):
         raise ProtocolError("expected float32 in base64, got float64")
 

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -21,6 +22,7 @@ from asyncembed.errors import (
     DeadlineError,
     InvalidRecordError,
     InvalidTextError,
+    ProviderDownError,
     QuotaError,
     RejectedTextError,
     WrongTypeError,
@@ -28,6 +30,7 @@ from asyncembed.errors import (
 from asyncembed.gathering import WORTH_A_THREAD_BYTES, Results
 from asyncembed.report import Progress
 from asyncembed.run import Run
+from asyncembed.types import Reply
 from asyncembed.weighing import Text
 from tests.fakes import FakeProvider, Script, vector_of
 
@@ -453,3 +456,35 @@ async def test_a_plan_of_nothing_is_nothing() -> None:
     embedder, _ = make()
     plan = await embedder.plan([])
     assert (plan.texts, plan.requests, plan.tokens) == (0, 0, 0)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize(
+    ("vectors", "why"),
+    [
+        pytest.param(np.zeros((2, 4), np.float32), r"float32\[3, d\], got \(2, 4\)", id="one too few"),
+        pytest.param(np.zeros(4, np.float32), r"got \(4,\)", id="one alone"),
+        pytest.param(np.zeros((3, 4)), "of float32, got float64", id="float64"),
+        pytest.param(np.full((3, 4), np.nan, np.float32), "finite", id="no numbers"),
+        pytest.param([[0.0] * 4] * 3, "got list", id="lists"),
+    ],
+)
+async def test_what_a_provider_of_ones_own_replies_is_looked_at(vectors: Any, why: str) -> None:
+    class Careless:
+        async def embed(self, texts: Sequence[str]) -> Reply:
+            return Reply(vectors, 1)
+
+    with pytest.raises(ProviderDownError, match=why) as caught:
+        await Embedder("fake", provider=Careless(), max_retries=1).embed([f"text {n}" for n in range(3)])
+    assert len(caught.value.result.failures) == 3
+
+
+async def test_a_small_call_goes_on_while_all_threads_wait_for_it() -> None:
+    embedder = Embedder("fake", provider=FakeProvider(latency_s=0))
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+
+    def wait_in_a_thread() -> int:
+        return len(asyncio.run_coroutine_threadsafe(embedder.embed(["a", "b"]), loop).result(10).embeddings)
+
+    assert await asyncio.to_thread(wait_in_a_thread) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import sys
 from collections.abc import Sequence
 
 from .dialects import DIALECTS
@@ -62,7 +63,11 @@ async def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run until a signal ends it."""
-    asyncio.run(_run(_parser().parse_args(argv)))
+    options = _parser().parse_args(argv)
+    try:
+        asyncio.run(_run(options))
+    except (OSError, OverflowError) as error:
+        sys.exit(f"cannot listen at {options.host}, port {options.port}: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
