@@ -49,7 +49,7 @@ INLINE_CHARACTERS = 4 * 1024
 # that one batch that fails does not keep the others from being sent; more of them would only hold more texts in memory.
 SPARE_WORKERS = 8
 
-# After so many requests without an answer it is said that something is wrong; one alone is a line that was cut.
+# After so many requests without an answer it is said, once a run, that something is wrong; one is a line that was cut.
 FAILURES_TOLD = 3
 
 # So long a limit that the provider named is kept before the larger requests are tried again. That costs one refusal a
@@ -287,7 +287,9 @@ class Engine:
         if isinstance(action, Probe):
             await self._doubt(batch, run, deliver)
             action = self._decide(error, batch, run)
-        if isinstance(error, TransportError) and self._pace.failures_in_a_row == FAILURES_TOLD:
+        is_silent = isinstance(error, TransportError) and self._pace.failures_in_a_row >= FAILURES_TOLD
+        if is_silent and not run.is_silence_told:
+            run.is_silence_told = True
             logger.warning(
                 "%d requests in a row had no answer, the last one: %s; they are repeated", FAILURES_TOLD, error
             )

@@ -49,6 +49,8 @@ class Run:
         self.cache_misses = 0
         self.successes = 0
         self.rejections = 0
+        self.is_silence_told = False
+        """Whether it was said that several requests in a row had no answer."""
         self.canary: Item | None = None
         """A short text that the provider has taken: if it takes it no more, it is down."""
         self.place_for: Callable[[Sequence[Item]], Place | None] = lambda _: None

@@ -308,3 +308,11 @@ async def test_what_is_billed_for_a_reply_that_cannot_be_used_is_counted(fault: 
         result = await embedder.embed([f"text {number}" for number in range(20)])
         assert result.requests > 1
         assert result.total_tokens == server.total_tokens
+
+
+async def test_an_outage_is_told_while_it_lasts_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with make("http://127.0.0.1:9/v1", max_batch_size=1, max_retries=2) as embedder:
+        with pytest.raises(ProviderDownError):
+            await embedder.embed([f"text {number}" for number in range(40)])
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message for message in told if "Connection refused" in message] == told[:1]
