@@ -267,11 +267,12 @@ class Engine:
         batch.sent = True
         with request:
             texts, place = [item.content for item in batch.items], run.place_for(batch.items)
-            if place is not None and hasattr(self._provider, "embed_into"):
+            places = hasattr(self._provider, "embed_into")
+            if places and place is not None:
                 request.reply = await cast(PlacingProvider, self._provider).embed_into(texts, place)
             else:
                 request.reply = await self._provider.embed(texts)
-            if not hasattr(self._provider, "embed_into"):  # ours looks at the numbers as they come
+            if not places:  # who does looks at the numbers as they come
                 check_vectors(request.reply.vectors, len(texts))
         return request.reply
 

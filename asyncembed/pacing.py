@@ -38,7 +38,6 @@ WAIT_MARGIN = 1.005
 # Everybody waits out the same pause; this share of it spreads the restarts of many processes.
 PAUSE_JITTER = 0.05
 
-
 # Where slots are all that is scarce, the urgent get four of five.
 URGENT_SLOT = 0.25
 

@@ -129,13 +129,13 @@ class Lookup:
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
         """Keep the vectors of a reply, if the cache can."""
-        now = asyncio.get_running_loop().time()
-        if now < self._rests_until:
+        clock = asyncio.get_running_loop().time
+        if clock() < self._rests_until:
             return
         try:
             await self._cache.put(vectors)
         except Exception as error:
-            self._rests_until = asyncio.get_running_loop().time() + REST_S
+            self._rests_until = clock() + REST_S
             self._broke(error)
 
     def replied(self, size: int) -> None:

@@ -172,13 +172,13 @@ class Transport(httpx2.AsyncBaseTransport):
             try:
                 async with asyncio.timeout(request.extensions.get("timeout", {}).get("connect")):
                     sock = await connected(host, port)
-                    await loop.create_connection(lambda: connection, sock=sock, **tls)
+                    try:
+                        await loop.create_connection(lambda: connection, sock=sock, **tls)
+                    except BaseException:
+                        connection.connection_lost(None)  # uvloop does not say so if it was made before this
+                        raise
             except TimeoutError as error:
-                connection.connection_lost(None)
                 raise httpx2.ConnectTimeout("no connection in time") from error
-            except BaseException:
-                connection.connection_lost(None)  # uvloop does not say so if it was made before this was cancelled
-                raise
         return connection
 
     def done(self, connection: Connection | None, *, reusable: bool) -> None:

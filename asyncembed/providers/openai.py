@@ -56,7 +56,6 @@ _ENCODINGS = ("base64", "float", None)
 # openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS is silent for as long as it is let.
 _CONNECT_S = 5.0
 
-
 # What httpx and httpx2 raise before anything is sent.
 _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 

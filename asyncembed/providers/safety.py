@@ -30,10 +30,11 @@ _CUT = re.compile(r"\.{3}|…")
 _SHOWN_OF_A_KEY = 6
 
 _NO_LETTERS = re.compile(r"[\W_]+")
-# How servers spell what is not ASCII, or not theirs: JSON, Python, URLs, HTML. A run of them is hidden as a whole.
-_ESCAPES = re.compile(
-    r"\\+[nrt]|(?:\\+u[0-9a-f]{4})+|(?:\\+x[0-9a-f]{2})+|(?:%[0-9a-f]{2})+|(?:&(?:#x?[0-9a-f]{1,8}|[a-z]{2,31});)+",
-    re.IGNORECASE,
+# One character, or a run of escapes, which is hidden whole: servers spell what is not ASCII, or not theirs, as JSON,
+# Python, URLs or HTML do.
+_SPELLING = re.compile(
+    r"\\+[nrt]|(?:\\+u[0-9a-f]{4})+|(?:\\+x[0-9a-f]{2})+|(?:%[0-9a-f]{2})+|(?:&(?:#x?[0-9a-f]{1,8}|[a-z]{2,31});)+|.",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -124,15 +125,12 @@ def veil(message: str, texts: Sequence[str], keys: Sequence[str]) -> str:
 
 def _spelled(message: str) -> list[tuple[str, tuple[int, int]]]:
     """Return the message's letters and digits in lower case, those in escapes too, each with where it stands."""
-    found = []
-    done = 0
-    for match in (*_ESCAPES.finditer(message), None):
-        until = len(message) if match is None else match.start()
-        found += [(message[place], (place, place + 1)) for place in range(done, until)]
-        if match is not None:
-            found += [(character, match.span()) for character in _unescaped(match[0])]
-            done = match.end()
-    return [(character.lower(), place) for character, place in found if character.isalnum()]
+    return [
+        (character.lower(), match.span())
+        for match in _SPELLING.finditer(message)
+        for character in (match[0] if len(match[0]) == 1 else _unescaped(match[0]))
+        if character.isalnum()
+    ]
 
 
 def _unescaped(run: str) -> str:
