@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .caches import MemoryCache
     from .caches.sqlite import SQLiteCache
-    from .embedder import Embedder
+    from .embedder.embedder import Embedder
     from .errors import (
         AllFailedError,
         AsyncEmbedError,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         WrongTypeError,
     )
     from .metrics import Observer, Stats
-    from .pipeline import ingest
+    from .pipeline.ingestion import ingest
     from .report import Check, EmbeddingResult, IngestReport, Plan, Progress
     from .sinks import PostgresSink, SQLiteSink, open_sink
     from .sources import PostgresSource

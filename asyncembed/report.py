@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -216,3 +218,31 @@ class Plan:
 
 def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+logger = logging.getLogger(__name__)
+
+
+def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
+    """Return a callback that can do no harm: one that raises is logged and not called again.
+
+    Raises:
+        TypeError: It cannot be called, or has to be awaited.
+    """
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress is {type(on_progress).__name__}; it must be a function")
+    if inspect.iscoroutinefunction(on_progress):
+        raise TypeError("on_progress is a coroutine function, which nobody would await; pass a function")
+    broken = on_progress is None
+
+    def report(progress: Progress) -> None:
+        nonlocal broken
+        if broken or on_progress is None:
+            return
+        try:
+            on_progress(progress)
+        except Exception:
+            broken = True
+            logger.exception("on_progress raised; it is not called again in this run")
+
+    return report

@@ -6,7 +6,7 @@ repr: what is logged by accident must not leak what was embedded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 from uuid import UUID
@@ -14,7 +14,7 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AsyncEmbedError
+from .errors import AsyncEmbedError, ProtocolError
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """float32[n, d], or float32[d] where one vector is meant."""
@@ -207,4 +207,37 @@ class Sink(Protocol):
         Raises:
             SinkError: Nothing of this call was stored.
         """
+        ...
+
+
+def check_vectors(vectors: object, count: int) -> None:
+    """Raise a `ProtocolError` unless they are float32[count, d], all finite, as a provider promises."""
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+        got = getattr(vectors, "shape", type(vectors).__name__)
+        raise ProtocolError(f"expected vectors float32[{count}, d], got {got}")
+    if vectors.dtype != np.float32:
+        raise ProtocolError(f"expected vectors of float32, got {vectors.dtype}")
+    _check_finite(vectors)
+
+
+def _check_finite(vectors: Vectors) -> None:
+    finite = np.isfinite(vectors)
+    if not finite.all():
+        row = int(np.argmin(finite.all(axis=1)))
+        raise ProtocolError(f"expected finite numbers, got NaN or infinity for text {row}")
+
+
+class PrunableSink(Sink, Protocol):
+    """What `prune=True` asks of a sink beyond `Sink`. Ours have it."""
+
+    def stored_id(self, id: RecordId) -> str:
+        """Return the id as `ids` yields it: `str(id)`, but for keys of another type, where "007" may be "7"."""
+        ...
+
+    def ids(self, model: str) -> AsyncIterator[str]:
+        """Yield the ids stored for the model; ids that were yielded may be deleted meanwhile."""
+        ...
+
+    async def delete(self, ids: Iterable[RecordId], model: str) -> int:
+        """Delete the model's rows with these ids, in one transaction; return how many there were."""
         ...

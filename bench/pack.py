@@ -13,8 +13,8 @@ import random
 import time
 from collections.abc import Callable
 
+from asyncembed.batching.packing import Packer
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST
-from asyncembed.packing import Packer
 
 OPEN_BATCHES = (1, 2, 4, 8, 16)
 # Weight of one text, of 1 to 8,192 tokens.

@@ -25,7 +25,7 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 
-from asyncembed.testing.limits import Rates
+from asyncembed.testing.rate_limits import Rates
 
 # The API's limit of inputs a request (API reference, embeddings.create), so the longest answer there can be.
 MAX_INPUTS = 2_048

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,87 +13,20 @@ import asyncembed
 
 PACKAGE = Path(asyncembed.__file__).parent
 
-# Read from top to bottom, this is the way of the data; a module imports only from rows above its own.
-ROWS = [
-    "errors",
-    "types",
-    "models",
-    "loops",
-    "threads",
-    "sqlite_steps",
-    "tokens",
-    "packing",
-    "weighing",
-    "batches",
-    "decoding",
-    "answers",
-    "retry",
-    "queueing",
-    "pacing",
-    "metrics",
-    "watching",
-    "workers",
-    "storable",
-    "records",
-    "report",
-    "run",
-    "arguments",
-    "pruning",
-    "postgres.dsn",
-    "postgres.errors",
-    "postgres.driver",
-    "postgres",
-    "providers",
-    "providers.safety",
-    "providers.connecting",
-    "providers.http",
-    "providers.openai",
-    "providers.local",
-    "engine",
-    "caches.memory",
-    "caches.sqlite_file",
-    "caches.sqlite",
-    "caches",
-    "caches.lookup",
-    "caches.cached",
-    "gathering",
-    "planning",
-    "coalescing",
-    "dispatch",
+# A module imports from its own package and from rows above its own. What stands in one row does not know its neighbours.
+LAYERS = [
+    "errors metrics models concurrency",
+    "types options",
+    "report databases",
+    "sources batching providers caches sinks",
+    "sending",
     "embedder",
     "pipeline",
-    "sources.sections",
-    "sources.formats",
-    "sources.files",
-    "sources.postgres",
-    "sources",
-    "sinks.schema",
-    "sinks.search",
-    "sinks.sqlite.table",
-    "sinks.sqlite.connection",
-    "sinks.sqlite.sink",
-    "sinks.sqlite",
-    "sinks.postgres.extension",
-    "sinks.postgres.layout",
-    "sinks.postgres.sizes",
-    "sinks.postgres.target",
-    "sinks.postgres.storing",
-    "sinks.postgres.searching",
-    "sinks.postgres.pool",
-    "sinks.postgres.transactions",
-    "sinks.postgres.sink",
-    "sinks.postgres",
-    "sinks",
-    "",
-    "otel",
-    "testing",
-    "cli.display",
-    "cli.interrupts",
-    "cli.reading",
-    "cli.commands",
-    "cli",
+    "asyncembed",
+    "otel testing cli",
     "__main__",
 ]
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 OWNERS = {
     "openai": "providers.openai",
@@ -101,11 +35,11 @@ OWNERS = {
     "pydantic_core": "providers.http",
     "wordllama": "providers.local",
     "opentelemetry": "otel",
-    "tiktoken": "tokens",
-    "toktok": "tokens",
+    "tiktoken": "batching.tokens",
+    "toktok": "batching.tokens",
     "aiosqlite": "sinks.sqlite.connection",
-    "asyncpg": "postgres.driver",
-    "semantic_text_splitter": "sources.sections",
+    "asyncpg": "databases.postgres",
+    "semantic_text_splitter": "sources.chunking",
 }
 
 
@@ -119,8 +53,9 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 MODULES = dict(modules())
 
 
-def row(name: str) -> int:
-    return ROWS.index("testing" if name.split(".")[0] == "testing" else name)
+def part_of(name: str) -> str:
+    """The package or flat module that a module belongs to; the root is "asyncembed"."""
+    return name.split(".")[0] or "asyncembed"
 
 
 def package_of(name: str) -> list[str]:
@@ -159,11 +94,26 @@ def foreign_imports(name: str) -> Iterator[str]:
             yield ast.literal_eval(node.args[0]).split(".")[0]
 
 
+def test_every_package_and_flat_module_has_a_layer_and_they_are_few() -> None:
+    parts = {part_of(name) for name in MODULES}
+    assert parts == set(LEVELS)
+    packages = {part for part in parts if (PACKAGE / part).is_dir()}
+    assert len(packages) <= 12
+    assert len(parts - packages - {"asyncembed", "__main__"}) <= 10
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_from_those_above_it(name: str) -> None:
+def test_a_module_imports_only_from_its_own_package_and_from_layers_above(name: str) -> None:
     for other in own_imports(name):
-        if not (name.startswith("testing") and other.startswith("testing")):
-            assert row(other) < row(name), f"{name or 'asyncembed'} imports {other}"
+        if part_of(other) != part_of(name):
+            assert LEVELS[part_of(other)] < LEVELS[part_of(name)], f"{name or 'asyncembed'} imports {other}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    try:
+        tuple(TopologicalSorter({name: set(own_imports(name)) - {name} for name in MODULES}).static_order())
+    except CycleError as error:
+        pytest.fail(f"a cycle: {' -> '.join(map(str, error.args[1]))}")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -188,7 +138,7 @@ def test_no_bare_gather_and_no_wall_clock(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_done_row_by_row_in_sqlite(name: str) -> None:
-    # see `sqlite_steps`; `Table.upsert` looks whether it matters, and asyncpg's method sends all rows in one go
+    # see `databases.sqlite`; `Table.upsert` looks whether it matters, and asyncpg's method sends all rows in one go
     calls = {ast.unparse(node.func) for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call)}
     row_by_row = [call for call in calls if call.endswith((".executemany", ".fetchall"))]
-    assert name in ("sinks.sqlite.table", "sinks.postgres.storing") or not row_by_row
+    assert name in ("sinks.sqlite.table", "sinks.postgres.writing") or not row_by_row

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..arguments import check_range
+from ..options import check_range
 from ..types import Vectors
 
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024

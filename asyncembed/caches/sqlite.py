@@ -12,9 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..arguments import check_range
+from ..concurrency import PerLoop, finished
 from ..errors import AsyncEmbedError, ConfigError
-from ..loops import PerLoop, finished
+from ..options import check_range
 from ..types import Vectors
 from .sqlite_file import CacheFile, parts
 

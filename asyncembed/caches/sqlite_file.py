@@ -20,8 +20,8 @@ from itertools import chain
 
 import numpy as np
 
+from ..databases.sqlite import KEYS_A_STATEMENT, STATEMENTS_KEPT, joined, marks, pieces
 from ..errors import AsyncEmbedError, ConfigError
-from ..sqlite_steps import KEYS_A_STATEMENT, STATEMENTS_KEPT, joined, marks, pieces
 from ..types import Vectors
 
 # `PRAGMA application_id` says whose file it is (sqlite.org/pragma.html): "aemc".

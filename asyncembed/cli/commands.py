@@ -44,8 +44,8 @@ from .display import (
     report_document,
     with_total,
 )
-from .interrupts import Interrupts
-from .reading import Reading
+from .signals import Interrupts
+from .sources import Reading
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 

@@ -7,7 +7,7 @@ import socket
 from collections import Counter
 from typing import Any
 
-from ..loops import ended
+from ..concurrency import ended
 
 # RFC 8305 recommends a quarter of a second before the next address is tried, too.
 NEXT_ADDRESS_S = 0.25

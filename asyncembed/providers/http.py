@@ -21,9 +21,9 @@ import h11
 import httpx2
 import pydantic_core
 
-from ..decoding import PIECE_BYTES
 from ..errors import ProtocolError
 from .connecting import connected
+from .decoding import PIECE_BYTES
 
 Take: TypeAlias = Callable[[memoryview], object]
 """Is given the bytes of a body as they come; a view that is valid only until it returns."""

@@ -25,8 +25,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
-from ..answers import error_of, is_other_model, rates_of
-from ..decoding import Decoder
+from ..concurrency import finished, in_thread_if
 from ..errors import (
     AuthenticationError,
     BadRequestError,
@@ -37,10 +36,11 @@ from ..errors import (
     RequestError,
     TransportError,
 )
-from ..loops import finished
-from ..threads import in_thread_if
 from ..types import Place, Reply
-from .safety import ApiKey, check_base_url, check_key, usable_key, veil
+from .credentials import ApiKey, check_base_url, check_key, usable_key
+from .decoding import Decoder
+from .redaction import veil
+from .responses import error_of, is_other_model, rates_of
 
 logger = logging.getLogger(__name__)
 

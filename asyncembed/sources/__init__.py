@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .files import SUFFIXES, Sources
-
 if TYPE_CHECKING:
+    from .files import SUFFIXES, Sources
     from .postgres import PostgresSource
 
 __all__ = ["SUFFIXES", "PostgresSource", "Sources"]
 
+# Loaded at first use: an embedder needs `sources.records` only, not the readers of files, nor a driver.
+_MODULES = {"SUFFIXES": "files", "Sources": "files", "PostgresSource": "postgres"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "PostgresSource":  # its driver loads when it is asked for
-        from .postgres import PostgresSource
-
-        return PostgresSource
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

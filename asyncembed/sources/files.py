@@ -22,8 +22,8 @@ from pathlib import Path, PurePath
 from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import ConfigError, InvalidRecordError
+from .chunking import Splitter, markdown_chunks, plain_chunks
 from .formats import Fields, Item, csv_items, json_items, line_blocks, text_lines
-from .sections import Splitter, markdown_chunks, plain_chunks
 
 STDIN: Final = "-"
 

@@ -20,7 +20,7 @@ import jiter
 
 from ..errors import ConfigError, InputError, InvalidRecordError, InvalidTextError, WrongTypeError
 from ..types import Record
-from .sections import Line
+from .chunking import Line
 
 Item: TypeAlias = Record | InputError
 """A record, or in its place why there is none."""

@@ -10,10 +10,9 @@ from datetime import date, datetime, time, timedelta
 from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote_plus
 
+from ..databases.postgres import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect, described
+from ..databases.postgres_errors import is_our_fault, reason_of, verdict_on
 from ..errors import AsyncEmbedError, ConfigError, SourceError
-from ..postgres.driver import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect
-from ..postgres.dsn import described
-from ..postgres.errors import is_our_fault, reason_of, verdict_on
 from .formats import Fields, Item, as_item
 
 # Rows fetched at once: half of what a slice of the pipeline holds.

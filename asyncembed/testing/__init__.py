@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .damage import (
+from .bad_responses import (
     Beside,
     BrokenGzip,
     CutBody,
@@ -59,7 +59,7 @@ from .faults import (
     TooManyTokens,
     UnsupportedValue,
 )
-from .log import LoggedRequest
+from .request_log import LoggedRequest
 from .schedules import PASSING, Schedule, every, first_of, mixed, outage, poison, script
 from .server import EmbeddingServer
 from .stalls import Stalls, watch_loop

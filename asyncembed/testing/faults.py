@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from .dialects import INVALID_INPUT, OPENAI, Wording
 from .http import Wire
-from .limits import Exceeded
+from .rate_limits import Exceeded
 from .replies import JSON, Answer, Reply, error_answer, rate_error, wrong_key
 
 

@@ -16,7 +16,7 @@ import jiter
 from ..models import BYTES_PER_ESTIMATED_TOKEN, lookup
 from ..types import Vectors
 from .dialects import INVALID_INPUT, Dialect, Json, Wording
-from .limits import Exceeded, go_duration
+from .rate_limits import Exceeded, go_duration
 from .vectors import as_base64, as_numbers, embeddings_of
 
 CountTokens: TypeAlias = Callable[[Sequence[str]], list[int]]

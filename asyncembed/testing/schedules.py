@@ -9,9 +9,9 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
-from .damage import Disconnect, NaNVector, Reset, Shuffled, TruncatedJSON, WrongCount
+from .bad_responses import Disconnect, NaNVector, Reset, Shuffled, TruncatedJSON, WrongCount
 from .faults import Fault, HTMLError, InvalidInput, Overloaded, RateLimited, ServerError
-from .log import LoggedRequest
+from .request_log import LoggedRequest
 
 Schedule: TypeAlias = Callable[[LoggedRequest], Fault | None]
 """Returns the fault which a request meets, None for none. Any function will do."""

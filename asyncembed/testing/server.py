@@ -12,15 +12,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from ..tokens import load_counter
-from .desk import Desk
+from ..batching.tokens import load_counter
 from .dialects import OPENAI, Dialect, Wording
 from .faults import Fault
 from .http import MAX_HEAD_BYTES, BadHTTPError, ClientLeftError, HTTPRequest, Wire
-from .limits import Rates
-from .log import Log, LoggedRequest
+from .rate_limits import Rates
 from .replies import Answer, CountTokens, Question, RefusedError, error_answer, estimate_tokens
+from .request_log import Log, LoggedRequest
 from .schedules import Schedule, script
+from .service import Desk
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -28,7 +28,7 @@ def in_thread(work: Callable[[Sequence[str]], Sequence[Any]]) -> Embed:
 
 @asynccontextmanager
 async def count_fast(job: Job) -> AsyncIterator[Embed]:
-    from asyncembed.tokens import load_counter
+    from asyncembed.batching.tokens import load_counter
 
     counter = await load_counter("cl100k_base")
     yield in_thread(counter.count)
@@ -49,7 +49,7 @@ def count_bytes(job: Job) -> AbstractAsyncContextManager[Embed]:
 
 @asynccontextmanager
 async def packed(job: Job) -> AsyncIterator[Embed]:
-    from asyncembed.packing import Packer
+    from asyncembed.batching.packing import Packer
 
     def pack(texts: Sequence[str]) -> Sequence[Any]:
         packer: Packer[str] = Packer(MAX_INPUTS, _MAX_TOKENS)
@@ -100,7 +100,7 @@ def decoding(job: Job, decode: Callable[[bytes, int], Any]) -> Embed:
 
 @asynccontextmanager
 async def decoded(job: Job) -> AsyncIterator[Embed]:
-    from asyncembed.decoding import decode
+    from asyncembed.providers.decoding import decode
 
     yield decoding(job, lambda body, count: decode(body, count, job.expected_dimensions).vectors)
 

@@ -22,7 +22,7 @@ from asyncembed import (
     ingest,
     open_sink,
 )
-from asyncembed.sources.sections import Line, Splitter, markdown_chunks, plain_chunks
+from asyncembed.sources.chunking import Line, Splitter, markdown_chunks, plain_chunks
 
 from .settings import Settings
 

@@ -16,7 +16,6 @@ import numpy as np
 import openai
 import pytest
 
-from asyncembed.answers import is_other_model
 from asyncembed.errors import (
     AuthenticationError,
     BadRequestError,
@@ -30,6 +29,7 @@ from asyncembed.errors import (
     TransportError,
 )
 from asyncembed.providers.openai import OpenAIProvider
+from asyncembed.providers.responses import is_other_model
 from asyncembed.testing import (
     LM_STUDIO,
     OLD_VLLM,

@@ -342,7 +342,7 @@ async def test_delete_takes_the_named_rows_of_that_model_only(open_store: OpenSt
 
 async def test_the_ids_come_in_order_and_in_pages(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = open_store()
-    monkeypatch.setattr("asyncembed.sinks.schema.IDS_PER_PAGE", 3)
+    monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 3)
     async with sink:
         await sink.write(MODEL, rows(10))
         assert [id async for id in sink.ids(MODEL)] == [one.id for one in rows(10)]

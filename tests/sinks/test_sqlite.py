@@ -656,7 +656,7 @@ def test_what_undoes_a_statement_is_kept_in_memory(path: Path) -> None:
 async def test_every_id_is_listed_once_whatever_the_encoding(
     path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncembed.sinks.schema.IDS_PER_PAGE", 7)
+    monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 7)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA encoding = '{encoding}'")
         connection.execute("CREATE TABLE notes (note TEXT)")

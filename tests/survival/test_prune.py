@@ -13,7 +13,7 @@ import pytest
 
 from asyncembed import Embedder, PostgresSink, QuotaError, Record, SQLiteSink, ingest
 from asyncembed.errors import ConfigError, DeadlineError, InvalidRecordError, SinkError
-from asyncembed.pruning import Pruning
+from asyncembed.pipeline.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
 from tests.steps import Steps
@@ -77,7 +77,7 @@ async def test_an_empty_source_leaves_no_row(open_store: OpenStore) -> None:
 async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncembed.sinks.schema.IDS_PER_PAGE", 700)
+    monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 700)
     embedder, _ = make()
     async with open_store() as sink:
         await ingest(records(*range(3_500)), embedder, sink)

@@ -13,17 +13,9 @@ import openai
 import pytest
 from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
 
+from asyncembed.batching.tokens import ByteBound
 from asyncembed.testing import EmbeddingServer as Server
-from asyncembed.testing import (
-    Fault,
-    Hang,
-    LoggedRequest,
-    Schedule,
-    ServerError,
-    embedding_of,
-    script,
-)
-from asyncembed.tokens import ByteBound
+from asyncembed.testing import Fault, Hang, LoggedRequest, Schedule, ServerError, embedding_of, script
 
 from .raw import ask, everything, exchange, read_reply, request_bytes
 

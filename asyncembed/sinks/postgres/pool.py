@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
 
+from ...databases.postgres import CLOSE_S, Connection, Pool, create_pool, widen
 from ...errors import SinkError
-from ...postgres.driver import CLOSE_S, Connection, Pool, create_pool, widen
-from .extension import teach
+from .pgvector import teach
 
 
 class LoopPool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ...concurrency import in_thread_if
 from ...errors import SinkBusyError, SinkConfigError
-from ...threads import in_thread_if
 from ...types import Hit, Vectors
-from .. import schema
-from ..search import Ranking
-from .layout import MAX_INDEXED, Layout
+from .. import contract as schema
+from ..ranking import Ranking
+from .statements import MAX_INDEXED, Layout
 
 # Ranked here once more, from the stored numbers: the server's distances are float32, an index's even half of that.
 _SPARE = 20

@@ -14,20 +14,20 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
+from ...concurrency import PerLoop, noted, outcome_of
+from ...databases.postgres import FOREIGN, Pool, described
 from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
-from ...loops import PerLoop, noted, outcome_of
-from ...postgres.driver import FOREIGN, Pool
-from ...postgres.dsn import described
 from ...types import Hit, RecordId, Row, Vectors
-from .. import schema
-from ..search import Ranking, check_query
-from . import searching, sizes
-from .extension import is_untaught, taught
-from .layout import METRICS, Layout, check_columns
+from .. import contract as schema
+from ..ranking import Ranking, check_query
+from . import dimensions as sizes
+from . import searching
+from .pgvector import is_untaught, taught
 from .pool import LoopPool
-from .storing import RefusedError, store
-from .target import ALREADY_THERE, Target
+from .statements import METRICS, Layout, check_columns
+from .table import ALREADY_THERE, Target
 from .transactions import Transactions
+from .writing import RefusedError, store
 
 T = TypeVar("T")
 

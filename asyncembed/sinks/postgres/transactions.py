@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator,
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
+from ...concurrency import noted
+from ...databases.postgres_errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
-from ...loops import noted
-from ...postgres.errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]

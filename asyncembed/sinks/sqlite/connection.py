@@ -15,8 +15,8 @@ from typing import TypeAlias, TypeVar
 
 import aiosqlite
 
-from ...loops import noted
-from ...sqlite_steps import STATEMENTS_KEPT
+from ...concurrency import noted
+from ...databases.sqlite import STATEMENTS_KEPT
 
 T = TypeVar("T")
 Job: TypeAlias = Callable[[sqlite3.Connection, Callable[[], None]], T]

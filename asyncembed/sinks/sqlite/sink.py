@@ -19,8 +19,8 @@ from typing import Self, TypeVar
 
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 from ...types import Hit, RecordId, Row, Vectors
-from .. import schema
-from ..search import Ranking, check_query
+from .. import contract as schema
+from ..ranking import Ranking, check_query
 from .connection import Job, MovedError, ThreadConnection, connect, ended, primary_code
 from .table import Table, transaction
 

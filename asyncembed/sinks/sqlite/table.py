@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from ...databases.sqlite import joined, marks, pieces
 from ...errors import RowRefusedError, SinkConfigError, SinkError
-from ...sqlite_steps import joined, marks, pieces
 from ...types import Hit, Row
-from .. import schema
-from ..search import Ranking
+from .. import contract as schema
+from ..ranking import Ranking
 
 # `embedding` stands before `text`, so that a search does not walk over long texts to reach it.
 _COLUMNS = {

@@ -1,0 +1,1 @@
+"""Texts to batches: counted, cut and packed. Pure; nothing here waits or sends."""

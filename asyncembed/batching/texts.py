@@ -1,0 +1,195 @@
+"""Texts to the inputs of requests: checked, counted, and cut where they are too long.
+
+Blocking and pure: `engine` calls it in a thread, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AsyncEmbedError, TooLongError
+from ..types import Vectors
+from .packing import Limits, weigh
+from .tokens import MAX_BYTES_PER_TOKEN, TokenCounter
+
+TooLong: TypeAlias = Literal["error", "truncate", "mean"]
+
+
+@dataclass(slots=True, eq=False)
+class Text:
+    """One text of a call, and the positions in the call's input that its vector answers.
+
+    If it is not cut into pieces it is its own input of a request: of many texts a second object each would be felt, by
+    the garbage collector most of all.
+    """
+
+    content: str = field(repr=False)
+    indices: Sequence[int]
+    mean: Mean | None = None
+    tokens: int = 0
+    weight: int = 0
+
+    @property
+    def text(self) -> Text:
+        """The text whose vector this input brings: its own."""
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """One input of a request that is a part of a long text."""
+
+    text: Text
+    content: str = field(repr=False)
+    tokens: int
+    weight: int
+
+
+Item: TypeAlias = Text | Piece
+"""One input of a request."""
+
+
+@dataclass(slots=True, eq=False)
+class Mean:
+    """Collects the pieces of a long text: their mean, weighted by tokens, at unit length.
+
+    Summed in float64, so that the order in which the pieces come is not seen in the result.
+    """
+
+    missing: int
+    total: npt.NDArray[np.float64] | None = None
+    error: AsyncEmbedError | None = None
+
+    def add(self, vector: Vectors, tokens: int) -> None:
+        weighted = vector.astype(np.float64) * tokens
+        self.total = weighted if self.total is None else self.total + weighted
+        self.missing -= 1
+
+    def fail(self, error: AsyncEmbedError) -> None:
+        self.error = self.error or error
+        self.missing -= 1
+
+    def vector(self) -> Vectors:
+        assert self.total is not None
+        norm = np.linalg.norm(self.total) or 1.0  # opposite pieces may cancel out
+        return (self.total / norm).astype(np.float32)
+
+
+Weighed: TypeAlias = tuple[list[Item], list[tuple[Text, AsyncEmbedError]]]
+
+
+def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = None) -> list[Text]:
+    """Merge equal texts: each is sent once and answers all its positions.
+
+    Args:
+        texts: Positions and texts.
+        found: The texts of earlier positions, by content; these are added to it.
+    """
+    found = {} if found is None else found
+    for index, content in texts:
+        text = found.get(content)
+        if text is None:
+            found[content] = Text(content, (index,))  # which the garbage collector need not look at
+        elif isinstance(text.indices, list):
+            text.indices.append(index)
+        else:
+            text.indices = [*text.indices, index]
+    return list(found.values())
+
+
+def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, too_long: TooLong) -> Weighed:
+    """Return the inputs the texts become, in order, and the texts that are too long to become any.
+
+    Tokens are counted only where bytes do not decide alone. With an inexact counter a text that may or may not be
+    too long is sent as it is under "error", since the server knows, and its refusal costs that text alone; under
+    "truncate" and "mean" it is cut by the bound, so into less than would have fitted.
+    """
+    items: list[Item] = []
+    failed: list[tuple[Text, AsyncEmbedError]] = []
+    sizes = [_size(text.content) for text in texts]
+    countable = [text.content for text, size in zip(texts, sizes, strict=True) if not _surely_too_long(size, limits)]
+    counts = iter(counter.count(countable))
+    for text, size in zip(texts, sizes, strict=True):
+        surely = _surely_too_long(size, limits)
+        tokens = -(-size // MAX_BYTES_PER_TOKEN) if surely else next(counts)
+        over = tokens > limits.tokens_per_text
+        weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
+        least = weight if counter.exact else weigh(0, size)
+        if (over or least > limits.tokens) and too_long != "error":
+            items.extend(_pieces(text, counter, min(limits.tokens_per_text, limits.tokens), too_long))
+        elif surely or (over and counter.exact):
+            has = f"{'at least ' if surely else ''}{tokens:,} tokens; the model takes"
+            failed.append((text, _too_long(has, tokens, limits.tokens_per_text)))
+        elif least > limits.tokens:
+            failed.append((text, _too_long(f"a weight of {least:,} tokens; a batch takes", least, limits.tokens)))
+        else:
+            text.tokens, text.weight = tokens, weight
+            items.append(text)
+    return items, failed
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _surely_too_long(size_bytes: int, limits: Limits) -> bool:
+    return size_bytes > limits.tokens_per_text * MAX_BYTES_PER_TOKEN
+
+
+def _too_long(has: str, tokens: int, limit: int) -> TooLongError:
+    advice = 'Split it, or choose too_long="truncate" or "mean"'
+    return TooLongError(f"has {has} {limit:,}. {advice}", tokens=tokens, limit=limit)
+
+
+def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Piece]:
+    pieces = list(_cut(text.content, counter, limit, only_first=too_long == "truncate"))
+    if len(pieces) > 1:
+        text.mean = Mean(missing=len(pieces))
+    for piece, tokens in zip(pieces, counter.count(pieces), strict=True):
+        yield Piece(text, piece, tokens, weigh(tokens, _size(piece)))
+
+
+def _cut(text: str, counter: TokenCounter, limit: int, *, only_first: bool) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        piece = _first_piece(text, start, counter, limit)
+        yield piece
+        if only_first:
+            return
+        start += len(piece)
+
+
+def _first_piece(text: str, start: int, counter: TokenCounter, limit: int) -> str:
+    # Tokenizing all that is left for every piece would cost the square of the length, so look at a window
+    # of it (English has 4 to 5 characters a token) and widen that only if it fits whole.
+    width = limit * 8
+    while True:
+        window = text[start : start + width]
+        piece = counter.cut(window, limit)
+        if len(piece) < len(window) or start + width >= len(text):
+            return piece
+        width *= 2
+
+
+# Counted in one go, in a thread: 10 ms of tiktoken, and nothing for the loop.
+SLICE_TEXTS = 512
+
+
+SLICE_CHARACTERS = 512 * 1024
+
+
+def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
+    """Cut a sequence into pieces that are counted at once."""
+    start = characters = 0
+    for end, text in enumerate(texts, start=1):
+        characters += len(text.content)
+        if end - start >= SLICE_TEXTS or characters >= SLICE_CHARACTERS:
+            yield texts[start:end]
+            start, characters = end, 0
+    if start < len(texts):
+        yield texts[start:]

@@ -1,0 +1,1 @@
+"""The database drivers, and what sources, sinks and caches share of each."""

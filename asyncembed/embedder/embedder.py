@@ -1,0 +1,405 @@
+"""`Embedder`: one long-lived object that turns texts into vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from .. import models
+from ..batching.batch import Deliver
+from ..batching.packing import OPEN_BATCHES, Limits
+from ..batching.texts import Text, TooLong
+from ..batching.tokens import TokenCounter, load_counter
+from ..caches import open_cache
+from ..concurrency import PerLoop, ended
+from ..errors import ConfigError, InputError
+from ..metrics import Observer, Stats
+from ..options import check_amount, check_model, check_range
+from ..providers.credentials import ApiKey
+from ..providers.local import LocalCounter, LocalProvider
+from ..providers.openai import OFFICIAL_HOST, OpenAIProvider
+from ..report import Check, EmbeddingResult, Plan, ProgressCallback, failed
+from ..sending.engine import SPARE_WORKERS, Engine
+from ..sending.pacing import Slots, shared_pace
+from ..sending.recorder import Metrics
+from ..sending.run import Run
+from ..sources.records import AnyIterable, check_text
+from ..types import Cache, EmbeddedRecord, Provider, Vectors
+from .caching import Lookup
+from .dispatcher import Dispatch
+from .inputs import checked, listed
+from .planning import count_up
+from .results import Results
+from .stream import Order
+
+# Containers are killed 10 to 30 s after SIGTERM; an answer takes less than a second mostly.
+CLOSE_GRACE_S = 10.0
+
+
+class Embedder:
+    """Turns texts into vectors: packed into few requests, paced, retried, and checked.
+
+    One object serves many tasks at once, and one event loop after another. Making it is cheap and sends nothing.
+
+    Args:
+        model: The model's name, on Azure the deployment's; "local" is the embedded model (extra `local`).
+        client: A ready `AsyncOpenAI` or `AsyncAzureOpenAI`; used as it is, never closed.
+        http_client: A ready httpx or httpx2 `AsyncClient`; used as it is, never closed.
+        provider: Any `types.Provider`, in place of all the options for OpenAI.
+        api_key: The key, or an async function that returns it. Default: the environment's `OPENAI_API_KEY`.
+        base_url: Default: the environment's `OPENAI_BASE_URL`, else OpenAI itself.
+        dimensions: Ask for shorter vectors; only some models shorten.
+        max_batch_size: Texts a request, 1 to 2,048.
+        max_tokens_per_batch: Tokens a request; a text weighs max(tokens, UTF-8 bytes / 4).
+        max_tokens_per_text: Tokens the model takes in one text.
+        too_long: What becomes of a longer one: "error" fails it, "truncate" embeds its beginning, "mean" embeds
+            its pieces and takes their mean, weighted by tokens, at unit length.
+        concurrency: Requests under way at once.
+        requests_per_minute, tokens_per_minute: Stay below these. Limits that the provider's headers tell are
+            kept without being given here.
+        max_retries: How often a batch is sent again while nothing succeeds.
+        timeout: Seconds, wall-clock, for one attempt.
+        observer: Is told of every request, in counts; see `metrics.Observer`, and `otel.OpenTelemetry`.
+        max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their answers at once.
+        cache: Answers texts that were embedded before: True for one in memory, a path for one in an SQLite file, or any
+            `types.Cache`, which is never closed.
+        allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
+
+    Raises:
+        ConfigError: An option is out of range, or there is no usable key or address. It is a ValueError.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        client: Any = None,
+        http_client: Any = None,
+        provider: Provider | None = None,
+        api_key: ApiKey | None = None,
+        base_url: str | None = None,
+        dimensions: int | None = None,
+        max_batch_size: int = models.MAX_INPUTS,
+        max_tokens_per_batch: int = models.MAX_TOKENS_PER_REQUEST,
+        max_tokens_per_text: int = models.MAX_TOKENS_PER_TEXT,
+        too_long: TooLong = "error",
+        concurrency: int = 8,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_retries: int = 8,
+        timeout: float = 60.0,
+        max_waiting: int = 20_000,
+        observer: Observer | None = None,
+        cache: Cache | str | os.PathLike[str] | bool | None = None,
+        allow_insecure_http: bool = False,
+    ) -> None:
+        check_model(model, dimensions, too_long)
+        check_range("max_batch_size", max_batch_size, 1, models.MAX_INPUTS)
+        check_range("max_tokens_per_batch", max_tokens_per_batch, 1)
+        check_range("max_tokens_per_text", max_tokens_per_text, 1)
+        check_range("concurrency", concurrency, 1)
+        check_range("max_retries", max_retries, 0)
+        check_range("max_waiting", max_waiting, 1)
+        check_amount("timeout", timeout)
+        check_amount("requests_per_minute", requests_per_minute)
+        check_amount("tokens_per_minute", tokens_per_minute)
+        self.model = model
+        self.concurrency = concurrency
+        self._facts = models.lookup(model)
+        self._limits = Limits(max_batch_size, max_tokens_per_batch, max_tokens_per_text)
+        self._too_long = too_long
+        self._per_minute = (requests_per_minute, tokens_per_minute)
+        self._max_retries = max_retries
+        self._max_waiting = max_waiting
+        self._dispatches = PerLoop(self._new_dispatch)
+        self._closing = PerLoop(asyncio.Lock)
+        self._asked_dimensions = dimensions
+        self._provider: Provider = provider or (
+            LocalProvider(dimensions)
+            if model == "local" and client is None and base_url is None
+            else OpenAIProvider(
+                model,
+                dimensions=dimensions,
+                timeout=timeout,
+                client=client,
+                http_client=http_client,
+                api_key=api_key,
+                base_url=base_url,
+                connections=concurrency,
+                allow_insecure_http=allow_insecure_http,
+            )
+        )
+        self._metrics = Metrics(model, self._provider, observer)
+        opened, is_ours = open_cache(cache)
+        self._own_cache = opened if is_ours else None
+        self._lookup = None if opened is None else self._new_lookup(opened)
+
+    def __repr__(self) -> str:
+        host = getattr(self._provider, "host", None)
+        dispatch = self._dispatches.peek()
+        status = f"0 of {self.concurrency} requests under way" if dispatch is None else dispatch.status()
+        return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {status}>"
+
+    def stats(self) -> Stats:
+        """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
+        here = [(loop, dispatch) for loop, dispatch in self._dispatches.items() if not loop.is_closed()]
+        gathering = sum(dispatch.coalescer.gathering for _, dispatch in here)
+        return self._metrics.stats([(loop, dispatch.engine.slots) for loop, dispatch in here], gathering)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose(CLOSE_GRACE_S if error is None else 0.0)
+
+    async def aclose(self, grace: float = CLOSE_GRACE_S) -> None:
+        """Wait for what is under way, then close the connections; clients that were handed in stay open.
+
+        Args:
+            grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
+                their result so far on it. A `stream` is ended at once. A batch that is being stored then has 10 s more.
+        """
+        async with self._closing.get():  # whoever closes it, too, comes back when it is closed
+            dispatch = self._dispatches.pop()
+            try:
+                if dispatch is not None:
+                    await dispatch.aclose(grace)
+            finally:
+                try:
+                    await self._provider.aclose()
+                finally:
+                    if self._own_cache is not None:
+                        await self._own_cache.aclose()
+
+    @property
+    def dimensions(self) -> int | None:
+        """The size of the vectors; None while nobody can know it."""
+        if self._asked_dimensions is not None:
+            return self._asked_dimensions
+        known = getattr(self._provider, "dimensions", None)
+        if known is None and getattr(self._provider, "host", None) == OFFICIAL_HOST:
+            # elsewhere a well-known name may stand for any model
+            return self._facts.dimensions
+        return known
+
+    async def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        on_progress: ProgressCallback | None = None,
+        deadline: float | None = None,
+    ) -> EmbeddingResult:
+        """Return one vector a text; texts that fail fail alone. Equal texts are sent once.
+
+        Few texts share requests with other calls, as `embed_one` does; such a request counts for each who shared it,
+        and its tokens are divided among them.
+
+        Args:
+            texts: At least one; none of them empty.
+            on_progress: Called with a `Progress` after every batch.
+            deadline: Seconds for the whole call, waiting included.
+
+        Raises:
+            TypeError: `texts` is one str, or holds something that is not a str.
+            ValueError: `texts` is empty, or holds an empty text. Nothing was sent.
+            AllFailedError: Not one text was embedded; `.result` tells why.
+            FatalProviderError: Going on is pointless (wrong key, no quota, unknown model, an outage);
+                `.result` holds what was done.
+            DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
+            OverloadedError: `max_waiting` texts of small calls wait already. Nothing was sent.
+        """
+        contents = listed(texts)
+        run = Run(deadline)
+        results = Results(len(contents), run, on_progress)
+        async with run.until_deadline():
+            waiting = await checked(contents)
+            dispatch = self._dispatches.get()
+            if on_progress is None and dispatch.is_small(waiting):
+                await dispatch.share(waiting, run, results.deliver)
+            else:
+                await dispatch.send(waiting, run, results.deliver)
+        result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
+        if run.stopped_by is not None:
+            run.stopped_by.result = result
+            raise run.stopped_by
+        if len(result.failures) == len(result):
+            raise failed(result)
+        return result
+
+    async def embed_one(self, text: str, *, deadline: float | None = None) -> Vectors:
+        """Return the vector float32[d] of one text. Concurrent calls share requests, equal texts one input.
+
+        A lone call is sent at once; what is asked for while two shared requests are under way travels together.
+        Cancelling one call harms no other.
+
+        Args:
+            text: Not empty.
+            deadline: Seconds for this call, waiting included.
+
+        Raises:
+            DeadlineError: The deadline passed.
+            OverloadedError: `max_waiting` texts wait already. Nothing was sent.
+            AsyncEmbedError: Why this text failed; an object of this call's own.
+        """
+        try:
+            check_text(text)
+        except InputError as error:
+            raise type(error)(f"text {error}") from None
+        run, vector = Run(deadline), None
+        async with run.until_deadline():
+            vector = await self._dispatches.get().one(text, run)
+        if vector is not None:
+            return vector
+        assert run.stopped_by is not None
+        raise run.stopped_by
+
+    async def check(self, *, deadline: float | None = 10.0) -> Check:
+        """Prove that key, address, model and dimensions are right, with one request of one token.
+
+        It is sent before all others and never repeated; a pause that the provider asked for is kept.
+
+        Args:
+            deadline: Seconds for all of it, waiting included.
+
+        Raises:
+            ProviderError: It failed: an `AuthenticationError`, a `NotFoundError`, a `TransportError`, …
+            ConfigError: The provider answers with vectors of another size than this model is known to have.
+            DeadlineError: The deadline passed.
+        """
+        run = Run(deadline, urgent=True)
+        known, found = self.dimensions, 0
+        async with run.until_deadline():
+            found = await self._dispatches.get().check(run)
+        if run.stopped_by is not None:
+            raise run.stopped_by
+        if known not in (None, found):
+            raise ConfigError(f"the provider answers with {found} dimensions; {self.model} has {known}")
+        return Check(self.model, found, run.tokens if run.tokens_known else None, run.elapsed_s)
+
+    async def stream(
+        self, records: AnyIterable, *, deadline: float | None = None
+    ) -> AsyncGenerator[EmbeddedRecord, None]:
+        """Yield each record with its vector or its error, in order, while the source is still being read.
+
+        Memory is bounded by what is under way: the source is read only so far ahead. Leaving the loop early ends
+        the requests under way; `async with contextlib.aclosing(...)` does so at once.
+
+        Args:
+            records: Any sync or async iterable of records, in all their forms, or of plain texts, whose id is
+                then their position.
+            deadline: Seconds for the whole stream, waiting included.
+
+        Raises:
+            FatalProviderError: Going on is pointless. What was done has been yielded.
+            DeadlineError: The deadline passed; likewise.
+            Exception: What the source raised, as it is; likewise.
+        """
+        run = Run(deadline)
+        order = Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
+        running = asyncio.create_task(self._feed(order, records, run))
+        running.add_done_callback(lambda _: order.end())
+        try:
+            async for item in order.items():
+                yield item
+            await running
+        finally:
+            await ended(running)
+        if run.stopped_by is not None:
+            raise run.stopped_by
+
+    async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
+        async with run.until_deadline(), aclosing(order.slices(records)) as slices:
+            await self._dispatches.get().run(slices, run, order.deliver, open_batches=1, ends_by_itself=False)
+
+    async def plan(self, texts: AnyIterable) -> Plan:
+        """Return what embedding the texts would take. Sends nothing.
+
+        Args:
+            texts: Any sync or async iterable of texts, or of records in all their forms.
+        """
+        counter = await self._counter()
+        counted = await count_up(texts, counter, self._limits, self._too_long)
+        return Plan(
+            texts=counted.inputs,
+            failures=tuple(sorted(counted.failures, key=lambda failure: failure.index)),
+            requests=counted.requests,
+            tokens=counted.tokens,
+            exact=counter.exact,
+            seconds=self._seconds(counted.requests, counted.tokens),
+            cost_usd=self._price(counted.tokens),
+        )
+
+    # ---- what `pipeline` builds on ----
+
+    async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
+        """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
+        await self._dispatches.get().run(slices, run, deliver)
+
+    @property
+    def most_under_way(self) -> int:
+        """How many texts there may be between a source and its store, whatever becomes of them."""
+        batches = self.concurrency + 1 + SPARE_WORKERS + OPEN_BATCHES
+        return batches * self._limits.inputs
+
+    def cost_usd(self, run: Run) -> float | None:
+        """The list price of what a run was billed; None if price or count is unknown."""
+        return self._price(run.tokens) if run.tokens_known else None
+
+    def _price(self, tokens: int) -> float | None:
+        price = self._facts.usd_per_million_tokens
+        return None if price is None else tokens * price / 1_000_000
+
+    def _seconds(self, requests: int, tokens: int) -> float | None:
+        amounts = zip((requests, tokens), self._per_minute, strict=True)
+        return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
+
+    def _new_dispatch(self) -> Dispatch:
+        # The provider counts limits per address, key and model; a provider of the user's own is its own place.
+        place = getattr(self._provider, "identity", None) or id(self._provider)
+        pace = shared_pace((place, self.model))
+        pace.limit(*self._per_minute)
+        watch = self._metrics.here()
+        engine = Engine(
+            self._provider,
+            Slots(pace, self.concurrency),
+            self._limits,
+            watch=watch,
+            concurrency=self.concurrency,
+            too_long=self._too_long,
+            max_retries=self._max_retries,
+        )
+        return Dispatch(
+            engine,
+            watch,
+            self._lookup,
+            self._counter,
+            self._limits,
+            most_requests=self.concurrency,
+            most_waiting=self._max_waiting,
+        )
+
+    def _new_lookup(self, cache: Cache) -> Lookup:
+        limits, kind = self._limits, type(self._provider)
+        settings = {
+            "place": getattr(self._provider, "base_url", f"{kind.__module__}.{kind.__qualname__}"),
+            "model": self.model,
+            "dimensions": self._asked_dimensions,
+            # these decide what is embedded of a long text
+            "too_long": self._too_long,
+            "tokens_per_text": min(limits.tokens_per_text, limits.tokens),
+        }
+        return Lookup(cache, settings, lambda: self.dimensions, lambda *counts: self._metrics.here().cached(*counts))
+
+    async def _counter(self) -> TokenCounter:
+        if isinstance(self._provider, LocalProvider):
+            return LocalCounter()
+        return await load_counter(self._facts.encoding)

@@ -1,0 +1,43 @@
+"""What embedding some texts would take: read, counted and packed as `engine` does, and nothing sent."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from ..batching.packing import Limits, Packer
+from ..batching.texts import TooLong, portions, unique, weigh_texts
+from ..batching.tokens import TokenCounter
+from ..sources.records import AnyIterable, in_slices, readable
+from ..types import Failure
+
+
+@dataclass(slots=True)
+class Counted:
+    """The inputs, their tokens and the requests they take; and the texts that would fail before they are sent."""
+
+    inputs: int = 0
+    tokens: int = 0
+    requests: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+async def count_up(texts: AnyIterable, counter: TokenCounter, limits: Limits, too_long: TooLong) -> Counted:
+    """Return what texts, or records in all their forms, would take; in bounded memory, counted in threads."""
+    packer: Packer[None] = Packer(limits.inputs, limits.tokens)
+    found, count = Counted(), 0
+    async with aclosing(in_slices(texts)) as slices:
+        async for some in slices:
+            read = list(readable(count, some))
+            count += len(some)
+            found.failures.extend(Failure(index, error) for index, _, error in read if error is not None)
+            waiting = unique((index, record.text) for index, record, error in read if error is None)
+            for part in portions(waiting):
+                items, bad = await asyncio.to_thread(weigh_texts, part, counter, limits, too_long)
+                found.failures.extend(Failure(index, error) for text, error in bad for index in text.indices)
+                found.requests += sum(packer.add(None, item.weight) is not None for item in items)
+                found.tokens += sum(item.tokens for item in items)
+                found.inputs += len(part) - len(bad)
+    found.requests += len(packer.flush())
+    return found

@@ -1,0 +1,80 @@
+"""`stream`: reads a source ahead, within bounds, and yields the outcomes in the source's order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ..batching.batch import Outcome
+from ..batching.texts import Text, unique
+from ..sources.records import SLICE_RECORDS, AnyIterable, in_slices, readable
+from ..types import EmbeddedRecord, Record
+
+
+class Order:
+    """Puts the outcomes of a stream back into the order of its source, which it keeps from running ahead."""
+
+    def __init__(self, most_ahead: int) -> None:
+        self._most_ahead = most_ahead
+        self._records: dict[int, Record] = {}
+        self._done: dict[int, EmbeddedRecord] = {}
+        self._read = 0
+        self._yielded = 0
+        self._ended = False
+        self._changed = asyncio.Event()
+
+    async def slices(self, source: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
+        async with aclosing(in_slices(source, min(SLICE_RECORDS, self._most_ahead))) as slices:
+            async for some in slices:
+                yield self._texts(some)
+                if self._read - self._yielded >= self._most_ahead:
+                    yield ()  # what waits for company is what everybody waits for
+                    while self._read - self._yielded >= self._most_ahead:
+                        await self._change()
+
+    def _texts(self, some: list[Any]) -> list[Text]:
+        texts: list[tuple[int, str]] = []
+        for index, record, error in readable(self._read, some):
+            if error is None:
+                self._records[index] = record
+                texts.append((index, record.text))
+            else:
+                self._finish(index, EmbeddedRecord(record, None, error))
+        self._read += len(some)
+        return unique(texts)
+
+    async def deliver(self, outcome: Outcome) -> None:
+        for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
+            for index in text.indices:
+                self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
+        for text, error in outcome.failed:
+            for index in text.indices:
+                self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))
+
+    async def items(self) -> AsyncGenerator[EmbeddedRecord, None]:
+        while True:
+            item = self._done.pop(self._yielded, None)
+            if item is not None:
+                # a copy, since who keeps one vector would with a view of it keep those of the whole request
+                yield item if item.vector is None else replace(item, vector=item.vector.copy())
+                self._yielded += 1
+                self._changed.set()
+            elif self._ended:
+                return
+            else:
+                await self._change()
+
+    def end(self) -> None:
+        self._ended = True
+        self._changed.set()
+
+    def _finish(self, index: int, item: EmbeddedRecord) -> None:
+        self._done[index] = item
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

@@ -1,0 +1,311 @@
+"""`ingest`: records in, rows in a store out; embedding and storing go on side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from ..batching.batch import Outcome
+from ..batching.texts import Text, unique
+from ..concurrency import ended, in_thread_if, outcome_of
+from ..embedder.embedder import Embedder
+from ..errors import AsyncEmbedError, SinkError, SourceError
+from ..report import IngestReport, ProgressCallback, reporter
+from ..sending.run import STORING_S, Run, StoppedError
+from ..sources.records import AnyIterable, in_slices
+from ..types import Failure, RecordId, Row, Sink, Vectors
+from .pruning import Pruning
+from .validation import WhyUnfit, _checked, _Pending
+
+# Records are checked on the loop, so many at a time that it takes about so long: in a thread, each piece of the replies
+# that are being read meanwhile would wait for the interpreter, 5 ms a turn. (20,000 records, two busy cores, by turns:
+# the first reply was stored from 0.26 s on, not 0.36.) A record that takes longer alone is worth a thread.
+TURN_S = 0.00025
+RECORDS_A_TURN = 64
+
+# Stored in one transaction: all that a request can bring, unless its texts belong to more records than that.
+ROWS_A_WRITE = 4_096
+
+
+async def ingest(
+    records: AnyIterable,
+    embedder: Embedder,
+    sink: Sink,
+    *,
+    skip_existing: bool = True,
+    prune: bool = False,
+    on_progress: ProgressCallback | None = None,
+    deadline: float | None = None,
+    stop: asyncio.Event | None = None,
+) -> IngestReport:
+    """Embed records and store them; those that are stored already, with the same text and model, cost nothing.
+
+    Records are taken lazily and in bounded memory. A bad record fails alone. A request's slot is held until its
+    rows are stored, so what a crash can make you pay twice is what was under way. Of several records with one id
+    the last one wins, as if they had been written one after the other; the replaced ones count as skipped.
+
+    Args:
+        records: Any sync or async iterable of records, in all their forms; see `Record`. An `InputError` among
+            them counts as a record that failed.
+        embedder: Stays open.
+        sink: Stays open.
+        skip_existing: Ask the store, and leave out what it has. With False everything is embedded anew.
+        prune: After a complete pass, delete the model's rows whose ids the source does not have. A failed record
+            is in the source; if one failed without an id, nothing is deleted. What else stores into the same table
+            for the same model is deleted, too.
+        on_progress: Called with a `Progress` after every batch and every skipped slice.
+        deadline: Seconds for the whole call.
+        stop: Setting it ends the run early and well: nothing new is sent, what is under way is stored, and the
+            report tells of what was finished. A rerun does the rest.
+
+    Raises:
+        TypeError: Embedder or sink are none.
+        ConfigError: prune=True, and the sink cannot list and delete ids; see `types.PrunableSink`.
+        FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
+        SinkError: The store cannot take more. What it took is stored, `.report` tells.
+        SourceError: The source broke off; likewise. Other errors of a source are raised as they are.
+        DeadlineError: The deadline passed; likewise.
+    """
+    _check_parts(embedder, sink)
+    run = Run(deadline)
+    pruning = Pruning(sink, embedder.model) if prune else None
+    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), _length_of(records), pruning)
+    watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
+    try:
+        async with run.until_deadline():
+            with suppress(StoppedError):
+                async with run.unless_stopped():
+                    await sink.prepare(embedder.model, embedder.dimensions)
+                async with aclosing(job.slices(records)) as slices:
+                    await embedder.run(slices, run, job.deliver)
+                await job.prune()
+    except (SinkError, SourceError) as error:
+        error.report = job.finish(error)
+        raise
+    finally:
+        if pruning is not None:
+            pruning.close()
+        if watcher is not None:
+            await ended(watcher)
+    report = job.finish(run.stopped_by)
+    if run.stopped_by is not None and not isinstance(run.stopped_by, _EndedEarlyError):
+        run.stopped_by.report = report
+        raise run.stopped_by
+    return report
+
+
+def _check_parts(embedder: object, sink: object) -> None:
+    if not isinstance(embedder, Embedder):
+        raise TypeError(f"embedder is {type(embedder).__name__}; ingest takes records, an Embedder, and a sink")
+    if not all(hasattr(sink, name) for name in ("prepare", "existing", "write")):
+        raise TypeError(f"sink is {type(sink).__name__}; pass a SQLiteSink, a PostgresSink, or open_sink(…)")
+
+
+class _EndedEarlyError(AsyncEmbedError):
+    """Not an error: the user asked the run to end."""
+
+
+async def _stop_when(stop: asyncio.Event, run: Run) -> None:
+    await stop.wait()
+    run.stop(_EndedEarlyError("the run was asked to end"))
+
+
+class _Job:
+    """One ingest: what is between source and store, and the report."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        sink: Sink,
+        run: Run,
+        skip_existing: bool,
+        report_progress: ProgressCallback,
+        total: int | None,
+        pruning: Pruning | None,
+    ) -> None:
+        self._embedder = embedder
+        self._sink = sink
+        self._run = run
+        self._skip_existing = skip_existing
+        self._report_progress = report_progress
+        self._total = total
+        self._pruning = pruning
+        self._report = IngestReport()
+        self._count = 0
+        self._records_a_turn = 8
+        self._why_unfit: WhyUnfit = getattr(sink, "why_unfit", lambda id: None)
+        self._stored_id: Callable[[RecordId], str] = getattr(sink, "stored_id", str)
+        self._pending: dict[int, _Pending] = {}
+        self._in_flight: set[str] = set()
+        self._held: dict[str, _Pending] = {}
+        """Records whose id is in flight with an earlier text: they go after it, the last of them."""
+        self._released: list[_Pending] = []
+        self._changed = asyncio.Event()
+
+    async def slices(self, records: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
+        """Yield what has to be embedded; skips, failures and repeated ids stay behind."""
+        async with aclosing(in_slices(records)) as slices:
+            async for some in slices:
+                good, bad = await self._check(some)
+                self._report.failures.extend(bad)
+                if self._pruning is not None:
+                    failed = [failure.id for failure in bad if failure.id is not None]
+                    await self._pruning.see([*(pending.record.id for pending in good), *failed])
+                texts = await self._admit(good)
+                if texts or not some:  # nothing at all says that none will come for a while
+                    yield texts
+                if len(self._pending) > self._embedder.most_under_way:  # few texts, but of many records
+                    yield ()
+                    while len(self._pending) > self._embedder.most_under_way:
+                        await self._change()
+        while self._held or self._released:
+            yield ()  # send what they wait for
+            while not self._released:
+                await self._change()
+            yield await self._admit([])
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _check(self, some: Sequence[Any]) -> tuple[list[_Pending], list[Failure]]:
+        good: list[_Pending] = []
+        bad: list[Failure] = []
+        start = 0
+        while start < len(some):
+            turn = some[start : start + self._records_a_turn]
+            taken_s, fit, unfit = await in_thread_if(
+                self._records_a_turn == 1, _checked, self._count, turn, self._why_unfit, self._stored_id
+            )
+            self._records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
+            good.extend(fit)
+            bad.extend(unfit)
+            start += len(turn)
+            self._count += len(turn)
+            await asyncio.sleep(0)
+        return good, bad
+
+    async def _admit(self, good: list[_Pending]) -> list[Text]:
+        last: dict[str, _Pending] = {}
+        for pending in (*self._take_released(), *good):
+            place = self._held if pending.key in self._in_flight else last
+            if place.pop(pending.key, None) is not None:  # so that it comes last
+                self._report.skipped_count += 1
+            place[pending.key] = pending
+        stored = await self._existing(list(last.values()))
+        texts = [(pending.index, pending.record.text) for pending in last.values() if pending.record.id not in stored]
+        for pending in last.values():
+            if pending.record.id in stored:
+                self._report.skipped_count += 1
+            else:
+                self._pending[pending.index] = pending
+                self._in_flight.add(pending.key)
+        self._progress()
+        return unique(texts)
+
+    async def _existing(self, wanted: list[_Pending]) -> set[RecordId]:
+        if not self._skip_existing or not wanted:
+            return set()
+        hashes = {pending.record.id: pending.content_hash for pending in wanted}
+        return await self._sink.existing(self._embedder.model, hashes)
+
+    def _take_released(self) -> list[_Pending]:
+        released, self._released = self._released, []
+        return released
+
+    async def deliver(self, outcome: Outcome) -> None:
+        """Store what was embedded, in one transaction if it is not a flood; count it only then."""
+        if outcome.texts:
+            try:
+                await self._store(outcome.texts, outcome.vectors)
+            except Exception as broken:
+                # before the slot is free, or somebody who waits for it would send what cannot be stored either
+                self._run.stop(broken if isinstance(broken, AsyncEmbedError) else _EndedEarlyError())
+                raise
+        for text, error in outcome.failed:
+            for index in text.indices:
+                pending = self._done(index)
+                if not isinstance(error, _EndedEarlyError):  # else it was never tried, so it was not seen
+                    self._report.failures.append(Failure(index, error, pending.record.id))
+        self._progress()
+
+    async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
+        wanted = ((index, vector) for text, vector in zip(texts, vectors, strict=True) for index in text.indices)
+        with suppress(StoppedError):  # it was given time, and is in the store wholly or not at all
+            while some := list(islice(wanted, ROWS_A_WRITE)):
+                rows = [_row(self._pending[index], vector) for index, vector in some]
+                async with self._run.storing():
+                    await self._write([index for index, _ in some], rows)
+
+    async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        try:
+            refused = await self._sink.write(self._embedder.model, rows)
+        except asyncio.CancelledError as cancelled:
+            if outcome_of(cancelled) is not None:
+                self._count_stored(indices, outcome_of(cancelled))
+            raise
+        self._count_stored(indices, refused)
+
+    def _count_stored(self, indices: Sequence[int], refused: Mapping[RecordId, AsyncEmbedError]) -> None:
+        for index in indices:
+            record = self._done(index).record
+            if record.id in refused:
+                self._report.failures.append(Failure(index, refused[record.id], record.id))
+            else:
+                self._report.success_count += 1
+
+    async def prune(self) -> None:
+        """Delete what the source does not have, if that was asked for; the source has been read to its end."""
+        if self._pruning is not None:
+            unknown = sum(failure.id is None for failure in self._report.failures)
+            async with self._run.unless_stopped(STORING_S):
+                self._report.pruned_count = await self._pruning.finish(self._run, unknown)
+
+    def _done(self, index: int) -> _Pending:
+        pending = self._pending.pop(index)
+        self._in_flight.discard(pending.key)
+        held = self._held.pop(pending.key, None)
+        if held is not None:
+            self._released.append(held)
+        self._changed.set()
+        return pending
+
+    def _progress(self) -> None:
+        report = self._report
+        self._report_progress(self._run.progress(report.seen, self._total, report.failed_count, report.skipped_count))
+
+    def finish(self, error: AsyncEmbedError | None) -> IngestReport:
+        """Return the report; records that were taken and not finished failed with that error."""
+        if error is not None and not isinstance(error, _EndedEarlyError):
+            for pending in (*self._pending.values(), *self._held.values(), *self._released):
+                self._report.failures.append(Failure(pending.index, error, pending.record.id))
+        self._pending, self._held, self._released = {}, {}, []
+        self._report.failures.sort(key=lambda failure: failure.index)
+        self._progress()
+        run = self._run
+        return replace(
+            self._report,
+            total_tokens=run.tokens,
+            requests=run.requests,
+            retries=run.retries,
+            elapsed_s=run.elapsed_s,
+            cost_usd=self._embedder.cost_usd(run),
+            cache_hits=run.cache_hits,
+            cache_misses=run.cache_misses,
+        )
+
+
+def _length_of(records: object) -> int | None:
+    try:
+        return len(records)  # type: ignore[arg-type]  # that is the question
+    except Exception:  # it has none, or it is not known yet
+        return None
+
+
+def _row(pending: _Pending, vector: Vectors) -> Row:
+    record = pending.record
+    return Row(record.id, record.text, vector, pending.content_hash, pending.metadata)

@@ -1,1 +1,0 @@
-"""What reading rows from PostgreSQL and writing them to it have in common: driver, addresses, and errors."""

@@ -1,0 +1,1 @@
+"""Batches to replies: paced, sent, retried, and isolated where they fail."""

@@ -1,0 +1,190 @@
+"""What to do after a failed attempt. Pure: decides, never sleeps, sends nothing.
+
+An error and the batch's history become one of five actions: `Retry` after a while, `Probe` whether the provider is
+down, `Split` the batch, `Reject` its only text, `Stop` the run. Any refusal that is not known is split if it can be,
+so that providers nobody has heard of work too.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..errors import (
+    BadRequestError,
+    FatalProviderError,
+    ProtocolError,
+    ProviderDownError,
+    ProviderError,
+    RateLimitedError,
+    RequestError,
+    ServerError,
+    TooLargeError,
+    TransportError,
+)
+
+# 0.5, 1, 2, 4, 8, 16, 30, 30 seconds, each times a random factor between 0.5 and 1: the first is what the
+# openai SDK waits, the last is half of the minute in which OpenAI's buckets fill.
+BACKOFF_BASE_S = 0.5
+BACKOFF_MAX_S = 30.0
+
+# After so many failures a batch is no longer repeated as it is, if the provider answers others: something inside it
+# may be what fails (Ollama answers 500 for certain sentences, llama.cpp for long ones). A single text is given more,
+# since calling it the culprit loses it: where 30 % of all requests fail by chance, 0.2 % of good ones fail 5 times.
+SUSPECT_AFTER = 3
+REJECT_AFTER = 5
+
+# An overloaded server says nothing about the text: OpenAI's and everybody's 503, by status or by code.
+_OVERLOAD_CODES = {"server_is_overloaded", "overloaded", "slow_down"}
+
+# A provider that refused so many single texts and took none refuses the request, not the texts.
+REJECTIONS_BEFORE_STOP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Send the same batch again after so many seconds; `shared` if nobody else may send before that either."""
+
+    after_s: float
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Send the texts of the batch in smaller requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The only text of the batch fails; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out whether this batch is to blame, or the provider is down: send a single text, and decide again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing new is sent in this run."""
+
+    error: FatalProviderError
+
+
+Action: TypeAlias = Retry | Probe | Split | Reject | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is known of a batch when its attempt has failed.
+
+    Attributes:
+        inputs: Texts in the batch.
+        failures: Attempts of this batch that failed, this one included.
+        alone: Of `failures`, the last ones in a row during which nobody else got through either.
+        healthy: Whether the provider answers others well: since this batch first failed, or, since calling a single
+            text the culprit loses it, between its last two failures or after the last one.
+        probed: Whether single texts were sent in its place, and failed too.
+        canary: Whether a text is known that this provider has taken.
+        rejections: Single texts the provider refused in this run before it took a first one.
+        refusals: Rounds of refusals for coming too fast, of whichever batches, since a request succeeded.
+    """
+
+    inputs: int
+    failures: int
+    alone: int
+    healthy: bool
+    probed: bool = False
+    canary: bool = False
+    rejections: int = 0
+    refusals: int = 1
+
+
+def is_overload(error: ProviderError) -> bool:
+    """Tell whether the provider is overloaded, and fewer requests at once would help."""
+    return isinstance(error, RateLimitedError) or error.status == 503 or error.code in _OVERLOAD_CODES
+
+
+def decide(error: ProviderError, history: History, max_retries: int) -> Action:
+    """Return what to do after a failed attempt.
+
+    Args:
+        error: What the attempt failed with.
+        history: The batch's past.
+        max_retries: How often a batch is sent again while nothing succeeds.
+    """
+    if isinstance(error, FatalProviderError):
+        return Stop(error)
+    if isinstance(error, RateLimitedError):
+        return _after_refusal(error, history, max_retries)
+    if isinstance(error, (BadRequestError, TooLargeError)):
+        if history.inputs > 1:
+            return Split()
+        return _reject(error, history)
+    return _after_fault(error, history, max_retries)
+
+
+def _reject(error: ProviderError, history: History) -> Action:
+    if history.rejections >= REJECTIONS_BEFORE_STOP:
+        return Stop(_refused(error, history.rejections))
+    return Reject()
+
+
+def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
+    # While others get through, a refusal is a matter of turns, not of failing.
+    if history.alone > max_retries:
+        return Stop(_down(error, history.alone))
+    if error.retry_after_s is None:
+        return Retry(backoff_s(history.refusals), shared=True)
+    # told a few milliseconds again and again, all attempts would be used up before a second has passed
+    grown_s = backoff_s(history.alone - 1) if history.alone > 1 else 0.0
+    return Retry(max(error.retry_after_s, grown_s), shared=True)
+
+
+def _after_fault(error: ProviderError, history: History, max_retries: int) -> Action:
+    suspect_after = SUSPECT_AFTER if history.inputs > 1 else REJECT_AFTER
+    if is_overload(error):
+        suspect_after = max_retries + 1
+    was_sent = not isinstance(error, TransportError) or error.connected  # else it says nothing of the texts
+    if was_sent and history.failures >= min(suspect_after, max_retries + 1):
+        if history.healthy:
+            return Split() if history.inputs > 1 else _reject(error, history)
+        if not history.probed and (history.canary or (history.inputs > 1 and max_retries > 0)):
+            return Probe()
+    # An answer that is malformed every time stays so; an overloaded server or a cut line may come back.
+    limit = min(max_retries, suspect_after - 1) if isinstance(error, ProtocolError) else max_retries
+    if history.alone > limit:
+        return Stop(_down(error, history.alone))
+    if isinstance(error, TransportError) and not error.timed_out and history.failures == 1:
+        return Retry(0.0)  # most often a kept connection that the server had closed: a new one will do
+    stated = error.retry_after_s if isinstance(error, ServerError) else None
+    return Retry(max(stated or 0.0, backoff_s(history.failures)), shared=stated is not None)
+
+
+def backoff_s(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row: exponential, with jitter from half to whole."""
+    ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0 ** min(failures - 1, 16))
+    return ceiling * random.uniform(0.5, 1.0)
+
+
+def _down(error: ProviderError, failures: int) -> ProviderDownError:
+    down = ProviderDownError(
+        f"no request succeeded in {failures} attempts; the last one: {type(error).__name__}: {error}",
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+    )
+    down.__cause__ = error
+    return down
+
+
+def _refused(error: ProviderError, rejections: int) -> RequestError:
+    refused = RequestError(
+        f"{rejections} texts in a row were refused one by one and none was taken, so it is not the texts: {error}",
+        status=error.status,
+        code=error.code,
+        request_id=error.request_id,
+    )
+    refused.__cause__ = error
+    return refused
