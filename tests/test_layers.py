@@ -13,7 +13,7 @@ import asyncembed
 
 PACKAGE = Path(asyncembed.__file__).parent
 
-# A module imports from its own package and from rows above its own. What stands in one row does not know its neighbours.
+# A module imports from its own package and from rows above its own; those in one row do not know each other.
 LAYERS = [
     "errors metrics models concurrency",
     "types options",
