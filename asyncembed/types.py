@@ -6,9 +6,10 @@ repr: what is logged by accident must not leak what was embedded.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import numpy as np
@@ -100,8 +101,41 @@ class Reply:
     requests: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class ProviderInfo:
+    """What a provider says about itself; the defaults are those of a provider that says nothing.
+
+    Attributes:
+        base_url: The address that texts are sent to, path included; None if there is none.
+        identity: What the provider counts its rate limits by, usually address and a hash of the key. Embedders whose
+            providers have equal identities share one rate limiter. None: the provider object itself.
+        dimensions: The size of the vectors, once it is known.
+        encoding_format: The format in which vectors are requested; None if none is named.
+        validates: Whether it checks its replies itself: count, size and finite numbers. If not, `Embedder` does.
+    """
+
+    base_url: str | None = None
+    identity: Hashable = None
+    dimensions: int | None = None
+    encoding_format: str | None = None
+    validates: bool = False
+
+    @property
+    def host(self) -> str | None:
+        """Host and port, without user and password."""
+        return urlsplit(self.base_url).netloc.rpartition("@")[2] if self.base_url else None
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The server's name and port."""
+        if not self.base_url:
+            return None
+        parts = urlsplit(self.base_url)
+        return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+
+
 class Provider(Protocol):
-    """One request to one place. Safe to call from many tasks at once."""
+    """Sends one request to one place. Safe to call from many tasks at once."""
 
     async def embed(self, texts: Sequence[str]) -> Reply:
         """Send one request and return its validated reply.
@@ -112,8 +146,23 @@ class Provider(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Let go of what was opened here, and of nothing that was handed in."""
+        """Close what was opened here, and nothing that was handed in."""
         ...
+
+
+@runtime_checkable
+class DescribedProvider(Provider, Protocol):
+    """A provider that says more about itself than the defaults of `ProviderInfo`."""
+
+    @property
+    def info(self) -> ProviderInfo:
+        """What is known now; the first reply may add to it."""
+        ...
+
+
+def info_of(provider: Provider) -> ProviderInfo:
+    """Return what a provider says about itself."""
+    return provider.info if isinstance(provider, DescribedProvider) else ProviderInfo()
 
 
 class Cache(Protocol):
@@ -133,18 +182,6 @@ class Cache(Protocol):
 
     async def aclose(self) -> None:
         """Let go of what was opened here."""
-        ...
-
-
-Place: TypeAlias = Callable[[int], Vectors | None]
-"""Given the number of dimensions, where the vectors of a reply may be put: float32[n, d], or None for anywhere."""
-
-
-class PlacingProvider(Provider, Protocol):
-    """One that can put vectors where they are wanted, instead of where they then have to be copied from."""
-
-    async def embed_into(self, texts: Sequence[str], place: Place) -> Reply:
-        """As `embed`. What is in the place when it raises has no meaning; the reply's vectors may lie elsewhere."""
         ...
 
 
@@ -178,7 +215,7 @@ class Hit:
 
 
 class Sink(Protocol):
-    """Where `ingest` stores. Any object with these three methods will do."""
+    """Where `ingest` stores rows. Any object with these three methods will do; more are optional, see below."""
 
     async def prepare(self, model: str, dimensions: int | None) -> None:
         """Check all that can be checked before a token is paid; create what is missing. Idempotent.
@@ -210,6 +247,37 @@ class Sink(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSink(Sink, Protocol):
+    """A sink whose key is not always `str(id)`: in a column of integers "007" and 7 are one id."""
+
+    def stored_id(self, id: RecordId) -> str:
+        """Return the id as it is stored, in text."""
+        ...
+
+
+@runtime_checkable
+class CheckingSink(Sink, Protocol):
+    """A sink that knows in advance which ids it cannot hold, so that their texts are not paid for."""
+
+    def why_unfit(self, id: RecordId) -> str | None:
+        """Return what is wrong with an id; None if the sink can hold it."""
+        ...
+
+
+@runtime_checkable
+class PrunableSink(KeyedSink, Protocol):
+    """A sink that `ingest(..., prune=True)` can use: it lists and deletes ids."""
+
+    def ids(self, model: str) -> AsyncIterator[str]:
+        """Yield the stored ids of the model, as `stored_id` returns them. Yielded ids may be deleted meanwhile."""
+        ...
+
+    async def delete(self, ids: Iterable[RecordId], model: str) -> int:
+        """Delete the model's rows with these ids in one transaction; return how many there were."""
+        ...
+
+
 def check_vectors(vectors: object, count: int) -> None:
     """Raise a `ProtocolError` unless they are float32[count, d], all finite, as a provider promises."""
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
@@ -217,27 +285,12 @@ def check_vectors(vectors: object, count: int) -> None:
         raise ProtocolError(f"expected vectors float32[{count}, d], got {got}")
     if vectors.dtype != np.float32:
         raise ProtocolError(f"expected vectors of float32, got {vectors.dtype}")
-    _check_finite(vectors)
+    check_finite(vectors)
 
 
-def _check_finite(vectors: Vectors) -> None:
+def check_finite(vectors: Vectors) -> None:
+    """Raise a `ProtocolError` that names the first row with NaN or infinity, if there is one."""
     finite = np.isfinite(vectors)
     if not finite.all():
         row = int(np.argmin(finite.all(axis=1)))
         raise ProtocolError(f"expected finite numbers, got NaN or infinity for text {row}")
-
-
-class PrunableSink(Sink, Protocol):
-    """What `prune=True` asks of a sink beyond `Sink`. Ours have it."""
-
-    def stored_id(self, id: RecordId) -> str:
-        """Return the id as `ids` yields it: `str(id)`, but for keys of another type, where "007" may be "7"."""
-        ...
-
-    def ids(self, model: str) -> AsyncIterator[str]:
-        """Yield the ids stored for the model; ids that were yielded may be deleted meanwhile."""
-        ...
-
-    async def delete(self, ids: Iterable[RecordId], model: str) -> int:
-        """Delete the model's rows with these ids, in one transaction; return how many there were."""
-        ...

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from asyncembed.errors import AsyncEmbedError
-from asyncembed.types import Reply, Vectors
+from asyncembed.types import ProviderInfo, Reply, Vectors
 
 Answer: TypeAlias = AsyncEmbedError | float | None
 Script: TypeAlias = Callable[[int, Sequence[str]], Answer]
@@ -34,6 +34,7 @@ class FakeProvider:
     def __init__(self, script: Script | None = None, latency_s: float = 1.0) -> None:
         self._script = script or (lambda number, texts: None)
         self.latency_s = latency_s
+        self.info = ProviderInfo()
         self.requests: list[list[str]] = []
         self.sent_at: list[float] = []
         self.in_flight = 0

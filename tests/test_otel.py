@@ -394,7 +394,7 @@ def test_a_provider_has_the_conventions_name_if_its_host_is_known(host: str, nam
     ],
 )
 def test_address_and_port_are_told_also_where_the_url_names_none(base_url: str, address: tuple[str, int]) -> None:
-    assert OpenAIProvider(MODEL, base_url=base_url, api_key=KEY).address == address
+    assert OpenAIProvider(MODEL, base_url=base_url, api_key=KEY).info.address == address
 
 
 def test_importing_the_package_does_not_load_opentelemetry() -> None:

@@ -21,14 +21,14 @@ from ..metrics import Observer, Stats
 from ..options import check_amount, check_model, check_range
 from ..providers.credentials import ApiKey
 from ..providers.local import LocalCounter, LocalProvider
-from ..providers.openai import OFFICIAL_HOST, OpenAIProvider
+from ..providers.openai import OpenAIProvider
 from ..report import Check, EmbeddingResult, Plan, ProgressCallback, failed
 from ..sending.engine import SPARE_WORKERS, Engine
 from ..sending.pacing import Slots, shared_pace
 from ..sending.recorder import Metrics
 from ..sending.run import Run
 from ..sources.records import AnyIterable, check_text
-from ..types import Cache, EmbeddedRecord, Provider, Vectors
+from ..types import Cache, EmbeddedRecord, Provider, Vectors, info_of
 from .caching import Lookup
 from .dispatcher import Dispatch
 from .inputs import checked, listed
@@ -139,7 +139,7 @@ class Embedder:
         self._lookup = None if opened is None else self._new_lookup(opened)
 
     def __repr__(self) -> str:
-        host = getattr(self._provider, "host", None)
+        host = info_of(self._provider).host
         dispatch = self._dispatches.peek()
         status = f"0 of {self.concurrency} requests under way" if dispatch is None else dispatch.status()
         return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {status}>"
@@ -185,11 +185,7 @@ class Embedder:
         """The size of the vectors; None while nobody can know it."""
         if self._asked_dimensions is not None:
             return self._asked_dimensions
-        known = getattr(self._provider, "dimensions", None)
-        if known is None and getattr(self._provider, "host", None) == OFFICIAL_HOST:
-            # elsewhere a well-known name may stand for any model
-            return self._facts.dimensions
-        return known
+        return info_of(self._provider).dimensions
 
     async def embed(
         self,
@@ -364,7 +360,7 @@ class Embedder:
 
     def _new_dispatch(self) -> Dispatch:
         # The provider counts limits per address, key and model; a provider of the user's own is its own place.
-        place = getattr(self._provider, "identity", None) or id(self._provider)
+        place = info_of(self._provider).identity or id(self._provider)
         pace = shared_pace((place, self.model))
         pace.limit(*self._per_minute)
         watch = self._metrics.here()
@@ -390,7 +386,7 @@ class Embedder:
     def _new_lookup(self, cache: Cache) -> Lookup:
         limits, kind = self._limits, type(self._provider)
         settings = {
-            "place": getattr(self._provider, "base_url", f"{kind.__module__}.{kind.__qualname__}"),
+            "place": info_of(self._provider).base_url or f"{kind.__module__}.{kind.__qualname__}",
             "model": self.model,
             "dimensions": self._asked_dimensions,
             # these decide what is embedded of a long text

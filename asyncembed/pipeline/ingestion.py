@@ -17,7 +17,7 @@ from ..errors import AsyncEmbedError, SinkError, SourceError
 from ..report import IngestReport, ProgressCallback, reporter
 from ..sending.run import STORING_S, Run, StoppedError
 from ..sources.records import AnyIterable, in_slices
-from ..types import Failure, RecordId, Row, Sink, Vectors
+from ..types import CheckingSink, Failure, KeyedSink, RecordId, Row, Sink, Vectors
 from .pruning import Pruning
 from .validation import WhyUnfit, _checked, _Pending
 
@@ -137,8 +137,8 @@ class _Job:
         self._report = IngestReport()
         self._count = 0
         self._records_a_turn = 8
-        self._why_unfit: WhyUnfit = getattr(sink, "why_unfit", lambda id: None)
-        self._stored_id: Callable[[RecordId], str] = getattr(sink, "stored_id", str)
+        self._why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
+        self._stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
         self._pending: dict[int, _Pending] = {}
         self._in_flight: set[str] = set()
         self._held: dict[str, _Pending] = {}

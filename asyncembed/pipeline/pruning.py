@@ -13,7 +13,6 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import cast
 
 from ..databases.sqlite import KEYS_A_STATEMENT, marks, pieces
 from ..errors import ConfigError, SinkError
@@ -36,13 +35,12 @@ class Pruning:
     """
 
     def __init__(self, sink: Sink, model: str) -> None:
-        missing = [name for name in ("stored_id", "ids", "delete") if not callable(getattr(sink, name, None))]
-        if missing:
+        if not isinstance(sink, PrunableSink):
             raise ConfigError(
-                f"prune=True needs a sink that can list and delete ids; {type(sink).__name__} has no "
-                f"{', '.join(missing)}: see asyncembed.types.PrunableSink"
+                f"prune=True needs a sink that can list and delete ids; {type(sink).__name__} lacks stored_id, ids or "
+                "delete: see asyncembed.types.PrunableSink"
             )
-        self._sink = cast(PrunableSink, sink)
+        self._sink = sink
         self._model = model
         self._lock = threading.Lock()  # a cancelled run closes the file while a thread may still write to it
         # SQLite documentation, "Temporary Databases": an empty name is a file of its own that nobody else sees,

@@ -20,7 +20,7 @@ import numpy as np
 import pybase64
 
 from ..errors import ProtocolError
-from ..types import Place, Reply, Vectors, _check_finite
+from ..types import Reply, Vectors, check_finite
 
 # A quote inside a JSON string is escaped, so this matches keys only. A vector with more blanks before it than
 # these, or with its key in escapes, is not taken out but parsed with the rest.
@@ -73,16 +73,14 @@ class Decoder:
     Args:
         count: How many texts were sent.
         dimensions: The size each vector must have; None if the first one may tell.
-        place: Where to put the vectors.
     """
 
-    def __init__(self, count: int, dimensions: int | None, place: Place | None = None) -> None:
+    def __init__(self, count: int, dimensions: int | None) -> None:
         self.size = 0
         """Bytes taken so far."""
         self.most_bytes = most_bytes(count, dimensions)
         self._count = count
         self._dimensions = dimensions
-        self._place = place
         self._unread = bytearray()
         self._searched = 0
         """So much of `unread` does not hold the end of the vector which it begins with."""
@@ -156,15 +154,11 @@ class Decoder:
             if self._dimensions is None and not 0 < len(vector) <= MAX_DIMENSIONS:
                 self._aside[number] = f"expected 1 to {MAX_DIMENSIONS:,} dimensions, got {len(vector):,}"
                 return
-            self._vectors = self._room(self._dimensions or len(vector))
+            self._vectors = _room_for(self._count, self._dimensions or len(vector))
         if number < self._count and len(vector) == self._vectors.shape[1]:
             self._vectors[number] = vector
         else:
             self._aside[number] = vector
-
-    def _room(self, dimensions: int) -> Vectors:
-        room = self._place(dimensions) if self._place is not None else None
-        return _room_for(self._count, dimensions) if room is None else room
 
     def finish(self) -> Reply:
         """Return the reply, of which all has been fed.
@@ -290,7 +284,7 @@ def _unescaped(text: bytes) -> bytes:
 
 
 def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:
-    _check_finite(vectors)
+    check_finite(vectors)
     if guessed and _are_doubles(vectors):
         raise ProtocolError("expected float32 in base64, got float64")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..types import Reply, Vectors
+from ..types import ProviderInfo, Reply, Vectors
 
 # The sizes l2_supercat was trained to be cut to (wordllama's README, read 2026-11).
 DIMENSIONS = (64, 128, 256)
@@ -46,7 +46,12 @@ class LocalProvider:
             raise ConfigError('the embedded model is not installed: pip install "asyncembed[local]"')
         if dimensions is not None and dimensions not in DIMENSIONS:
             raise ConfigError(f"dimensions={dimensions}; the embedded model has {', '.join(map(str, DIMENSIONS))}")
-        self.dimensions = dimensions or DIMENSIONS[-1]
+        self._dimensions = dimensions or DIMENSIONS[-1]
+
+    @property
+    def info(self) -> ProviderInfo:
+        """The size of the vectors."""
+        return ProviderInfo(dimensions=self._dimensions)
 
     async def embed(self, texts: Sequence[str]) -> Reply:
         """Return the vectors of the texts, float32[n, dimensions], and their number of tokens.
@@ -58,7 +63,7 @@ class LocalProvider:
     def _embed(self, texts: Sequence[str]) -> Reply:
         model = _model()
         ids = [np.array(encoding.ids, np.int64) for encoding in _encode(model, texts)]
-        vectors = np.stack([_mean(model.embedding, row)[: self.dimensions] for row in ids])
+        vectors = np.stack([_mean(model.embedding, row)[: self._dimensions] for row in ids])
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         np.divide(vectors, norms, out=vectors, where=norms > 0)
         return Reply(vectors, sum(map(len, ids)))

@@ -23,8 +23,9 @@ import warnings
 from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+from .. import models
 from ..concurrency import finished, in_thread_if
 from ..errors import (
     AuthenticationError,
@@ -36,7 +37,7 @@ from ..errors import (
     RequestError,
     TransportError,
 )
-from ..types import Place, Reply
+from ..types import ProviderInfo, Reply
 from .credentials import ApiKey, check_base_url, check_key, usable_key
 from .decoding import Decoder
 from .redaction import veil
@@ -110,9 +111,10 @@ class OpenAIProvider:
             _check_client(client, base_url=base_url, api_key=api_key, http_client=http_client)
             self._base_url = str(client.base_url)
             self._api_key = str(getattr(client, "api_key", ""))
+        self._place = ProviderInfo(self._base_url.rstrip("/"), _identity(self._base_url, self._api_key), validates=True)
 
     def __repr__(self) -> str:
-        return f"<OpenAIProvider {self._model!r} at {self.host}>"
+        return f"<OpenAIProvider {self._model!r} at {self._place.host}>"
 
     def __del__(self) -> None:
         here, clients = os.getpid(), getattr(self, "_clients", {})
@@ -124,36 +126,13 @@ class OpenAIProvider:
         raise TypeError("an OpenAIProvider holds a key and connections: make one in each process, do not pickle it")
 
     @property
-    def host(self) -> str:
-        """Where texts are sent to: host and port."""
-        return urlsplit(self._base_url).netloc.rpartition("@")[2]
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """The server's name and port."""
-        parts = urlsplit(self._base_url)
-        return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
-
-    @property
-    def encoding_format(self) -> str | None:
-        """What vectors are asked for in; None if nothing is said of it."""
-        return _ENCODINGS[self._encoding]
-
-    @property
-    def base_url(self) -> str:
-        """Where texts are sent to, path included."""
-        return self._base_url.rstrip("/")
-
-    @property
-    def identity(self) -> Hashable:
-        """What the provider counts limits by, as far as we can tell: address and key, which is not in it."""
-        key = self._api_key
-        return self.base_url, hashlib.sha256(key.encode()).digest() if isinstance(key, str) else key
-
-    @property
-    def dimensions(self) -> int | None:
-        """The size of the vectors, once it is known."""
-        return self._expected
+    def info(self) -> ProviderInfo:
+        """What is known of the server and the model; the first replies add to it."""
+        dimensions = self._expected
+        if dimensions is None and self._place.host == OFFICIAL_HOST:
+            # elsewhere a well-known name may stand for any model
+            dimensions = models.lookup(self._model).dimensions
+        return replace(self._place, dimensions=dimensions, encoding_format=_ENCODINGS[self._encoding])
 
     async def embed(self, texts: Sequence[str]) -> Reply:
         """Send one request and return its validated reply.
@@ -161,22 +140,18 @@ class OpenAIProvider:
         Raises:
             ProviderError: It failed; nothing of its reply is used. The connection is closed or clean.
         """
-        return await self.embed_into(texts, None)
-
-    async def embed_into(self, texts: Sequence[str], place: Place | None) -> Reply:
-        """As `embed`, but the vectors are put into a place of the caller's, if they are sent in order."""
         client = await self._client()
         try:
             async with client.room, asyncio.timeout(self._timeout):
-                return await self._embed(client, texts, place)
+                return await self._embed(client, texts)
         except TimeoutError:
             raise TransportError(f"no whole answer within {self._timeout:g} s", timed_out=True) from None
 
-    async def _embed(self, client: _Client, texts: Sequence[str], place: Place | None) -> Reply:
+    async def _embed(self, client: _Client, texts: Sequence[str]) -> Reply:
         first = self._encoding
         for encoding in range(first, len(_ENCODINGS)):
             try:
-                reply = await self._attempt(client, texts, _ENCODINGS[encoding], place)
+                reply = await self._attempt(client, texts, _ENCODINGS[encoding])
             except ProviderError as error:
                 error.requests = encoding - first + 1
                 is_about_it = isinstance(error, BadRequestError) and _blames_encoding(str(error))
@@ -186,13 +161,13 @@ class OpenAIProvider:
                 break
         if encoding > self._encoding:  # else another request has found it out already
             self._encoding = encoding
-            logger.warning("%s refuses encoding_format=%r", self.host, _ENCODINGS[encoding - 1])
+            logger.warning("%s refuses encoding_format=%r", self._place.host, _ENCODINGS[encoding - 1])
         return replace(reply, requests=encoding - first + 1) if encoding > first else reply
 
-    async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None, place: Place | None) -> Reply:
+    async def _attempt(self, client: _Client, texts: Sequence[str], encoding: str | None) -> Reply:
         size = sum(map(len, texts))
         body = await in_thread_if(size >= INLINE_BYTES, client.http.to_json, self._fields(texts, encoding))
-        decoder = Decoder(len(texts), self._expected, place)
+        decoder = Decoder(len(texts), self._expected)
         response, refused = await self._post(client, body, decoder)
         if not response.is_success:
             raise await in_thread_if(size >= INLINE_BYTES, _refusal, response, refused, texts)
@@ -203,7 +178,7 @@ class OpenAIProvider:
         # Azure is asked for a deployment, not for a model
         if not (self._warned or client.is_azure) and is_other_model(self._model, reply.model):
             self._warned = True
-            logger.warning("%s was asked for the model %r and answers with another one", self.host, self._model)
+            logger.warning("%s was asked for the model %r and answers with another one", self._place.host, self._model)
         return replace(reply, rates=rates_of(response.headers))
 
     def _fields(self, texts: Sequence[str], encoding: str | None) -> dict[str, Any]:
@@ -290,7 +265,7 @@ class OpenAIProvider:
         except ModuleNotFoundError:  # of the SDK itself
             raise
         except Exception as error:  # an address of the user's or a proxy of the environment's that is none
-            raise RequestError(f"no client can be made for {self.host}: {type(error).__name__}") from None
+            raise RequestError(f"no client can be made for {self._place.host}: {type(error).__name__}") from None
         client.adopt(*loaded, self._timeout)
         if self._given_client is None and self._given_http_client is None:
             client.closing = _closes_with_its_loop(client)
@@ -324,6 +299,12 @@ class OpenAIProvider:
         client = self._clients.pop((pid, asyncio.get_running_loop()), None)
         if client is not None and client.closing is not None:
             await finished(client.closing.aclose())  # half closed, its connections would be lost
+
+
+def _identity(base_url: str, api_key: ApiKey) -> Hashable:
+    """Return what the provider counts rate limits by, as far as we can tell: address and key, which is hashed."""
+    key = hashlib.sha256(api_key.encode()).digest() if isinstance(api_key, str) else api_key
+    return base_url.rstrip("/"), key
 
 
 def _check_client(client: Any, **others: object) -> None:

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 from ..batching.batch import Batch, Deliver, Outcome, failed, settled
 from ..batching.packing import OPEN_BATCHES, Limits, Packer
@@ -28,7 +27,7 @@ from ..errors import (
     TooLargeError,
     TransportError,
 )
-from ..types import PlacingProvider, Provider, Reply, check_vectors
+from ..types import Provider, Reply, check_vectors, info_of
 from .pacing import Pace, Slots, Ticket
 from .recorder import Watch
 from .retry import Action, History, Probe, Reject, Retry, Split, Stop, decide, is_overload
@@ -258,13 +257,9 @@ class Engine:
         request = self._watch.request(ticket, inputs, fill, is_retry=batch.sent, callers=run.callers)
         batch.sent = True
         with request:
-            texts, place = [item.content for item in batch.items], run.place_for(batch.items)
-            places = hasattr(self._provider, "embed_into")
-            if places and place is not None:
-                request.reply = await cast(PlacingProvider, self._provider).embed_into(texts, place)
-            else:
-                request.reply = await self._provider.embed(texts)
-            if not places:  # who does looks at the numbers as they come
+            texts = [item.content for item in batch.items]
+            request.reply = await self._provider.embed(texts)
+            if not info_of(self._provider).validates:
                 check_vectors(request.reply.vectors, len(texts))
         return request.reply
 

@@ -15,7 +15,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from ..errors import ConfigError
 from ..metrics import Observer, RequestFinished, RequestStarted, Stats, Tally
-from ..types import Provider, Reply
+from ..types import Provider, Reply, info_of
 from .pacing import Slots, Ticket
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Metrics:
             )
         self.model = model
         self.provider = provider
-        self.address: tuple[str, int] | None = getattr(provider, "address", None)
+        self.address = info_of(provider).address
         self.observer = observer
         self._is_broken = False
         self._watches: dict[asyncio.AbstractEventLoop, Watch] = {}
@@ -198,7 +198,7 @@ class Watched:
             self._metrics.tell(self._finish, self._finished(elapsed_s, error))
 
     def _finished(self, elapsed_s: float, error: BaseException | None) -> RequestFinished:
-        encoding: str | None = getattr(self._metrics.provider, "encoding_format", None)
+        encoding = info_of(self._metrics.provider).encoding_format
         if self.reply is None:
             status: int | None = getattr(error, "status", None)
             return RequestFinished(elapsed_s=elapsed_s, error=type(error).__name__, status=status, encoding=encoding)

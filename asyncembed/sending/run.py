@@ -11,7 +11,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from ..batching.texts import Item
 from ..errors import AsyncEmbedError, ConfigError, DeadlineError
 from ..report import Progress
-from ..types import Place
 
 # What is being stored when a run is stopped gets this long: it is paid for, and half of it may be there already.
 STORING_S = 10.0
@@ -53,8 +52,6 @@ class Run:
         """Whether it was said that several requests in a row had no answer."""
         self.canary: Item | None = None
         """A short text that the provider has taken: if it takes it no more, it is down."""
-        self.place_for: Callable[[Sequence[Item]], Place | None] = lambda _: None
-        """Tells where the vectors of a request's inputs are wanted, if they are wanted side by side."""
         self.stopped_by: AsyncEmbedError | None = None
         self.aside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext
         """Entered by a batch while it waits out a backoff, so that others are sent meanwhile."""

@@ -35,7 +35,7 @@ from asyncembed.errors import (
 from asyncembed.report import EmbeddingResult, Progress
 from asyncembed.sending.run import Run
 from asyncembed.testing import EmbeddingServer, embedding_of
-from asyncembed.types import Reply, Vectors
+from asyncembed.types import ProviderInfo, Reply, Vectors
 from tests.caches.keys import in_one_turn
 from tests.embedder.test_cancellation import cancelled_at
 from tests.fakes import FakeProvider, Script, vector_of
@@ -51,7 +51,7 @@ def a_slow_disk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(cache: Any, script: Script | None = None, **options: Any) -> tuple[Embedder, FakeProvider]:
     provider = FakeProvider(script, latency_s=options.pop("latency_s", 0))
-    provider.dimensions = options.pop("knows", 4)  # type: ignore[attr-defined]
+    provider.info = ProviderInfo(dimensions=options.pop("knows", 4))
     return Embedder("fake", provider=provider, cache=cache, **options), provider
 
 

@@ -26,6 +26,7 @@ from asyncembed import (
 )
 from asyncembed.errors import RateLimitedError
 from asyncembed.testing import EmbeddingServer
+from asyncembed.types import ProviderInfo
 from tests.fakes import FakeProvider, Script, vector_of
 
 
@@ -258,10 +259,9 @@ async def test_a_check_raises_what_the_provider_answers_and_repeats_nothing(stat
 
 
 async def test_a_check_tells_of_another_size_than_the_models() -> None:
-    class OfficialLooking(FakeProvider):
-        host = "api.openai.com"
-
-    embedder = Embedder("text-embedding-3-small", provider=OfficialLooking(latency_s=0))
+    provider = FakeProvider(latency_s=0)
+    provider.info = ProviderInfo(dimensions=1536)
+    embedder = Embedder("text-embedding-3-small", provider=provider)
     with pytest.raises(ConfigError, match="4 dimensions; text-embedding-3-small has 1536"):
         await embedder.check()
 

@@ -439,9 +439,9 @@ async def test_a_bad_text_that_speaks_of_base64_does_not_end_base64(server: Embe
 
 async def test_the_first_reply_tells_the_dimensions_of_all_others(server: EmbeddingServer) -> None:
     provider = provider_at(server.base_url)
-    assert provider.dimensions is None
+    assert provider.info.dimensions is None
     await provider.embed(["a"])
-    assert provider.dimensions == DIMENSIONS
+    assert provider.info.dimensions == DIMENSIONS
     server.faults = lambda _: WrongDimensions(DIMENSIONS + 1)
     with pytest.raises(ProtocolError, match=r"8 .*9"):
         await provider.embed(["a"])

@@ -82,23 +82,25 @@ def test_an_address_that_is_none_or_is_unsafe_is_refused(url: str, why: str) -> 
 
 def test_http_beyond_this_machine_can_be_allowed() -> None:
     provider = OpenAIProvider(MODEL, api_key="sk-test", base_url="http://10.0.0.1/v1", allow_insecure_http=True)
-    assert provider.host == "10.0.0.1"
+    assert provider.info.host == "10.0.0.1"
 
 
 def test_the_address_comes_from_the_caller_then_the_environment_then_openai(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert OpenAIProvider(MODEL, api_key="sk-test").host == "api.openai.com"
+    assert OpenAIProvider(MODEL, api_key="sk-test").info.host == "api.openai.com"
     monkeypatch.setenv("OPENAI_BASE_URL", "https://gateway.example:8443/v1")
-    assert OpenAIProvider(MODEL, api_key="sk-test").host == "gateway.example:8443"
-    assert OpenAIProvider(MODEL, api_key="sk-test", base_url="https://other.example/v1").host == "other.example"
+    assert OpenAIProvider(MODEL, api_key="sk-test").info.host == "gateway.example:8443"
+    assert OpenAIProvider(MODEL, api_key="sk-test", base_url="https://other.example/v1").info.host == "other.example"
 
 
 def test_one_key_and_address_are_one_identity_whoever_writes_them() -> None:
     one, other = (
         OpenAIProvider(MODEL, api_key="sk-test", base_url=f"https://example.com/v1{end}") for end in ("", "/")
     )
-    assert one.identity == other.identity
-    assert one.identity != OpenAIProvider(MODEL, api_key="sk-else", base_url="https://example.com/v1").identity
-    assert "sk-test" not in repr(one.identity)
+    assert one.info.identity == other.info.identity
+    assert (
+        one.info.identity != OpenAIProvider(MODEL, api_key="sk-else", base_url="https://example.com/v1").info.identity
+    )
+    assert "sk-test" not in repr(one.info.identity)
 
 
 # ---- the veil ----

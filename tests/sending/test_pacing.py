@@ -13,7 +13,7 @@ from asyncembed import Embedder
 from asyncembed.errors import RateLimitedError, ServerError
 from asyncembed.sending.pacing import Pace, Slots, shared_pace
 from asyncembed.sending.rate_limits import Bucket, learn
-from asyncembed.types import Rates, Reply
+from asyncembed.types import ProviderInfo, Rates, Reply
 from tests.fakes import vector_of
 
 
@@ -35,7 +35,7 @@ class LimitedProvider:
         tells: bool = True,
         retry_after: bool = True,
     ) -> None:
-        self.identity = object()
+        self.info = ProviderInfo(identity=object())
         self._rates = {"tokens": tokens_per_minute / 60, "requests": requests_per_minute / 60}
         self._capacity = {name: rate * capacity_s for name, rate in self._rates.items()}
         self._limit = {name: rate * (told_s or capacity_s) for name, rate in self._rates.items()}
@@ -157,7 +157,7 @@ async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
         await embedder.embed(["a"])
         await embedder.aclose()
         await embedder.embed(["a"])
-    pace = shared_pace((provider.identity, "fake"))
+    pace = shared_pace((provider.info.identity, "fake"))
     assert list(pace.own) == [(60, False)]
 
 
