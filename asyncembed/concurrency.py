@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -44,6 +45,19 @@ class PerLoop(Generic[T]):
     def pop(self) -> T | None:
         """Forget the running loop's value and return it, if there was one."""
         return self._values.pop(asyncio.get_running_loop(), None)
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """An `asyncio.TaskGroup` that raises the first error itself, not a group of errors."""
+    error: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        error = errors.exceptions[0]  # what came first counts, the others follow from it
+    if error is not None:
+        raise error
 
 
 def noted(cancelled: asyncio.CancelledError, outcome: Any) -> asyncio.CancelledError:

@@ -88,9 +88,9 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Tally:
-    """What one event loop has counted; the names are those of `Stats`."""
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """What was counted on one event loop; `Stats` explains the names."""
 
     requests: int = 0
     retries: int = 0
@@ -113,16 +113,16 @@ class Tally:
     cache_hits: int = 0
     cache_misses: int = 0
 
-    def add(self, other: Tally) -> None:
-        """Add what another one has counted; it may be counting in another thread."""
+    def add(self, other: Counters) -> None:
+        """Add what was counted on another event loop, which may go on counting in its thread."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.queue_max_s = max(self.queue_max_s, other.queue_max_s)
-        for error, count in dict(other.failures).items():  # a copy, made in one go
+        for error, count in dict(other.failures).items():  # a copy, made in one step
             self.failures[error] = self.failures.get(error, 0) + count
 
 
-_SUMS = tuple(each.name for each in fields(Tally) if each.name not in ("failures", "queue_max_s"))
+_SUMS = tuple(each.name for each in fields(Counters) if each.name not in ("failures", "queue_max_s"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

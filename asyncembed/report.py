@@ -1,4 +1,4 @@
-"""What a run did: plain values, filled by `embedder` and `pipeline` alone."""
+"""The results and reports of calls: plain values, filled by `embedder` and `pipeline`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ import numpy as np
 
 from .errors import AllFailedError, SomeFailedError
 from .types import Failure, RecordId, Vectors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a call has cost so far.
+
+    Attributes:
+        requests: Requests sent, retries included.
+        retries: Of `requests`, those that repeated one.
+        tokens: Tokens billed, as the provider said.
+        tokens_known: Whether the provider has said so for each successful request.
+        cache_hits: Texts whose vectors were in the cache; duplicates count once.
+        cache_misses: Texts that were looked up in the cache and not found.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    tokens: int = 0
+    tokens_known: bool = True
+    cache_hits: int = 0
+    cache_misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +243,8 @@ def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-logger = logging.getLogger(__name__)
-
-
 def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
-    """Return a callback that can do no harm: one that raises is logged and not called again.
+    """Guard a progress callback: if it raises, that is logged, and it is not called again.
 
     Raises:
         TypeError: It cannot be called, or has to be awaited.

@@ -9,8 +9,16 @@ from typing import TypeAlias
 
 import numpy as np
 
+from asyncembed import Embedder
 from asyncembed.errors import AsyncEmbedError
 from asyncembed.types import ProviderInfo, Reply, Vectors
+
+
+def is_idle(embedder: Embedder) -> bool:
+    """Whether nothing is in flight, waits or is queued."""
+    stats = embedder.stats()
+    return (stats.under_way, stats.waiting, stats.gathering) == (0, 0, 0)
+
 
 Answer: TypeAlias = AsyncEmbedError | float | None
 Script: TypeAlias = Callable[[int, Sequence[str]], Answer]

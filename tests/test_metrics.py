@@ -26,7 +26,7 @@ from asyncembed.errors import (
     ServerError,
     TransportError,
 )
-from asyncembed.metrics import RequestFinished, RequestStarted, Tally
+from asyncembed.metrics import Counters, RequestFinished, RequestStarted
 from tests.fakes import FakeProvider, Script
 
 SECRET = "the patient's name"
@@ -333,12 +333,12 @@ async def test_another_thread_may_ask_while_requests_run() -> None:
 
 
 def test_adding_tallies_adds_every_field() -> None:
-    one = Tally(**{each.name: 2 for each in fields(Tally) if each.name != "failures"}, failures={"A": 1, "B": 2})
-    other = Tally(**{each.name: 3 for each in fields(Tally) if each.name != "failures"}, failures={"B": 3})
+    one = Counters(**{each.name: 2 for each in fields(Counters) if each.name != "failures"}, failures={"A": 1, "B": 2})
+    other = Counters(**{each.name: 3 for each in fields(Counters) if each.name != "failures"}, failures={"B": 3})
 
     one.add(other)
 
-    expected = {each.name: 5 for each in fields(Tally)} | {"failures": {"A": 1, "B": 5}, "queue_max_s": 3}
+    expected = {each.name: 5 for each in fields(Counters)} | {"failures": {"A": 1, "B": 5}, "queue_max_s": 3}
     assert asdict(one) == expected
 
 

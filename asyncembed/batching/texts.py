@@ -1,6 +1,6 @@
-"""Texts to the inputs of requests: checked, counted, and cut where they are too long.
+"""The texts of a call, and the inputs of requests they become: counted, and cut where they are too long.
 
-Blocking and pure: `engine` calls it in a thread, a slice at a time.
+Pure, but blocking: it is called in a thread, a portion of texts at a time.
 """
 
 from __future__ import annotations
@@ -17,32 +17,37 @@ from ..types import Vectors
 from .packing import Limits, weigh
 from .tokens import MAX_BYTES_PER_TOKEN, TokenCounter
 
+# How much is counted at once in a thread: 10 ms of tiktoken, which releases the GIL meanwhile.
+PORTION_TEXTS = 512
+PORTION_CHARACTERS = 512 * 1024
+
 TooLong: TypeAlias = Literal["error", "truncate", "mean"]
 
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """One text of a call, and the positions in the call's input that its vector answers.
+    """One text of a call, and the positions in the call's input where it stands.
 
-    If it is not cut into pieces it is its own input of a request: of many texts a second object each would be felt, by
-    the garbage collector most of all.
+    A text that is not cut into pieces is itself the input of a request. A second object for each text would be felt
+    with many texts, most of all by the garbage collector.
     """
 
     content: str = field(repr=False)
     indices: Sequence[int]
-    mean: Mean | None = None
+    pieces: PooledPieces | None = None
+    """The vectors of its pieces so far, if it was cut."""
     tokens: int = 0
     weight: int = 0
 
     @property
     def text(self) -> Text:
-        """The text whose vector this input brings: its own."""
+        """The text that this input belongs to: itself."""
         return self
 
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """One input of a request that is a part of a long text."""
+    """An input of a request that is a part of a long text."""
 
     text: Text
     content: str = field(repr=False)
@@ -50,15 +55,15 @@ class Piece:
     weight: int
 
 
-Item: TypeAlias = Text | Piece
+Input: TypeAlias = Text | Piece
 """One input of a request."""
 
 
 @dataclass(slots=True, eq=False)
-class Mean:
-    """Collects the pieces of a long text: their mean, weighted by tokens, at unit length.
+class PooledPieces:
+    """Mean pooling of a long text's pieces: the mean of their vectors, weighted by tokens, at unit length.
 
-    Summed in float64, so that the order in which the pieces come is not seen in the result.
+    It is summed in float64, so the result does not depend on the order of the pieces.
     """
 
     missing: int
@@ -80,11 +85,20 @@ class Mean:
         return (self.total / norm).astype(np.float32)
 
 
-Weighed: TypeAlias = tuple[list[Item], list[tuple[Text, AsyncEmbedError]]]
+def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
+    """Cut a sequence into portions that are counted at once."""
+    start = characters = 0
+    for end, text in enumerate(texts, start=1):
+        characters += len(text.content)
+        if end - start >= PORTION_TEXTS or characters >= PORTION_CHARACTERS:
+            yield texts[start:end]
+            start, characters = end, 0
+    if start < len(texts):
+        yield texts[start:]
 
 
 def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = None) -> list[Text]:
-    """Merge equal texts: each is sent once and answers all its positions.
+    """Merge duplicate texts: each is sent once, and its vector belongs to all its positions.
 
     Args:
         texts: Positions and texts.
@@ -94,7 +108,7 @@ def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = Non
     for index, content in texts:
         text = found.get(content)
         if text is None:
-            found[content] = Text(content, (index,))  # which the garbage collector need not look at
+            found[content] = Text(content, (index,))  # a tuple, which the garbage collector does not track
         elif isinstance(text.indices, list):
             text.indices.append(index)
         else:
@@ -102,14 +116,32 @@ def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = Non
     return list(found.values())
 
 
-def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, too_long: TooLong) -> Weighed:
-    """Return the inputs the texts become, in order, and the texts that are too long to become any.
+def fit_one_request(texts: Sequence[Text], limits: Limits) -> bool:
+    """Return whether the texts surely fit into one request, and each is surely short enough; if so, set their weights.
 
-    Tokens are counted only where bytes do not decide alone. With an inexact counter a text that may or may not be
-    too long is sent as it is under "error", since the server knows, and its refusal costs that text alone; under
-    "truncate" and "mean" it is cut by the bound, so into less than would have fitted.
+    No text has more tokens than bytes, and no character has more than four bytes: short texts need no tokenizer.
     """
-    items: list[Item] = []
+    characters = 0
+    for text in texts:
+        length = len(text.content)
+        characters += length
+        if 4 * length > limits.tokens_per_text or 4 * characters > limits.tokens:
+            return False
+    for text in texts:
+        text.tokens = text.weight = _size(text.content)
+    return len(texts) <= limits.inputs
+
+
+def prepare_inputs(
+    texts: Sequence[Text], counter: TokenCounter, limits: Limits, too_long: TooLong
+) -> tuple[list[Input], list[tuple[Text, AsyncEmbedError]]]:
+    """Return the inputs that the texts become, in order, and the texts that are too long, each with its error.
+
+    Tokens are counted only where the number of bytes does not decide. With an inexact counter a text that may be too
+    long is sent as it is under "error": the server knows, and its refusal costs that text alone. Under "truncate" and
+    "mean" it is cut by the upper bound, into less than would have fitted.
+    """
+    inputs: list[Input] = []
     failed: list[tuple[Text, AsyncEmbedError]] = []
     sizes = [_size(text.content) for text in texts]
     countable = [text.content for text, size in zip(texts, sizes, strict=True) if not _surely_too_long(size, limits)]
@@ -121,7 +153,7 @@ def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, to
         weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
         least = weight if counter.exact else weigh(0, size)
         if (over or least > limits.tokens) and too_long != "error":
-            items.extend(_pieces(text, counter, min(limits.tokens_per_text, limits.tokens), too_long))
+            inputs.extend(_pieces(text, counter, min(limits.tokens_per_text, limits.tokens), too_long))
         elif surely or (over and counter.exact):
             has = f"{'at least ' if surely else ''}{tokens:,} tokens; the model takes"
             failed.append((text, _too_long(has, tokens, limits.tokens_per_text)))
@@ -129,8 +161,8 @@ def weigh_texts(texts: Sequence[Text], counter: TokenCounter, limits: Limits, to
             failed.append((text, _too_long(f"a weight of {least:,} tokens; a batch takes", least, limits.tokens)))
         else:
             text.tokens, text.weight = tokens, weight
-            items.append(text)
-    return items, failed
+            inputs.append(text)
+    return inputs, failed
 
 
 def _size(text: str) -> int:
@@ -149,7 +181,7 @@ def _too_long(has: str, tokens: int, limit: int) -> TooLongError:
 def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Piece]:
     pieces = list(_cut(text.content, counter, limit, only_first=too_long == "truncate"))
     if len(pieces) > 1:
-        text.mean = Mean(missing=len(pieces))
+        text.pieces = PooledPieces(missing=len(pieces))
     for piece, tokens in zip(pieces, counter.count(pieces), strict=True):
         yield Piece(text, piece, tokens, weigh(tokens, _size(piece)))
 
@@ -174,22 +206,3 @@ def _first_piece(text: str, start: int, counter: TokenCounter, limit: int) -> st
         if len(piece) < len(window) or start + width >= len(text):
             return piece
         width *= 2
-
-
-# Counted in one go, in a thread: 10 ms of tiktoken, and nothing for the loop.
-SLICE_TEXTS = 512
-
-
-SLICE_CHARACTERS = 512 * 1024
-
-
-def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
-    """Cut a sequence into pieces that are counted at once."""
-    start = characters = 0
-    for end, text in enumerate(texts, start=1):
-        characters += len(text.content)
-        if end - start >= SLICE_TEXTS or characters >= SLICE_CHARACTERS:
-            yield texts[start:end]
-            start, characters = end, 0
-    if start < len(texts):
-        yield texts[start:]

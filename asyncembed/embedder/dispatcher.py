@@ -1,194 +1,220 @@
-"""An embedder on one event loop: its engine, the calls that share requests, the cache, and all that is under way."""
+"""Routes a call: to the cache, to a request shared with other calls, or to requests of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing, suppress
-from functools import partial
-from typing import TypeAlias
 
-from ..batching.batch import Deliver
-from ..batching.packing import OPEN_BATCHES, Limits
-from ..batching.texts import Text
+from ..batching.batch import Batch, Receiver
+from ..batching.packing import OPEN_BATCHES
+from ..batching.texts import Text, fit_one_request
 from ..batching.tokens import ByteBound, TokenCounter
 from ..errors import AsyncEmbedError, FatalProviderError, TransportError
-from ..sending.engine import Engine
-from ..sending.recorder import Watch
-from ..sending.run import Run, Runs, StoppedError
+from ..sending.attempts import BatchSender, Endpoint
+from ..sending.context import ActiveCalls, CallContext, StoppedError
+from ..sending.feeding import LoadCounter, Slices, embed_slices, until_stopped
 from ..types import Vectors
-from .caching import CachedCall, Lookup
-from .coalescing import CLOSED, Call, Coalescer
+from .caching import PUT_FIRST_S, CacheClient, CachingReceiver
+from .coalescing import CLOSED, Coalescer, SmallCall
 
-# A call of so many texts is one of a web request's, not of a job: it shares requests with others, and goes before jobs.
+# A call with this many texts or fewer is taken for one of a web request, not of a job: it shares requests with others,
+# and goes before jobs.
 SMALL_TEXTS = 32
 
-LoadCounter: TypeAlias = Callable[[], Awaitable[TokenCounter]]
 
-
-class Dispatch:
-    """Takes texts to where they are answered: the cache, a shared request, or requests of their own.
+class Dispatcher:
+    """An embedder on one event loop: all its calls go through here.
 
     Args:
-        engine: Sends.
-        watch: Is told of the calls that share requests.
-        lookup: The cache, if there is one.
-        load_counter: Returns the counter of the model's tokens; may take a while.
-        limits: What a request may hold.
-        most_requests: Requests that may be under way.
-        most_waiting: Texts of small calls that may wait.
+        endpoint: Where batches are sent.
+        cache: The embedder's, if it has one.
+        load_counter: Returns the counter of the model's tokens.
+        max_inputs: Texts a request may hold.
+        max_waiting: Texts of small calls that may wait.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        watch: Watch,
-        lookup: Lookup | None,
+        endpoint: Endpoint,
+        cache: CacheClient | None,
         load_counter: LoadCounter,
-        limits: Limits,
         *,
-        most_requests: int,
-        most_waiting: int,
+        max_inputs: int,
+        max_waiting: int,
     ) -> None:
-        self.engine = engine
+        self.endpoint = endpoint
         self.coalescer = Coalescer(
-            self.send, watch, most=limits.inputs, most_requests=most_requests, most_waiting=most_waiting
+            self._send_shared,
+            endpoint.recorder,
+            max_inputs=max_inputs,
+            max_requests=endpoint.limiter.concurrency,
+            max_waiting=max_waiting,
         )
-        self._runs = Runs()
-        self._lookup = lookup
+        self._active = ActiveCalls()
+        self._cache = cache
         self._load_counter = load_counter
-        self._limits = limits
-        self._most_requests = most_requests
+        self._small = min(SMALL_TEXTS, max_inputs)
 
     def status(self) -> str:
-        """What is under way, and what waits for what, in half a line."""
-        slots = self.engine.slots
-        queued, paused_s = slots.waiting + self.coalescer.gathering, slots.pace.paused_s
-        parts = [f"{slots.under_way} of {self._most_requests} requests under way"]
+        """Return what is in flight and what is queued, in half a line."""
+        limiter = self.endpoint.limiter
+        queued, paused_s = limiter.waiting + self.coalescer.queued, limiter.rate.paused_s
+        parts = [f"{limiter.in_flight} of {limiter.concurrency} requests under way"]
         parts += [f"{queued:,} queued"] if queued else []
         parts += [f"paused for {paused_s:.1f} s"] if paused_s else []
         return ", ".join(parts)
 
     def is_small(self, texts: Sequence[Text]) -> bool:
-        """Whether they are so few that they go with others."""
-        return len(texts) <= min(SMALL_TEXTS, self._limits.inputs)
+        """Return whether texts are so few that they share requests with other calls."""
+        return len(texts) <= self._small
 
-    async def check(self, run: Run) -> int:
-        """Send one short text; see `Engine.check`."""
-        with self._runs.under_way(run, ends_by_itself=True):
-            return await self.engine.check(run)
+    async def check(self, call: CallContext) -> int:
+        """Send one short text; see `Endpoint.check`."""
+        with self._active.running(call):
+            return await self.endpoint.check(call)
 
-    async def one(self, text: str, run: Run) -> Vectors | None:
-        """Return the vector of one text, shared with whoever else asks; None if the run was stopped.
+    async def embed_one(self, text: str, call: CallContext) -> Vectors | None:
+        """Return the vector of one text, shared with other calls; None if the call was stopped.
 
         Raises:
-            Exception: Why it failed; an object of this call's own.
+            Exception: Why it failed; this call's own object.
         """
-        call = Call([text])
-        with self._runs.under_way(run, ends_by_itself=True), suppress(StoppedError):
-            if self._lookup is not None:
-                async with run.unless_stopped():
-                    vector = await self._lookup.one(text, run)
-                if vector is not None:
+        small = SmallCall([text])
+        with self._active.running(call), suppress(StoppedError):
+            if self._cache is not None:
+                async with call.unless_stopped():
+                    hits, _ = await self._cache.look_up([Text(text, (0,))], call.usage)
+                if hits.texts:
+                    vector: Vectors = hits.vectors[0]
                     return vector
-            await self._ask(call, run)
-        if call.errors:
-            raise call.errors[0]
-        return call.vectors.get(0)
+            await self._wait_for(small, call)
+        if small.errors:
+            raise small.errors[0]
+        return small.vectors.get(0)
 
-    async def share(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
-        """Have a few texts embedded together with those of other calls, and add to the run what that has cost.
+    async def embed_shared(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
+        """Embed a few texts together with those of other calls, and add the costs to the call.
 
         Raises:
-            OverloadedError: Too many wait already.
+            OverloadedError: Too many texts are waiting.
         """
         missing = texts
-        with self._runs.under_way(run, ends_by_itself=True), suppress(StoppedError):
-            if self._lookup is not None:
-                async with run.unless_stopped():
-                    missing = await self._lookup.few(texts, run, deliver)
+        with self._active.running(call), suppress(StoppedError):
+            if self._cache is not None:
+                async with call.unless_stopped():
+                    hits, missing = await self._cache.look_up(texts, call.usage)
+                    if hits.texts:
+                        await receiver.deliver(hits)
             if missing:
-                await self._share(missing, run, deliver)
+                await self._share(missing, call, receiver)
 
-    async def _share(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
-        call = Call([text.content for text in texts])
+    async def _share(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
+        small = SmallCall([text.content for text in texts])
         try:
-            await self._ask(call, run)
+            await self._wait_for(small, call)
         finally:
-            call.bill(run)
-            await deliver(call.outcome(texts))
-        for error in call.errors.values():
+            small.bill(call.usage)
+            await receiver.deliver(small.outcome(texts))
+        for error in small.errors.values():
             if isinstance(error, FatalProviderError):
-                run.stop(error)
+                call.stop(error)
             elif not isinstance(error, AsyncEmbedError):
                 raise error
 
-    async def _ask(self, call: Call, run: Run) -> None:
-        """Wait for the answers to a call, but not for a pause that ends after its deadline."""
-        with self.engine.slots.pace.told(run.meet_pause):
-            async with run.unless_stopped():
-                await self.coalescer.get(call)
+    async def _wait_for(self, small: SmallCall, call: CallContext) -> None:
+        """Wait for the answers of a small call, but not for a pause that ends after its deadline."""
+        with self.endpoint.limiter.rate.on_pause(call.check_pause):
+            async with call.unless_stopped():
+                await self.coalescer.embed(small)
 
-    async def send(self, texts: Sequence[Text], run: Run, deliver: Deliver) -> None:
-        """Embed texts that are all there, in requests of their own."""
-        async with aclosing(_once(texts)) as slices:
-            await self.run(slices, run, deliver, load_counter=partial(self._counter_for, texts), at_once=True)
+    async def _send_shared(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
+        if self._cache is not None:
+            receiver = CachingReceiver(self._cache, call, receiver, first_s=PUT_FIRST_S)
+        with self._active.running(call):
+            await self._send(texts, call, receiver)
 
-    async def run(
+    async def embed_bulk(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
+        """Embed a list of texts in requests of its own."""
+        with self._active.running(call):
+            if self._cache is None:
+                await self._send(texts, call, receiver)
+                return
+            load_counter = _bytes if fit_one_request(texts, self.endpoint.limits) else self._load_counter
+            caching, held = CachingReceiver(self._cache, call, receiver), list[Text]()
+            await self._send_misses(_once(texts), load_counter, call, caching, held=held)
+            if held:  # now the size is known, or there was nothing but hits
+                await self._send_misses(_once(held), load_counter, call, caching)
+
+    async def embed_slices(
         self,
-        slices: AsyncIterator[Sequence[Text]],
-        run: Run,
-        deliver: Deliver,
+        slices: Slices,
+        call: CallContext,
+        receiver: Receiver,
         *,
-        load_counter: LoadCounter | None = None,
         open_batches: int = OPEN_BATCHES,
         ends_by_itself: bool = True,
-        at_once: bool = False,
     ) -> None:
-        """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`.
+        """Embed slices of texts as they come; see `feeding.embed_slices`.
 
         Args:
             slices: The texts.
-            run: What it costs, and whether it goes on.
-            deliver: Takes the outcomes.
-            load_counter: In place of the model's.
-            open_batches: See `Engine.run`.
-            ends_by_itself: Whether closing may wait for it.
-            at_once: All texts are there from the start, each once, so other calls may wait for them.
+            call: Its deadline and usage.
+            receiver: Receives the outcomes.
+            open_batches: See `Packer`.
+            ends_by_itself: Whether closing may wait for the call.
         """
+        with self._active.running(call, ends_by_itself=ends_by_itself):
+            if self._cache is not None:
+                caching = CachingReceiver(self._cache, call, receiver)
+                await self._send_misses(slices, self._load_counter, call, caching, open_batches)
+                return
+            sender = BatchSender(self.endpoint, call, receiver)
+            async with aclosing(until_stopped(slices, call)) as taken:
+                await embed_slices(taken, self._load_counter, sender, open_batches=open_batches)
 
-        async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
-            counter = await (load_counter or self._load_counter)()
-            await self.engine.run(slices, counter, run, deliver, open_batches=open_batches)
+    async def _send_misses(
+        self,
+        slices: Slices,
+        load_counter: LoadCounter,
+        call: CallContext,
+        caching: CachingReceiver,
+        open_batches: int = OPEN_BATCHES,
+        *,
+        held: list[Text] | None = None,
+    ) -> None:
+        sender = BatchSender(self.endpoint, call, caching)
+        async with (
+            aclosing(until_stopped(slices, call)) as taken,
+            aclosing(caching.misses(taken, held=held)) as misses,
+        ):
+            await embed_slices(misses, load_counter, sender, open_batches=open_batches)
 
-        with self._runs.under_way(run, ends_by_itself=ends_by_itself):
-            if self._lookup is None:
-                await send(slices, deliver)
-            else:
-                await CachedCall(self._lookup, run, deliver, send, at_once=at_once).run(slices)
+    async def _send(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
+        sender = BatchSender(self.endpoint, call, receiver)
+        if fit_one_request(texts, self.endpoint.limits):
+            await sender.admission.enter()
+            await sender.send(Batch(list(texts)))
+            return
+        async with aclosing(until_stopped(_once(texts), call)) as slices:
+            await embed_slices(slices, self._load_counter, sender)
 
     async def aclose(self, grace_s: float) -> None:
-        """Wait so many seconds for what is under way, then end it."""
+        """Wait up to `grace_s` seconds for what is in flight, then end it."""
         ends_at = asyncio.get_running_loop().time() + grace_s
-        self._runs.stop_open(TransportError(CLOSED))
+        self._active.stop_open(TransportError(CLOSED))
         try:
-            await self._runs.ended_by(ends_at)
+            await self._active.ended_by(ends_at)
         finally:
             try:
                 await self.coalescer.aclose()
             finally:
-                await self._runs.stop_all(TransportError(CLOSED))
-
-    async def _counter_for(self, texts: Sequence[Text]) -> TokenCounter:
-        # No text has more tokens than bytes, and no character more than four bytes: what is surely short enough
-        # for one text and, all together, for one request, needs no tokenizer.
-        characters = self._limits.tokens // 4
-        if len(texts) <= characters and sum(len(text.content) for text in texts) <= characters:
-            longest = max(len(text.content) for text in texts)
-            if 4 * longest <= self._limits.tokens_per_text:
-                return ByteBound()
-        return await self._load_counter()
+                await self._active.stop_all(TransportError(CLOSED))
 
 
-async def _once(texts: Sequence[Text]) -> AsyncGenerator[Sequence[Text], None]:
+async def _once(texts: Sequence[Text]) -> Slices:
     yield texts
+
+
+async def _bytes() -> TokenCounter:
+    return ByteBound()

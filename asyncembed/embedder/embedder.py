@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from .. import models
-from ..batching.batch import Deliver
+from ..batching.batch import Receiver
 from ..batching.packing import OPEN_BATCHES, Limits
-from ..batching.texts import Text, TooLong
+from ..batching.texts import TooLong
 from ..batching.tokens import TokenCounter, load_counter
 from ..caches import open_cache
 from ..concurrency import PerLoop, ended
@@ -22,19 +22,20 @@ from ..options import check_amount, check_model, check_range
 from ..providers.credentials import ApiKey
 from ..providers.local import LocalCounter, LocalProvider
 from ..providers.openai import OpenAIProvider
-from ..report import Check, EmbeddingResult, Plan, ProgressCallback, failed
-from ..sending.engine import SPARE_WORKERS, Engine
-from ..sending.pacing import Slots, shared_pace
-from ..sending.recorder import Metrics
-from ..sending.run import Run
+from ..report import Check, EmbeddingResult, Plan, ProgressCallback, Usage, failed
+from ..sending.attempts import MAX_BACKING_OFF, Endpoint
+from ..sending.context import CallContext
+from ..sending.feeding import Slices
+from ..sending.pacing import ConcurrencyLimiter, shared_rate_limiter
+from ..sending.recorder import MetricsRecorder
 from ..sources.records import AnyIterable, check_text
 from ..types import Cache, EmbeddedRecord, Provider, Vectors, info_of
-from .caching import Lookup
-from .dispatcher import Dispatch
-from .inputs import checked, listed
+from .caching import CacheClient
+from .dispatcher import Dispatcher
+from .inputs import as_list, unique_texts
 from .planning import count_up
 from .results import Results
-from .stream import Order
+from .stream import OrderedStream
 
 # Containers are killed 10 to 30 s after SIGTERM; an answer takes less than a second mostly.
 CLOSE_GRACE_S = 10.0
@@ -115,7 +116,7 @@ class Embedder:
         self._per_minute = (requests_per_minute, tokens_per_minute)
         self._max_retries = max_retries
         self._max_waiting = max_waiting
-        self._dispatches = PerLoop(self._new_dispatch)
+        self._dispatchers = PerLoop(self._new_dispatcher)
         self._closing = PerLoop(asyncio.Lock)
         self._asked_dimensions = dimensions
         self._provider: Provider = provider or (
@@ -133,22 +134,27 @@ class Embedder:
                 allow_insecure_http=allow_insecure_http,
             )
         )
-        self._metrics = Metrics(model, self._provider, observer)
+        self._metrics = MetricsRecorder(model, self._provider, observer)
         opened, is_ours = open_cache(cache)
         self._own_cache = opened if is_ours else None
-        self._lookup = None if opened is None else self._new_lookup(opened)
+        self._cache = None if opened is None else self._new_cache_client(opened)
 
     def __repr__(self) -> str:
         host = info_of(self._provider).host
-        dispatch = self._dispatches.peek()
-        status = f"0 of {self.concurrency} requests under way" if dispatch is None else dispatch.status()
+        dispatcher = self._dispatchers.peek()
+        status = f"0 of {self.concurrency} requests under way" if dispatcher is None else dispatcher.status()
         return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {status}>"
 
     def stats(self) -> Stats:
         """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
-        here = [(loop, dispatch) for loop, dispatch in self._dispatches.items() if not loop.is_closed()]
-        gathering = sum(dispatch.coalescer.gathering for _, dispatch in here)
-        return self._metrics.stats([(loop, dispatch.engine.slots) for loop, dispatch in here], gathering)
+        here = [(loop, dispatcher) for loop, dispatcher in self._dispatchers.items() if not loop.is_closed()]
+        limiters = [(loop, dispatcher.endpoint.limiter) for loop, dispatcher in here]
+        return self._metrics.stats(
+            under_way=sum(limiter.in_flight for _, limiter in limiters),
+            waiting=sum(limiter.waiting for _, limiter in limiters),
+            gathering=sum(dispatcher.coalescer.queued for _, dispatcher in here),
+            paused_for_s=max((0.0, *(limiter.rate.paused_until - loop.time() for loop, limiter in limiters))),
+        )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Embedder holds a key and connections: make one in each process, do not pickle it")
@@ -168,11 +174,11 @@ class Embedder:
             grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
                 their result so far on it. A `stream` is ended at once. A batch that is being stored then has 10 s more.
         """
-        async with self._closing.get():  # whoever closes it, too, comes back when it is closed
-            dispatch = self._dispatches.pop()
+        async with self._closing.get():  # a concurrent `aclose()` waits for the first one to finish
+            dispatcher = self._dispatchers.pop()
             try:
-                if dispatch is not None:
-                    await dispatch.aclose(grace)
+                if dispatcher is not None:
+                    await dispatcher.aclose(grace)
             finally:
                 try:
                     await self._provider.aclose()
@@ -213,20 +219,20 @@ class Embedder:
             DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
             OverloadedError: `max_waiting` texts of small calls wait already. Nothing was sent.
         """
-        contents = listed(texts)
-        run = Run(deadline)
-        results = Results(len(contents), run, on_progress)
-        async with run.until_deadline():
-            waiting = await checked(contents)
-            dispatch = self._dispatches.get()
-            if on_progress is None and dispatch.is_small(waiting):
-                await dispatch.share(waiting, run, results.deliver)
+        contents = as_list(texts)
+        call = CallContext(deadline)
+        results = Results(len(contents), call, on_progress)
+        async with call.until_deadline():
+            different = await unique_texts(contents)
+            dispatcher = self._dispatchers.get()
+            if on_progress is None and dispatcher.is_small(different):
+                await dispatcher.embed_shared(different, call, results)
             else:
-                await dispatch.send(waiting, run, results.deliver)
-        result = results.finish(self.dimensions, self.cost_usd(run), run.stopped_by)
-        if run.stopped_by is not None:
-            run.stopped_by.result = result
-            raise run.stopped_by
+                await dispatcher.embed_bulk(different, call, results)
+        result = results.finish(self.dimensions, self.cost_usd(call.usage), call.stopped_by)
+        if call.stopped_by is not None:
+            call.stopped_by.result = result
+            raise call.stopped_by
         if len(result.failures) == len(result):
             raise failed(result)
         return result
@@ -250,13 +256,13 @@ class Embedder:
             check_text(text)
         except InputError as error:
             raise type(error)(f"text {error}") from None
-        run, vector = Run(deadline), None
-        async with run.until_deadline():
-            vector = await self._dispatches.get().one(text, run)
+        call, vector = CallContext(deadline), None
+        async with call.until_deadline():
+            vector = await self._dispatchers.get().embed_one(text, call)
         if vector is not None:
             return vector
-        assert run.stopped_by is not None
-        raise run.stopped_by
+        assert call.stopped_by is not None
+        raise call.stopped_by
 
     async def check(self, *, deadline: float | None = 10.0) -> Check:
         """Prove that key, address, model and dimensions are right, with one request of one token.
@@ -271,15 +277,16 @@ class Embedder:
             ConfigError: The provider answers with vectors of another size than this model is known to have.
             DeadlineError: The deadline passed.
         """
-        run = Run(deadline, urgent=True)
+        call = CallContext(deadline, urgent=True)
         known, found = self.dimensions, 0
-        async with run.until_deadline():
-            found = await self._dispatches.get().check(run)
-        if run.stopped_by is not None:
-            raise run.stopped_by
+        async with call.until_deadline():
+            found = await self._dispatchers.get().check(call)
+        if call.stopped_by is not None:
+            raise call.stopped_by
         if known not in (None, found):
             raise ConfigError(f"the provider answers with {found} dimensions; {self.model} has {known}")
-        return Check(self.model, found, run.tokens if run.tokens_known else None, run.elapsed_s)
+        usage = call.usage
+        return Check(self.model, found, usage.tokens if usage.tokens_known else None, call.elapsed_s)
 
     async def stream(
         self, records: AnyIterable, *, deadline: float | None = None
@@ -299,22 +306,23 @@ class Embedder:
             DeadlineError: The deadline passed; likewise.
             Exception: What the source raised, as it is; likewise.
         """
-        run = Run(deadline)
-        order = Order(most_ahead=(self.concurrency + 1) * self._limits.inputs)
-        running = asyncio.create_task(self._feed(order, records, run))
-        running.add_done_callback(lambda _: order.end())
+        call = CallContext(deadline)
+        ordered = OrderedStream(most_ahead=(self.concurrency + 1) * self._limits.inputs)
+        running = asyncio.create_task(self._embed_stream(records, call, ordered))
+        running.add_done_callback(lambda _: ordered.end())
         try:
-            async for item in order.items():
+            async for item in ordered.items():
                 yield item
             await running
         finally:
             await ended(running)
-        if run.stopped_by is not None:
-            raise run.stopped_by
+        if call.stopped_by is not None:
+            raise call.stopped_by
 
-    async def _feed(self, order: Order, records: AnyIterable, run: Run) -> None:
-        async with run.until_deadline(), aclosing(order.slices(records)) as slices:
-            await self._dispatches.get().run(slices, run, order.deliver, open_batches=1, ends_by_itself=False)
+    async def _embed_stream(self, records: AnyIterable, call: CallContext, ordered: OrderedStream) -> None:
+        async with call.until_deadline(), aclosing(ordered.slices(records)) as slices:
+            dispatcher = self._dispatchers.get()
+            await dispatcher.embed_slices(slices, call, ordered, open_batches=1, ends_by_itself=False)
 
     async def plan(self, texts: AnyIterable) -> Plan:
         """Return what embedding the texts would take. Sends nothing.
@@ -336,19 +344,18 @@ class Embedder:
 
     # ---- what `pipeline` builds on ----
 
-    async def run(self, slices: AsyncIterator[Sequence[Text]], run: Run, deliver: Deliver) -> None:
-        """Embed slices of texts and deliver outcomes while their slot is held; see `Engine.run`."""
-        await self._dispatches.get().run(slices, run, deliver)
+    async def embed_slices(self, slices: Slices, call: CallContext, receiver: Receiver) -> None:
+        """Embed slices of texts; the receiver gets the outcomes while their slot is held."""
+        await self._dispatchers.get().embed_slices(slices, call, receiver)
 
     @property
-    def most_under_way(self) -> int:
-        """How many texts there may be between a source and its store, whatever becomes of them."""
-        batches = self.concurrency + 1 + SPARE_WORKERS + OPEN_BATCHES
-        return batches * self._limits.inputs
+    def max_in_flight(self) -> int:
+        """How many texts may be between a source and its store."""
+        return (self.concurrency + 1 + MAX_BACKING_OFF + OPEN_BATCHES) * self._limits.inputs
 
-    def cost_usd(self, run: Run) -> float | None:
-        """The list price of what a run was billed; None if price or count is unknown."""
-        return self._price(run.tokens) if run.tokens_known else None
+    def cost_usd(self, usage: Usage) -> float | None:
+        """Return the list price of what a call was billed; None if price or count is unknown."""
+        return self._price(usage.tokens) if usage.tokens_known else None
 
     def _price(self, tokens: int) -> float | None:
         price = self._facts.usd_per_million_tokens
@@ -358,32 +365,28 @@ class Embedder:
         amounts = zip((requests, tokens), self._per_minute, strict=True)
         return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
 
-    def _new_dispatch(self) -> Dispatch:
-        # The provider counts limits per address, key and model; a provider of the user's own is its own place.
+    def _new_dispatcher(self) -> Dispatcher:
+        # The provider counts limits per address, key and model; a user's own provider is its own place.
         place = info_of(self._provider).identity or id(self._provider)
-        pace = shared_pace((place, self.model))
-        pace.limit(*self._per_minute)
-        watch = self._metrics.here()
-        engine = Engine(
+        rate = shared_rate_limiter((place, self.model))
+        rate.limit(*self._per_minute)
+        endpoint = Endpoint(
             self._provider,
-            Slots(pace, self.concurrency),
+            ConcurrencyLimiter(rate, self.concurrency),
             self._limits,
-            watch=watch,
-            concurrency=self.concurrency,
+            recorder=self._metrics.here(),
             too_long=self._too_long,
             max_retries=self._max_retries,
         )
-        return Dispatch(
-            engine,
-            watch,
-            self._lookup,
+        return Dispatcher(
+            endpoint,
+            self._cache,
             self._counter,
-            self._limits,
-            most_requests=self.concurrency,
-            most_waiting=self._max_waiting,
+            max_inputs=self._limits.inputs,
+            max_waiting=self._max_waiting,
         )
 
-    def _new_lookup(self, cache: Cache) -> Lookup:
+    def _new_cache_client(self, cache: Cache) -> CacheClient:
         limits, kind = self._limits, type(self._provider)
         settings = {
             "place": info_of(self._provider).base_url or f"{kind.__module__}.{kind.__qualname__}",
@@ -393,7 +396,9 @@ class Embedder:
             "too_long": self._too_long,
             "tokens_per_text": min(limits.tokens_per_text, limits.tokens),
         }
-        return Lookup(cache, settings, lambda: self.dimensions, lambda *counts: self._metrics.here().cached(*counts))
+        return CacheClient(
+            cache, settings, lambda: self.dimensions, lambda hits, misses: self._metrics.here().cached(hits, misses)
+        )
 
     async def _counter(self) -> TokenCounter:
         if isinstance(self._provider, LocalProvider):

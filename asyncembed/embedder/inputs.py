@@ -9,11 +9,11 @@ from ..batching.texts import Text, unique
 from ..errors import ConfigError, InputError
 from ..sources.records import check_text
 
-# Checking and comparing so many texts takes 2 ms; then it is the loop's turn.
+# Checked and compared in 2 ms; then other tasks may run.
 TEXTS_A_TURN = 1_000
 
 
-def listed(texts: Iterable[str]) -> list[str]:
+def as_list(texts: Iterable[str]) -> list[str]:
     """Return the texts as a list.
 
     Raises:
@@ -30,8 +30,8 @@ def listed(texts: Iterable[str]) -> list[str]:
     return contents
 
 
-async def checked(contents: list[str]) -> list[Text]:
-    """Return the different texts, each with its positions; gives way to others in between.
+async def unique_texts(contents: list[str]) -> list[Text]:
+    """Return the different texts, each with its positions; yields to the event loop in between.
 
     Raises:
         InputError: The first one that cannot be embedded, with its position.

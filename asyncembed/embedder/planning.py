@@ -1,4 +1,4 @@
-"""What embedding some texts would take: read, counted and packed as `engine` does, and nothing sent."""
+"""`plan`: counts and packs texts as `embed` does, and sends nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from ..batching.packing import Limits, Packer
-from ..batching.texts import TooLong, portions, unique, weigh_texts
+from ..batching.texts import TooLong, portions, prepare_inputs, unique
 from ..batching.tokens import TokenCounter
 from ..sources.records import AnyIterable, in_slices, readable
 from ..types import Failure
@@ -34,7 +34,7 @@ async def count_up(texts: AnyIterable, counter: TokenCounter, limits: Limits, to
             found.failures.extend(Failure(index, error) for index, _, error in read if error is not None)
             waiting = unique((index, record.text) for index, record, error in read if error is None)
             for part in portions(waiting):
-                items, bad = await asyncio.to_thread(weigh_texts, part, counter, limits, too_long)
+                items, bad = await asyncio.to_thread(prepare_inputs, part, counter, limits, too_long)
                 found.failures.extend(Failure(index, error) for text, error in bad for index in text.indices)
                 found.requests += sum(packer.add(None, item.weight) is not None for item in items)
                 found.tokens += sum(item.tokens for item in items)

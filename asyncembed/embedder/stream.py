@@ -14,8 +14,8 @@ from ..sources.records import SLICE_RECORDS, AnyIterable, in_slices, readable
 from ..types import EmbeddedRecord, Record
 
 
-class Order:
-    """Puts the outcomes of a stream back into the order of its source, which it keeps from running ahead."""
+class OrderedStream:
+    """The receiver of one `stream` call: restores the order of the source, and bounds how far it is read ahead."""
 
     def __init__(self, most_ahead: int) -> None:
         self._most_ahead = most_ahead
@@ -31,7 +31,7 @@ class Order:
             async for some in slices:
                 yield self._texts(some)
                 if self._read - self._yielded >= self._most_ahead:
-                    yield ()  # what waits for company is what everybody waits for
+                    yield ()  # flush: the reader waits for a batch that is still being filled
                     while self._read - self._yielded >= self._most_ahead:
                         await self._change()
 
@@ -58,7 +58,7 @@ class Order:
         while True:
             item = self._done.pop(self._yielded, None)
             if item is not None:
-                # a copy, since who keeps one vector would with a view of it keep those of the whole request
+                # a copy: a view would keep the vectors of the whole request in memory
                 yield item if item.vector is None else replace(item, vector=item.vector.copy())
                 self._yielded += 1
                 self._changed.set()

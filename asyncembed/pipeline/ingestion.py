@@ -1,4 +1,4 @@
-"""`ingest`: records in, rows in a store out; embedding and storing go on side by side."""
+"""`ingest`: records in, rows in a store out; embedding and storing run side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..concurrency import ended, in_thread_if, outcome_of
 from ..embedder.embedder import Embedder
 from ..errors import AsyncEmbedError, SinkError, SourceError
 from ..report import IngestReport, ProgressCallback, reporter
-from ..sending.run import STORING_S, Run, StoppedError
+from ..sending.context import STORING_S, CallContext, StoppedError
 from ..sources.records import AnyIterable, in_slices
 from ..types import CheckingSink, Failure, KeyedSink, RecordId, Row, Sink, Vectors
 from .pruning import Pruning
-from .validation import WhyUnfit, _checked, _Pending
+from .validation import Pending, WhyUnfit, checked
 
 # Records are checked on the loop, so many at a time that it takes about so long: in a thread, each piece of the replies
 # that are being read meanwhile would wait for the interpreter, 5 ms a turn. (20,000 records, two busy cores, by turns:
@@ -71,17 +71,17 @@ async def ingest(
         DeadlineError: The deadline passed; likewise.
     """
     _check_parts(embedder, sink)
-    run = Run(deadline)
+    call = CallContext(deadline)
     pruning = Pruning(sink, embedder.model) if prune else None
-    job = _Job(embedder, sink, run, skip_existing, reporter(on_progress), _length_of(records), pruning)
-    watcher = None if stop is None else asyncio.create_task(_stop_when(stop, run))
+    job = _Ingestion(embedder, sink, call, skip_existing, reporter(on_progress), _length_of(records), pruning)
+    watcher = None if stop is None else asyncio.create_task(job.stop_when(stop))
     try:
-        async with run.until_deadline():
+        async with call.until_deadline():
             with suppress(StoppedError):
-                async with run.unless_stopped():
+                async with call.unless_stopped():
                     await sink.prepare(embedder.model, embedder.dimensions)
                 async with aclosing(job.slices(records)) as slices:
-                    await embedder.run(slices, run, job.deliver)
+                    await embedder.embed_slices(slices, call, job)
                 await job.prune()
     except (SinkError, SourceError) as error:
         error.report = job.finish(error)
@@ -91,10 +91,10 @@ async def ingest(
             pruning.close()
         if watcher is not None:
             await ended(watcher)
-    report = job.finish(run.stopped_by)
-    if run.stopped_by is not None and not isinstance(run.stopped_by, _EndedEarlyError):
-        run.stopped_by.report = report
-        raise run.stopped_by
+    report = job.finish(call.stopped_by)
+    if call.stopped_by not in (None, job.end_early):
+        call.stopped_by.report = report
+        raise call.stopped_by
     return report
 
 
@@ -105,23 +105,14 @@ def _check_parts(embedder: object, sink: object) -> None:
         raise TypeError(f"sink is {type(sink).__name__}; pass a SQLiteSink, a PostgresSink, or open_sink(…)")
 
 
-class _EndedEarlyError(AsyncEmbedError):
-    """Not an error: the user asked the run to end."""
-
-
-async def _stop_when(stop: asyncio.Event, run: Run) -> None:
-    await stop.wait()
-    run.stop(_EndedEarlyError("the run was asked to end"))
-
-
-class _Job:
-    """One ingest: what is between source and store, and the report."""
+class _Ingestion:
+    """One `ingest` call: the records between source and store, and the report. Receives the outcomes."""
 
     def __init__(
         self,
         embedder: Embedder,
         sink: Sink,
-        run: Run,
+        call: CallContext,
         skip_existing: bool,
         report_progress: ProgressCallback,
         total: int | None,
@@ -129,7 +120,9 @@ class _Job:
     ) -> None:
         self._embedder = embedder
         self._sink = sink
-        self._run = run
+        self._call = call
+        self.end_early = AsyncEmbedError("the caller asked the run to end")
+        """Stops the call without an error."""
         self._skip_existing = skip_existing
         self._report_progress = report_progress
         self._total = total
@@ -139,12 +132,17 @@ class _Job:
         self._records_a_turn = 8
         self._why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
         self._stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._in_flight: set[str] = set()
-        self._held: dict[str, _Pending] = {}
+        self._held: dict[str, Pending] = {}
         """Records whose id is in flight with an earlier text: they go after it, the last of them."""
-        self._released: list[_Pending] = []
+        self._released: list[Pending] = []
         self._changed = asyncio.Event()
+
+    async def stop_when(self, stop: asyncio.Event) -> None:
+        """End the run early when the event is set."""
+        await stop.wait()
+        self._call.stop(self.end_early)
 
     async def slices(self, records: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
         """Yield what has to be embedded; skips, failures and repeated ids stay behind."""
@@ -158,9 +156,9 @@ class _Job:
                 texts = await self._admit(good)
                 if texts or not some:  # nothing at all says that none will come for a while
                     yield texts
-                if len(self._pending) > self._embedder.most_under_way:  # few texts, but of many records
+                if len(self._pending) > self._embedder.max_in_flight:  # few texts, but of many records
                     yield ()
-                    while len(self._pending) > self._embedder.most_under_way:
+                    while len(self._pending) > self._embedder.max_in_flight:
                         await self._change()
         while self._held or self._released:
             yield ()  # send what they wait for
@@ -172,14 +170,14 @@ class _Job:
         self._changed.clear()
         await self._changed.wait()
 
-    async def _check(self, some: Sequence[Any]) -> tuple[list[_Pending], list[Failure]]:
-        good: list[_Pending] = []
+    async def _check(self, some: Sequence[Any]) -> tuple[list[Pending], list[Failure]]:
+        good: list[Pending] = []
         bad: list[Failure] = []
         start = 0
         while start < len(some):
             turn = some[start : start + self._records_a_turn]
             taken_s, fit, unfit = await in_thread_if(
-                self._records_a_turn == 1, _checked, self._count, turn, self._why_unfit, self._stored_id
+                self._records_a_turn == 1, checked, self._count, turn, self._why_unfit, self._stored_id
             )
             self._records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
             good.extend(fit)
@@ -189,8 +187,8 @@ class _Job:
             await asyncio.sleep(0)
         return good, bad
 
-    async def _admit(self, good: list[_Pending]) -> list[Text]:
-        last: dict[str, _Pending] = {}
+    async def _admit(self, good: list[Pending]) -> list[Text]:
+        last: dict[str, Pending] = {}
         for pending in (*self._take_released(), *good):
             place = self._held if pending.key in self._in_flight else last
             if place.pop(pending.key, None) is not None:  # so that it comes last
@@ -207,13 +205,13 @@ class _Job:
         self._progress()
         return unique(texts)
 
-    async def _existing(self, wanted: list[_Pending]) -> set[RecordId]:
+    async def _existing(self, wanted: list[Pending]) -> set[RecordId]:
         if not self._skip_existing or not wanted:
             return set()
         hashes = {pending.record.id: pending.content_hash for pending in wanted}
         return await self._sink.existing(self._embedder.model, hashes)
 
-    def _take_released(self) -> list[_Pending]:
+    def _take_released(self) -> list[Pending]:
         released, self._released = self._released, []
         return released
 
@@ -224,12 +222,12 @@ class _Job:
                 await self._store(outcome.texts, outcome.vectors)
             except Exception as broken:
                 # before the slot is free, or somebody who waits for it would send what cannot be stored either
-                self._run.stop(broken if isinstance(broken, AsyncEmbedError) else _EndedEarlyError())
+                self._call.stop(broken if isinstance(broken, AsyncEmbedError) else self.end_early)
                 raise
         for text, error in outcome.failed:
             for index in text.indices:
                 pending = self._done(index)
-                if not isinstance(error, _EndedEarlyError):  # else it was never tried, so it was not seen
+                if error is not self.end_early:  # else it was never tried, so it was not seen
                     self._report.failures.append(Failure(index, error, pending.record.id))
         self._progress()
 
@@ -238,7 +236,7 @@ class _Job:
         with suppress(StoppedError):  # it was given time, and is in the store wholly or not at all
             while some := list(islice(wanted, ROWS_A_WRITE)):
                 rows = [_row(self._pending[index], vector) for index, vector in some]
-                async with self._run.storing():
+                async with self._call.storing():
                     await self._write([index for index, _ in some], rows)
 
     async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
@@ -262,10 +260,10 @@ class _Job:
         """Delete what the source does not have, if that was asked for; the source has been read to its end."""
         if self._pruning is not None:
             unknown = sum(failure.id is None for failure in self._report.failures)
-            async with self._run.unless_stopped(STORING_S):
-                self._report.pruned_count = await self._pruning.finish(self._run, unknown)
+            async with self._call.unless_stopped(STORING_S):
+                self._report.pruned_count = await self._pruning.finish(self._call, unknown)
 
-    def _done(self, index: int) -> _Pending:
+    def _done(self, index: int) -> Pending:
         pending = self._pending.pop(index)
         self._in_flight.discard(pending.key)
         held = self._held.pop(pending.key, None)
@@ -276,26 +274,26 @@ class _Job:
 
     def _progress(self) -> None:
         report = self._report
-        self._report_progress(self._run.progress(report.seen, self._total, report.failed_count, report.skipped_count))
+        self._report_progress(self._call.progress(report.seen, self._total, report.failed_count, report.skipped_count))
 
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
         """Return the report; records that were taken and not finished failed with that error."""
-        if error is not None and not isinstance(error, _EndedEarlyError):
+        if error is not None and error is not self.end_early:
             for pending in (*self._pending.values(), *self._held.values(), *self._released):
                 self._report.failures.append(Failure(pending.index, error, pending.record.id))
         self._pending, self._held, self._released = {}, {}, []
         self._report.failures.sort(key=lambda failure: failure.index)
         self._progress()
-        run = self._run
+        usage = self._call.usage
         return replace(
             self._report,
-            total_tokens=run.tokens,
-            requests=run.requests,
-            retries=run.retries,
-            elapsed_s=run.elapsed_s,
-            cost_usd=self._embedder.cost_usd(run),
-            cache_hits=run.cache_hits,
-            cache_misses=run.cache_misses,
+            total_tokens=usage.tokens,
+            requests=usage.requests,
+            retries=usage.retries,
+            elapsed_s=self._call.elapsed_s,
+            cost_usd=self._embedder.cost_usd(usage),
+            cache_hits=usage.cache_hits,
+            cache_misses=usage.cache_misses,
         )
 
 
@@ -306,6 +304,6 @@ def _length_of(records: object) -> int | None:
         return None
 
 
-def _row(pending: _Pending, vector: Vectors) -> Row:
+def _row(pending: Pending, vector: Vectors) -> Row:
     record = pending.record
     return Row(record.id, record.text, vector, pending.content_hash, pending.metadata)

@@ -16,7 +16,7 @@ from contextlib import aclosing, contextmanager
 
 from ..databases.sqlite import KEYS_A_STATEMENT, marks, pieces
 from ..errors import ConfigError, SinkError
-from ..sending.run import Run
+from ..sending.context import CallContext
 from ..sources.records import in_slices
 from ..types import PrunableSink, RecordId, Sink
 
@@ -36,9 +36,10 @@ class Pruning:
 
     def __init__(self, sink: Sink, model: str) -> None:
         if not isinstance(sink, PrunableSink):
+            missing = [name for name in ("stored_id", "ids", "delete") if not hasattr(sink, name)]
             raise ConfigError(
-                f"prune=True needs a sink that can list and delete ids; {type(sink).__name__} lacks stored_id, ids or "
-                "delete: see asyncembed.types.PrunableSink"
+                f"prune=True needs a sink that can list and delete ids; {type(sink).__name__} has no "
+                f"{', '.join(missing)}: see asyncembed.types.PrunableSink"
             )
         self._sink = sink
         self._model = model
@@ -60,17 +61,17 @@ class Pruning:
             for some in pieces(keys, KEYS_A_STATEMENT):
                 self._seen.execute(f"INSERT OR IGNORE INTO seen VALUES {marks(len(some), '(?)')}", some)
 
-    async def finish(self, run: Run, unknown: int) -> int | None:
+    async def finish(self, call: CallContext, unknown: int) -> int | None:
         """Delete what was not seen; return how many rows that were, None if the pass does not allow to tell.
 
         Args:
-            run: Deleting stops when it is stopped.
+            call: Deleting ends when it is stopped.
             unknown: How many records failed without an id. Any row might be theirs, so nothing is deleted then.
 
         Raises:
             SinkError: The store cannot be read or written; some rows may be deleted.
         """
-        if _is_stopped(run):
+        if _is_stopped(call):
             return None
         if unknown:
             logger.warning("nothing was pruned: %d records failed without an id, and any row might be theirs", unknown)
@@ -79,7 +80,7 @@ class Pruning:
         async with aclosing(in_slices(self._sink.ids(self._model))) as slices:
             async for some in slices:
                 gone = await asyncio.to_thread(self._unseen, some)
-                if _is_stopped(run):
+                if _is_stopped(call):
                     break
                 if gone:
                     deleted = await self._sink.delete(gone, self._model)
@@ -110,8 +111,8 @@ def _errors_of_ours() -> Iterator[None]:
         ) from error
 
 
-def _is_stopped(run: Run) -> bool:
-    return run.stopped_by is not None
+def _is_stopped(call: CallContext) -> bool:
+    return call.stopped_by is not None
 
 
 def _key(id: str) -> bytes:

@@ -22,7 +22,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
+class Pending:
     """A good record between source and store."""
 
     index: int
@@ -32,15 +32,15 @@ class _Pending:
     metadata: str | None = field(repr=False)
 
 
-def _checked(
+def checked(
     first: int, some: Sequence[Any], why_unfit: WhyUnfit, stored_id: Callable[[RecordId], str]
-) -> tuple[float, list[_Pending], list[Failure]]:
+) -> tuple[float, list[Pending], list[Failure]]:
     """Tell the good records of a slice from the bad ones, before anything is paid for either; and the time it took.
 
     The thread's own time, in seconds: what it waits for the interpreter says nothing of the records.
     """
     began = time.thread_time()
-    good: list[_Pending] = []
+    good: list[Pending] = []
     bad: list[Failure] = []
     for index, value in enumerate(some, start=first):
         record_id = getattr(value, "record_id", None)
@@ -57,7 +57,7 @@ def _checked(
             bad.append(Failure(index, error, record_id))
         else:
             content_hash = hashlib.sha256(record.text.encode()).hexdigest()
-            good.append(_Pending(index, record, key, content_hash, metadata))
+            good.append(Pending(index, record, key, content_hash, metadata))
     return time.thread_time() - began, good, bad
 
 

@@ -1,12 +1,11 @@
-"""How much may be under way, and how fast.
+"""How many requests may be in flight, and how fast they may follow each other.
 
-`Pace` is what all who use one endpoint, key and model share: a pause that one refusal imposes on everybody, the
-provider's token and request buckets as its headers tell them, the user's own limits, and a cap on what is in flight
-that falls when the provider is overloaded. `Slots` adds one embedder's concurrency to it.
+`RateLimiter` is shared by all who use one endpoint, key and model: a pause that one refusal imposes on everybody, the
+provider's token and request buckets as its headers describe them, the user's own limits, and a cap on the requests in
+flight that falls when the provider is overloaded. `ConcurrencyLimiter` adds one embedder's concurrency to it.
 
-First come, first served: whoever is first waits until its request may go, so a large one is not starved by small ones
-behind it. Urgent requests, for which somebody waits, go before those of bulk work; see `queueing`. Nobody waits in here
-for a backoff of its own.
+Requests are first come, first served, so small requests cannot starve a large one ahead of them. Urgent requests, for
+which a caller waits, go before those of bulk work; see `PriorityQueue`. A batch that backs off does not wait here.
 """
 
 from __future__ import annotations
@@ -20,22 +19,21 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ..types import Rates
-from .rate_limits import Bucket, learn
+from .rate_limits import Bucket, bucket_from_headers
 
-# Before the first answer has told the limits, no more tokens than this are under way beside a first request: eight
-# full requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute. It
-# costs a bulk job one round trip; small ones notice nothing.
+# Until the first answer has told the limits, no more tokens than this are in flight beside a first request: eight full
+# requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute. It costs a
+# bulk job one round trip, and small jobs nothing.
 TOKENS_BEFORE_FIRST_ANSWER = 20_000
 
-# So many failures in a row with no success between them are an outage, whatever single batches have seen: a search
-# for one bad text among 2,048 has at most 11 steps down, in 8 slots at once.
+# This many failures in a row without a success are an outage, whatever single batches have seen: the search for one bad
+# text among 2,048 has at most 11 steps, in 8 slots at once.
 FAILURES_OF_AN_OUTAGE = 32
 
-
-# Everybody waits out the same pause; this share of it spreads the restarts of many processes.
+# All tasks wait out the same pause; this share of it spreads the restarts of many processes.
 PAUSE_JITTER = 0.05
 
-# Where slots are all that is scarce, the urgent get four of five.
+# Where slots are the only scarce thing, urgent requests get four of five.
 URGENT_SLOT = 0.25
 
 
@@ -43,67 +41,70 @@ URGENT_SLOT = 0.25
 class _Waiter:
     cost: float
     is_ready: Callable[[], bool]
-    overtaken: float = 0.0
-    """What urgent ones that came later have taken meanwhile."""
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    bypassed_cost: float = 0.0
+    """The cost of urgent waiters that came later and went first."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Queue:
-    """A line in front of something that is scarce; for one event loop.
+class PriorityQueue:
+    """A queue with two classes; for one event loop.
 
-    First come, first served, in two classes: the urgent go before the others, until they have taken as much as the
-    first of the others asks for; then that one is next. Who is not ready to go stands aside and keeps its place.
+    Each class is first in, first out. Urgent waiters go first, until they have taken as much as the first bulk waiter
+    asks for; then that one is next. A waiter that is not ready is passed over and keeps its place.
     """
 
     def __init__(self) -> None:
-        self._urgent: list[_Waiter] = []
-        self._others: list[_Waiter] = []
+        self._urgent: dict[_Waiter, None] = {}
+        self._bulk: dict[_Waiter, None] = {}
 
     def __len__(self) -> int:
-        return len(self._urgent) + len(self._others)
+        return len(self._urgent) + len(self._bulk)
 
     async def wait(
         self, cost: float, wait_s: Callable[[], float], is_ready: Callable[[], bool], *, urgent: bool = False
     ) -> None:
-        """Wait until it is this one's turn and there is enough for it; whoever returns from here takes it at once.
+        """Wait until it is the caller's turn and enough is available; the caller must then take it at once.
 
         Args:
-            cost: How much of it is asked for.
-            wait_s: Seconds until there is enough, 0 if there is; infinite if only `changed` can tell.
-            is_ready: Whether it could go at all; if not, others go before it.
-            urgent: Which class it is of.
+            cost: How much is asked for.
+            wait_s: Returns the seconds until enough is available, 0 if it is; infinity if only `changed` can tell.
+            is_ready: Returns whether the caller could go at all; if not, others go before it.
+            urgent: The class.
         """
-        me = _Waiter(cost, is_ready)
-        line = self._urgent if urgent else self._others
-        line.append(me)
+        waiter = _Waiter(cost, is_ready)
+        queue = self._urgent if urgent else self._bulk
+        queue[waiter] = None
         try:
-            while (seconds := wait_s() if self._first() is me else math.inf) > 0:
-                me.news.clear()
+            while (seconds := wait_s() if self._first() is waiter else math.inf) > 0:
+                waiter.changed.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(None if seconds == math.inf else seconds):
-                        await me.news.wait()
-            overtaken = _first_ready(self._others)
-            if urgent and overtaken is not None:
-                overtaken.overtaken += cost
+                        await waiter.changed.wait()
+            bypassed = _first_ready(self._bulk)
+            if urgent and bypassed is not None:
+                bypassed.bypassed_cost += cost
         finally:
-            line.remove(me)
+            del queue[waiter]
             self.changed()
 
     def changed(self) -> None:
-        """Let who is first look again."""
+        """Let the first waiter check again."""
         first = self._first()
         if first is not None:
-            first.news.set()
+            first.changed.set()
 
     def _first(self) -> _Waiter | None:
-        urgent, other = _first_ready(self._urgent), _first_ready(self._others)
-        if urgent is None or (other is not None and other.overtaken >= other.cost):
-            return other
+        urgent, bulk = _first_ready(self._urgent), _first_ready(self._bulk)
+        if urgent is None or (bulk is not None and bulk.bypassed_cost >= bulk.cost):
+            return bulk
         return urgent
 
 
-def _first_ready(line: list[_Waiter]) -> _Waiter | None:
-    return next((waiter for waiter in line if waiter.is_ready()), None)
+def _first_ready(queue: dict[_Waiter, None]) -> _Waiter | None:
+    for waiter in queue:
+        if waiter.is_ready():
+            return waiter
+    return None
 
 
 def _always() -> bool:
@@ -112,20 +113,20 @@ def _always() -> bool:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request under way."""
+    """One request in flight."""
 
     number: int
     tokens: int
     sent_at: float
     waited_s: float = 0.0
-    """Seconds until it might go,"""
+    """Seconds it waited before it could be sent."""
     held_s: float = 0.0
-    """and of these, those since it was first and had a slot: what the rate, a pause or the cap cost it."""
+    """Of these, the seconds since it was first and had a slot: what the rate, a pause or the cap cost it."""
 
 
 @dataclass(eq=False)
-class Pace:
-    """What is shared by all who use one endpoint, key and model on one event loop."""
+class RateLimiter:
+    """Shared by all who use one endpoint, key and model on one event loop."""
 
     requests: Bucket | None = None
     tokens: Bucket | None = None
@@ -133,7 +134,7 @@ class Pace:
     """The user's limits: a bucket for each number a minute, and whether it counts tokens (else requests)."""
     paused_until: float = 0.0
     refusals: int = 0
-    """Rounds of refusals since the last success; a round is all that was under way together."""
+    """Rounds of refusals since the last success; all requests in flight at a time are one round."""
     successes: int = 0
     failures_in_a_row: int = 0
     answered: bool = False
@@ -141,19 +142,19 @@ class Pace:
     """How many requests may be in flight; infinite until an overload was seen."""
     round_began_at: float = -math.inf
     in_flight: dict[int, Ticket] = field(default_factory=dict)
-    queue: Queue = field(default_factory=Queue)
-    _numbers: int = 0
+    queue: PriorityQueue = field(default_factory=PriorityQueue)
+    _last_number: int = 0
     _listeners: set[Callable[[float], None]] = field(default_factory=set)
 
     def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
-        """Keep below these limits too; of several the lowest counts, and of equal ones there is one."""
+        """Add limits of the user's. The lowest one counts; equal ones are one limit, not two."""
         now = asyncio.get_running_loop().time()
         for per_minute, counts_tokens in ((requests_per_minute, False), (tokens_per_minute, True)):
             if per_minute is not None:
                 self.own.setdefault((per_minute, counts_tokens), Bucket(per_minute / 60, per_minute, per_minute, now))
 
     async def enter(self, tokens: int, is_ready: Callable[[], bool] = _always, *, urgent: bool = False) -> Ticket:
-        """Wait until a request of so many tokens may go; see `Queue.wait`."""
+        """Wait until a request of `tokens` tokens may be sent; see `PriorityQueue.wait`."""
         loop = asyncio.get_running_loop()
         came_at, held_at = loop.time(), math.inf
 
@@ -166,9 +167,12 @@ class Pace:
             return seconds
 
         await self.queue.wait(self._cost(tokens, urgent), wait_s, is_ready, urgent=urgent)
-        ticket = self._take(tokens, loop.time())
-        ticket.waited_s = ticket.sent_at - came_at
-        ticket.held_s = max(0.0, ticket.sent_at - held_at)
+        now = loop.time()
+        for bucket, amount in self._buckets(tokens):
+            bucket.take(amount, now)
+        self._last_number += 1
+        ticket = Ticket(self._last_number, tokens, now, now - came_at, max(0.0, now - held_at))
+        self.in_flight[ticket.number] = ticket
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
@@ -176,50 +180,48 @@ class Pace:
         self.in_flight.pop(ticket.number, None)
         self.queue.changed()
 
-    def observe(self, ticket: Ticket, rates: Rates | None) -> None:
-        """Learn from the headers of an answer."""
+    def update_from_headers(self, ticket: Ticket, rates: Rates | None) -> None:
+        """Learn the provider's buckets from the headers of an answer."""
         if rates is None:
             return
         now = asyncio.get_running_loop().time()
         later = [other for other in self.in_flight.values() if other.number > ticket.number]
         if rates.limit_tokens and rates.remaining_tokens is not None:
             unseen = float(sum(other.tokens for other in later))
-            self.tokens = learn(
-                self.tokens,
-                rates.limit_tokens,
-                rates.remaining_tokens,
-                rates.reset_tokens_s,
-                ticket.tokens,
-                unseen,
-                now,
-            )
+            limit, remaining, reset_s = rates.limit_tokens, rates.remaining_tokens, rates.reset_tokens_s
+            self.tokens = bucket_from_headers(self.tokens, limit, remaining, reset_s, ticket.tokens, unseen, now)
         if rates.limit_requests and rates.remaining_requests is not None:
-            self.requests = learn(
-                self.requests,
-                rates.limit_requests,
-                rates.remaining_requests,
-                rates.reset_requests_s,
-                1,
-                len(later),
-                now,
-            )
+            limit, remaining, reset_s = rates.limit_requests, rates.remaining_requests, rates.reset_requests_s
+            self.requests = bucket_from_headers(self.requests, limit, remaining, reset_s, 1, len(later), now)
 
     def succeeded(self) -> None:
-        """A request was answered well."""
+        """A request brought vectors."""
         self.answered = True
         self.successes += 1
         self.refusals = 0
         self.failures_in_a_row = 0
-        self.cap += 1 / self.cap  # one more at once for every round that went well, as OpenAI asks after `slow_down`
+        self.cap += 1 / self.cap  # one more at once after each round that went well, as OpenAI asks after `slow_down`
         self.queue.changed()
 
     def failed(self) -> None:
-        """A request was not answered well, for whatever reason."""
+        """A request brought no vectors, for whatever reason."""
         self.failures_in_a_row += 1
+
+    def refused(self, ticket: Ticket) -> None:
+        """A request was refused because it came too fast, or because the provider is overloaded."""
+        self.answered = True
+        if ticket.sent_at < self.round_began_at:
+            return  # it was sent before we slowed down, so it is no news
+        self.round_began_at = asyncio.get_running_loop().time()
+        self.refusals += 1
+        if self.tokens is None and self.requests is None:  # no headers: find the limit by halving
+            self.cap = max(1.0, min(self.cap, len(self.in_flight)) / 2)
+        for bucket in self.own.values():
+            bucket.take(max(0.0, bucket.level), self.round_began_at)
 
     @property
     def paused_s(self) -> float:
-        """Seconds until anybody may send again; 0 if that is now."""
+        """Seconds until any request may be sent again; 0 if there is no pause."""
         return max(0.0, self.paused_until - asyncio.get_running_loop().time())
 
     @property
@@ -227,110 +229,91 @@ class Pace:
         """Whether the provider fails everybody."""
         return self.failures_in_a_row >= FAILURES_OF_AN_OUTAGE
 
-    def refused(self, ticket: Ticket) -> None:
-        """A request was refused for coming too fast, or the provider is overloaded."""
-        self.answered = True
-        if ticket.sent_at < self.round_began_at:
-            return  # it was sent before we slowed down: no news
-        self.round_began_at = asyncio.get_running_loop().time()
-        self.refusals += 1
-        if self.tokens is None and self.requests is None:  # no headers tell, so feel the way
-            self.cap = max(1.0, min(self.cap, len(self.in_flight)) / 2)
-        for bucket in self.own.values():
-            bucket.take(max(0.0, bucket.level), self.round_began_at)
-
     @contextmanager
-    def told(self, on_pause: Callable[[float], None]) -> Iterator[None]:
-        """Tell of the pause there is and of those to come: until when, on the loop's clock."""
-        on_pause(self.paused_until)
-        self._listeners.add(on_pause)
+    def on_pause(self, listener: Callable[[float], None]) -> Iterator[None]:
+        """Call the listener with the end of the current pause and of later ones, on the loop's clock."""
+        listener(self.paused_until)
+        self._listeners.add(listener)
         try:
             yield
         finally:
-            self._listeners.remove(on_pause)
+            self._listeners.remove(listener)
 
     def pause(self, seconds: float) -> bool:
-        """Let nobody send for so many seconds; return whether that is news, and not what others were told too."""
+        """Send nothing for so many seconds; return whether this pause is new, and not the one that others reported."""
         until = asyncio.get_running_loop().time() + seconds * (1 + random.uniform(0, PAUSE_JITTER))
-        is_news = until > self.paused_until + seconds / 2
+        is_new = until > self.paused_until + seconds / 2
         self.paused_until = max(self.paused_until, until)
-        for on_pause in tuple(self._listeners):
-            on_pause(self.paused_until)
+        for listener in tuple(self._listeners):
+            listener(self.paused_until)
         self.queue.changed()
-        return is_news
+        return is_new
+
+    def _buckets(self, tokens: int) -> list[tuple[Bucket, float]]:
+        """Return all buckets, and how much a request of `tokens` tokens takes out of each."""
+        known = [(bucket, tokens if of_tokens else 1.0) for (_, of_tokens), bucket in self.own.items()]
+        if self.tokens is not None:
+            known.append((self.tokens, tokens))
+        if self.requests is not None:
+            known.append((self.requests, 1.0))
+        return known
 
     def _wait_s(self, tokens: int, now: float) -> float:
-        if self.in_flight and self._crowded(tokens):
+        if self.in_flight and self._is_crowded(tokens):
             return math.inf  # until a request leaves
-        waits = [self.paused_until - now]
-        if self.tokens is not None:
-            waits.append(self.tokens.wait_s(tokens, now))
-        if self.requests is not None:
-            waits.append(self.requests.wait_s(1, now))
-        waits.extend(bucket.wait_s(tokens if of_tokens else 1, now) for (_, of_tokens), bucket in self.own.items())
-        return max(waits)
+        return max([self.paused_until - now, *[bucket.wait_s(amount, now) for bucket, amount in self._buckets(tokens)]])
 
     def _cost(self, tokens: int, urgent: bool) -> float:
-        """Return what a request takes of what is scarce: seconds of a rate, or slots where no rate is known."""
-        taken = [(bucket, tokens if of_tokens else 1) for (_, of_tokens), bucket in self.own.items()]
-        taken += [(bucket, amount) for bucket, amount in ((self.tokens, tokens), (self.requests, 1)) if bucket]
-        return max((amount / bucket.per_s for bucket, amount in taken), default=URGENT_SLOT if urgent else 1.0)
+        """Return how much a request takes of what is scarce: seconds of a rate, or slots where no rate is known."""
+        taken = [amount / bucket.per_s for bucket, amount in self._buckets(tokens)]
+        return max(taken, default=URGENT_SLOT if urgent else 1.0)
 
-    def _crowded(self, tokens: int) -> bool:
+    def _is_crowded(self, tokens: int) -> bool:
         if len(self.in_flight) + 1 > self.cap:
             return True
-        under_way = sum(ticket.tokens for ticket in self.in_flight.values())
-        return not self.answered and under_way + tokens > TOKENS_BEFORE_FIRST_ANSWER
-
-    def _take(self, tokens: int, now: float) -> Ticket:
-        for bucket, amount in ((self.tokens, tokens), (self.requests, 1)):
-            if bucket is not None:
-                bucket.take(amount, now)
-        for (_, of_tokens), bucket in self.own.items():
-            bucket.take(tokens if of_tokens else 1, now)
-        self._numbers += 1
-        ticket = Ticket(self._numbers, tokens, now)
-        self.in_flight[ticket.number] = ticket
-        return ticket
+        in_flight = sum(ticket.tokens for ticket in self.in_flight.values())
+        return not self.answered and in_flight + tokens > TOKENS_BEFORE_FIRST_ANSWER
 
 
 # The one thing shared in a process, because the provider counts per key and not per object. It holds no client and no
 # key, and nothing that is not in use.
-_PACES: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Hashable, Pace]] = WeakKeyDictionary()
+_LIMITERS: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Hashable, RateLimiter]] = (
+    WeakKeyDictionary()
+)
 
 
-def shared_pace(key: Hashable) -> Pace:
-    """Return the pace of the running loop for that endpoint, key and model; it lives as long as somebody uses it."""
-    paces = _PACES.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
-    pace = paces.get(key)
-    if pace is None:
-        pace = paces[key] = Pace()
-    return pace
+def shared_rate_limiter(key: Hashable) -> RateLimiter:
+    """Return the running loop's limiter for that endpoint, key and model; it lives as long as it is used."""
+    limiters = _LIMITERS.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+    limiter = limiters.get(key)
+    if limiter is None:
+        limiter = limiters[key] = RateLimiter()
+    return limiter
 
 
-class Slots:
-    """One embedder's concurrency over a shared pace."""
+class ConcurrencyLimiter:
+    """One embedder's concurrency slots, on top of a shared rate limiter."""
 
-    def __init__(self, pace: Pace, concurrency: int) -> None:
-        self.pace = pace
-        self.under_way = 0
+    def __init__(self, rate: RateLimiter, concurrency: int) -> None:
+        self.rate = rate
+        self.concurrency = concurrency
+        self.in_flight = 0
         self.waiting = 0
-        self._concurrency = concurrency
 
     @asynccontextmanager
     async def slot(self, tokens: int, *, urgent: bool = False) -> AsyncIterator[Ticket]:
-        """Hold one of the slots, from the moment a request of so many tokens may go; none while waiting for that."""
+        """Hold a slot from the moment a request of `tokens` tokens may be sent; none is held while waiting for that."""
         self.waiting += 1
         try:
-            ticket = await self.pace.enter(tokens, self._has_room, urgent=urgent)
+            ticket = await self.rate.enter(tokens, self._has_room, urgent=urgent)
         finally:
             self.waiting -= 1
-        self.under_way += 1
+        self.in_flight += 1
         try:
             yield ticket
         finally:
-            self.under_way -= 1
-            self.pace.leave(ticket)
+            self.in_flight -= 1
+            self.rate.leave(ticket)
 
     def _has_room(self) -> bool:
-        return self.under_way < self._concurrency
+        return self.in_flight < self.concurrency

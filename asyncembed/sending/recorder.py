@@ -1,6 +1,6 @@
-"""Counting what an embedder does, and telling its observer.
+"""Counts what an embedder does, and calls its observer.
 
-Each event loop counts for itself, so that nothing is locked where requests run; a snapshot sums them up.
+Each event loop has counters of its own, so that no lock is needed where requests run; a snapshot sums them up.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
-from ..errors import ConfigError
-from ..metrics import Observer, RequestFinished, RequestStarted, Stats, Tally
+from ..errors import ConfigError, ProviderError
+from ..metrics import Counters, Observer, RequestFinished, RequestStarted, Stats
 from ..types import Provider, Reply, info_of
-from .pacing import Slots, Ticket
+from .pacing import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Metrics:
-    """What all event loops of one embedder have counted, and its observer.
+class MetricsRecorder:
+    """The counters of all event loops of one embedder, and its observer.
 
     Args:
-        model: The model that is asked for.
-        provider: Who is asked; where it is, and in what format, is read off it if it tells.
-        observer: Is told of everything, or None.
+        model: The name of the requested model.
+        provider: Asked for its address and encoding format.
+        observer: Called for every request, or None.
 
     Raises:
         ConfigError: The observer lacks a method.
@@ -46,43 +46,31 @@ class Metrics:
         self.address = info_of(provider).address
         self.observer = observer
         self._is_broken = False
-        self._watches: dict[asyncio.AbstractEventLoop, Watch] = {}
-        self._ended = Tally()
-        self._changing = threading.Lock()  # taken once a loop and once a snapshot, not where requests run
+        self._recorders: dict[asyncio.AbstractEventLoop, LoopRecorder] = {}
+        self._closed_loops = Counters()
+        self._lock = threading.Lock()  # taken once for each loop and each snapshot, never for a request
 
-    def here(self) -> Watch:
-        """Return the running loop's watch."""
+    def here(self) -> LoopRecorder:
+        """Return the running loop's recorder."""
         loop = asyncio.get_running_loop()
-        watch = self._watches.get(loop)
-        if watch is None:
-            with self._changing:
-                for other in [other for other in self._watches if other.is_closed()]:
-                    self._ended.add(self._watches.pop(other).tally)
-                watch = self._watches[loop] = Watch(self)
-        return watch
+        recorder = self._recorders.get(loop)
+        if recorder is None:
+            with self._lock:
+                for other in [other for other in self._recorders if other.is_closed()]:
+                    self._closed_loops.add(self._recorders.pop(other).counters)
+                recorder = self._recorders[loop] = LoopRecorder(self)
+        return recorder
 
-    def stats(self, slots: Iterable[tuple[asyncio.AbstractEventLoop, Slots]], gathering: int) -> Stats:
-        """Return a snapshot. Safe to call from any thread.
+    def stats(self, **gauges: Any) -> Stats:
+        """Return the sum of all counters, with the given gauges of what is in flight. Safe to call from any thread."""
+        total = Counters()
+        with self._lock:
+            for counters in (self._closed_loops, *(recorder.counters for recorder in self._recorders.values())):
+                total.add(counters)
+        return Stats(**{each.name: getattr(total, each.name) for each in fields(Counters)}, **gauges)
 
-        Args:
-            slots: Those of each loop that is not closed.
-            gathering: Texts that wait for the next shared request.
-        """
-        total = Tally()
-        with self._changing:
-            for tally in (self._ended, *(watch.tally for watch in self._watches.values())):
-                total.add(tally)
-        slots = list(slots)
-        return Stats(
-            **{each.name: getattr(total, each.name) for each in fields(Tally)},
-            under_way=sum(each.under_way for _, each in slots),
-            waiting=sum(each.waiting for _, each in slots),
-            gathering=gathering,
-            paused_for_s=max((0.0, *(each.pace.paused_until - loop.time() for loop, each in slots))),
-        )
-
-    def tell(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call a method of the observer so that it can do no harm: what it raises is logged, the first time."""
+    def call(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call a method of the observer. If it raises, that is logged once, and no call fails."""
         try:
             return method(*args, **kwargs)
         except Exception:
@@ -92,17 +80,17 @@ class Metrics:
             return None
 
 
-class Watch:
-    """Counts what happens on one event loop, and tells the observer."""
+class LoopRecorder:
+    """Counts what happens on one event loop, and calls the observer."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: MetricsRecorder) -> None:
         self.metrics = metrics
-        self.tally = Tally()
+        self.counters = Counters()
 
     def request(
         self, ticket: Ticket, inputs: int, fill: float, *, is_retry: bool, callers: Sequence[object] | None
-    ) -> Watched:
-        """Return a context for a request, whose `reply` is to be set inside; it counts and tells start and end."""
+    ) -> RequestTimer:
+        """Return a context manager that times and counts one request; set its `reply` inside."""
         started = RequestStarted(
             model=self.metrics.model,
             address=self.metrics.address,
@@ -114,93 +102,97 @@ class Watch:
             held_s=ticket.held_s,
             callers=callers,
         )
-        return Watched(self.metrics, self.tally, started)
+        return RequestTimer(self.metrics, self.counters, started)
 
-    def more(self, requests: int) -> None:
-        """What was one request to us were so many more on the wire."""
-        self.tally.requests += requests
-        self.tally.retries += requests
+    def more_requests(self, count: int) -> None:
+        """Count requests that the provider sent beyond the one it was asked for."""
+        self.counters.requests += count
+        self.counters.retries += count
 
     def texts(self, embedded: int, failed: int) -> None:
-        """So many texts are done."""
-        self.tally.texts += embedded
-        self.tally.texts_failed += failed
+        """Count texts that were embedded, and texts that have failed."""
+        self.counters.texts += embedded
+        self.counters.texts_failed += failed
 
     def paused(self, seconds: float, *, everybody: bool) -> None:
-        """What failed waits so long before it is sent again."""
+        """A retry was scheduled in `seconds`: all requests pause until then, or only this batch backs off."""
         if everybody:
-            self.tally.pauses += 1
+            self.counters.pauses += 1
         else:
-            self.tally.backoff_s += seconds
+            self.counters.backoff_s += seconds
         if self.metrics.observer is not None:
-            self.metrics.tell(self.metrics.observer.paused, self.metrics.model, seconds, everybody)
+            self.metrics.call(self.metrics.observer.paused, self.metrics.model, seconds, everybody)
 
     def cached(self, hits: int, misses: int) -> None:
-        """So many texts were looked up in the cache."""
-        self.tally.cache_hits += hits
-        self.tally.cache_misses += misses
+        """Count lookups in the cache."""
+        self.counters.cache_hits += hits
+        self.counters.cache_misses += misses
         if self.metrics.observer is not None:
-            self.metrics.tell(self.metrics.observer.cached, self.metrics.model, hits, misses)
+            self.metrics.call(self.metrics.observer.cached, self.metrics.model, hits, misses)
+
+    def overloaded(self) -> None:
+        """Count a call that was refused because too many texts are waiting."""
+        self.counters.overloads += 1
 
     def caller(self) -> object:
-        """Return what the observer wants to remember of whoever calls now."""
-        return None if self.metrics.observer is None else self.metrics.tell(self.metrics.observer.caller)
+        """Return what the observer wants to remember about the current caller."""
+        return None if self.metrics.observer is None else self.metrics.call(self.metrics.observer.caller)
 
     def queued(self, waited_s: Sequence[float]) -> None:
-        """Calls leave in a shared request, each after it has waited so long."""
-        self.tally.calls_queued += len(waited_s)
-        self.tally.queue_s += sum(waited_s)
-        self.tally.queue_max_s = max(self.tally.queue_max_s, *waited_s)
+        """Count the calls that leave in one shared request; each has waited for so many seconds."""
+        self.counters.calls_queued += len(waited_s)
+        self.counters.queue_s += sum(waited_s)
+        self.counters.queue_max_s = max(self.counters.queue_max_s, *waited_s)
         if self.metrics.observer is not None:
             for seconds in waited_s:
-                self.metrics.tell(self.metrics.observer.queued, self.metrics.model, seconds)
+                self.metrics.call(self.metrics.observer.queued, self.metrics.model, seconds)
 
 
-class Watched:
-    """One request under watch, from its start to its end."""
+class RequestTimer:
+    """Times one request, and counts how it ended."""
 
-    __slots__ = ("_began_at", "_finish", "_metrics", "_now", "_started", "_tally", "reply")
+    __slots__ = ("_began_at", "_counters", "_finish", "_metrics", "_now", "_started", "reply")
 
-    def __init__(self, metrics: Metrics, tally: Tally, started: RequestStarted) -> None:
+    def __init__(self, metrics: MetricsRecorder, counters: Counters, started: RequestStarted) -> None:
         self.reply: Reply | None = None
         self._metrics = metrics
-        self._tally = tally
+        self._counters = counters
         self._started = started
         self._finish: Callable[[RequestFinished], object] | None = None
         self._now = asyncio.get_running_loop().time
 
     def __enter__(self) -> Self:
-        started, tally, observer = self._started, self._tally, self._metrics.observer
-        tally.requests += 1
-        tally.retries += started.is_retry
-        tally.filled += started.fill
-        tally.waited_s += started.waited_s
-        tally.held_s += started.held_s
+        started, counters, observer = self._started, self._counters, self._metrics.observer
+        counters.requests += 1
+        counters.retries += started.is_retry
+        counters.filled += started.fill
+        counters.waited_s += started.waited_s
+        counters.held_s += started.held_s
         if observer is not None:
-            self._finish = self._metrics.tell(observer.request, started)
+            self._finish = self._metrics.call(observer.request, started)
         self._began_at = self._now()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        tally = self._tally
+        counters = self._counters
         elapsed_s = self._now() - self._began_at
-        tally.request_s += elapsed_s
+        counters.request_s += elapsed_s
         if self.reply is not None:
-            tally.succeeded += 1
-            tally.tokens += self.reply.tokens or 0
+            counters.succeeded += 1
+            counters.tokens += self.reply.tokens or 0
         elif isinstance(error, Exception):
-            tally.failures[type(error).__name__] = tally.failures.get(type(error).__name__, 0) + 1
+            counters.failures[type(error).__name__] = counters.failures.get(type(error).__name__, 0) + 1
         else:
-            tally.cancelled += 1
+            counters.cancelled += 1
         if self._finish is not None:
-            self._metrics.tell(self._finish, self._finished(elapsed_s, error))
+            self._metrics.call(self._finish, self._finished(elapsed_s, error))
 
     def _finished(self, elapsed_s: float, error: BaseException | None) -> RequestFinished:
         encoding = info_of(self._metrics.provider).encoding_format
         if self.reply is None:
-            status: int | None = getattr(error, "status", None)
+            status = error.status if isinstance(error, ProviderError) else None
             return RequestFinished(elapsed_s=elapsed_s, error=type(error).__name__, status=status, encoding=encoding)
         return RequestFinished(
             elapsed_s=elapsed_s,

@@ -1,8 +1,8 @@
-"""What to do after a failed attempt. Pure: decides, never sleeps, sends nothing.
+"""Decides what to do after a failed attempt. Pure: it never sleeps and sends nothing.
 
 An error and the batch's history become one of five actions: `Retry` after a while, `Probe` whether the provider is
-down, `Split` the batch, `Reject` its only text, `Stop` the run. Any refusal that is not known is split if it can be,
-so that providers nobody has heard of work too.
+down, `Split` the batch, `Reject` its only text, `Stop` the call. A batch with an unknown refusal is split if it can be,
+so that unknown providers work too.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from ..errors import (
 BACKOFF_BASE_S = 0.5
 BACKOFF_MAX_S = 30.0
 
-# After so many failures a batch is no longer repeated as it is, if the provider answers others: something inside it
-# may be what fails (Ollama answers 500 for certain sentences, llama.cpp for long ones). A single text is given more,
-# since calling it the culprit loses it: where 30 % of all requests fail by chance, 0.2 % of good ones fail 5 times.
+# After this many failures a batch is no longer repeated as it is, if the provider answers others: one of its texts may
+# be the cause (Ollama answers 500 for certain sentences, llama.cpp for long ones). A single text gets more attempts,
+# since blaming it loses it: where 30 % of all requests fail by chance, 0.2 % of good texts fail 5 times.
 SUSPECT_AFTER = 3
 REJECT_AFTER = 5
 
-# An overloaded server says nothing about the text: OpenAI's and everybody's 503, by status or by code.
+# An overloaded server says nothing about the text: 503, by status or by code.
 _OVERLOAD_CODES = {"server_is_overloaded", "overloaded", "slow_down"}
 
-# A provider that refused so many single texts and took none refuses the request, not the texts.
+# A provider that refused this many single texts and took none refuses the request, not the texts.
 REJECTIONS_BEFORE_STOP = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Send the same batch again after so many seconds; `shared` if nobody else may send before that either."""
+    """Send the same batch again after `after_s` seconds; if `shared`, all requests pause until then."""
 
     after_s: float
     shared: bool = False
@@ -62,12 +62,12 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Find out whether this batch is to blame, or the provider is down: send a single text, and decide again."""
+    """Send a single text to find out whether this batch is to blame or the provider is down, then decide again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Nothing new is sent in this run."""
+    """Send nothing new in this call."""
 
     error: FatalProviderError
 
@@ -82,21 +82,21 @@ class History:
     Attributes:
         inputs: Texts in the batch.
         failures: Attempts of this batch that failed, this one included.
-        alone: Of `failures`, the last ones in a row during which nobody else got through either.
-        healthy: Whether the provider answers others well: since this batch first failed, or, since calling a single
-            text the culprit loses it, between its last two failures or after the last one.
+        consecutive_failures: Of `failures`, the last ones with no success of any other request in between.
+        healthy: Whether the provider answers other requests well: since this batch first failed; for a single text,
+            which is lost if it is blamed, between its last two failures or after the last one.
         probed: Whether single texts were sent in its place, and failed too.
-        canary: Whether a text is known that this provider has taken.
-        rejections: Single texts the provider refused in this run before it took a first one.
-        refusals: Rounds of refusals for coming too fast, of whichever batches, since a request succeeded.
+        has_known_good: Whether a text is known that this provider has taken.
+        rejections: Single texts the provider refused in this call before it took a first one.
+        refusals: Rounds of rate-limit refusals, of any batches, since a request succeeded.
     """
 
     inputs: int
     failures: int
-    alone: int
+    consecutive_failures: int
     healthy: bool
     probed: bool = False
-    canary: bool = False
+    has_known_good: bool = False
     rejections: int = 0
     refusals: int = 1
 
@@ -132,13 +132,13 @@ def _reject(error: ProviderError, history: History) -> Action:
 
 
 def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
-    # While others get through, a refusal is a matter of turns, not of failing.
-    if history.alone > max_retries:
-        return Stop(_down(error, history.alone))
+    # While others succeed, a refusal is a matter of order, not a failure.
+    if history.consecutive_failures > max_retries:
+        return Stop(_down(error, history.consecutive_failures))
     if error.retry_after_s is None:
         return Retry(backoff_s(history.refusals), shared=True)
-    # told a few milliseconds again and again, all attempts would be used up before a second has passed
-    grown_s = backoff_s(history.alone - 1) if history.alone > 1 else 0.0
+    # a server that says a few milliseconds each time would use up all attempts within a second
+    grown_s = backoff_s(history.consecutive_failures - 1) if history.consecutive_failures > 1 else 0.0
     return Retry(max(error.retry_after_s, grown_s), shared=True)
 
 
@@ -146,24 +146,24 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
     suspect_after = SUSPECT_AFTER if history.inputs > 1 else REJECT_AFTER
     if is_overload(error):
         suspect_after = max_retries + 1
-    was_sent = not isinstance(error, TransportError) or error.connected  # else it says nothing of the texts
+    was_sent = not isinstance(error, TransportError) or error.connected  # else it says nothing about the texts
     if was_sent and history.failures >= min(suspect_after, max_retries + 1):
         if history.healthy:
             return Split() if history.inputs > 1 else _reject(error, history)
-        if not history.probed and (history.canary or (history.inputs > 1 and max_retries > 0)):
+        if not history.probed and (history.has_known_good or (history.inputs > 1 and max_retries > 0)):
             return Probe()
-    # An answer that is malformed every time stays so; an overloaded server or a cut line may come back.
+    # A reply that is malformed every time stays malformed; an overloaded server or a lost connection may recover.
     limit = min(max_retries, suspect_after - 1) if isinstance(error, ProtocolError) else max_retries
-    if history.alone > limit:
-        return Stop(_down(error, history.alone))
+    if history.consecutive_failures > limit:
+        return Stop(_down(error, history.consecutive_failures))
     if isinstance(error, TransportError) and not error.timed_out and history.failures == 1:
-        return Retry(0.0)  # most often a kept connection that the server had closed: a new one will do
+        return Retry(0.0)  # most often an idle connection that the server had closed: a new one will do
     stated = error.retry_after_s if isinstance(error, ServerError) else None
     return Retry(max(stated or 0.0, backoff_s(history.failures)), shared=stated is not None)
 
 
 def backoff_s(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row: exponential, with jitter from half to whole."""
+    """Return the seconds to wait after this many failures in a row: exponential, times 0.5 to 1 at random."""
     ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0 ** min(failures - 1, 16))
     return ceiling * random.uniform(0.5, 1.0)
 

@@ -1,4 +1,4 @@
-"""`weighing`: texts are checked, counted and cut, exactly to the token."""
+"""`texts`: texts are checked, counted and cut, exactly to the token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncembed.batching.packing import Limits
-from asyncembed.batching.texts import Mean, TooLong, Weighed, unique, weigh_texts
+from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, prepare_inputs, unique
 from asyncembed.batching.tokens import ByteBound, TokenCounter, ToktokCounter
-from asyncembed.errors import InputError, InvalidTextError, TooLongError, WrongTypeError
+from asyncembed.errors import AsyncEmbedError, InputError, InvalidTextError, TooLongError, WrongTypeError
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
 from asyncembed.sources.records import check_text
 
@@ -32,8 +32,8 @@ class NoCounter(ByteBound):
 
 def weigh_one(
     text: str, *, counter: TokenCounter = EXACT, limits: Limits = OPENAI, too_long: TooLong = "error"
-) -> Weighed:
-    return weigh_texts(unique([(0, text)]), counter, limits, too_long)
+) -> tuple[list[Input], list[tuple[Text, AsyncEmbedError]]]:
+    return prepare_inputs(unique([(0, text)]), counter, limits, too_long)
 
 
 @pytest.mark.parametrize("text", [None, 5, 0.5, float("nan"), b"bytes", ["a"], {}, object()], ids=type)
@@ -114,7 +114,7 @@ def test_a_million_spaces_and_a_letter_fit() -> None:
 
 def test_failures_and_inputs_keep_their_texts_and_their_order() -> None:
     texts = unique(enumerate(["a", tokens_of(8_193), "b", "a" * 2_000_000, "c"]))
-    items, failed = weigh_texts(texts, EXACT, OPENAI, "error")
+    items, failed = prepare_inputs(texts, EXACT, OPENAI, "error")
     assert [item.text for item in items] == [texts[0], texts[2], texts[4]]
     assert [text for text, _ in failed] == [texts[1], texts[3]]
 
@@ -152,9 +152,9 @@ def test_the_pieces_of_a_long_text_are_the_text_and_each_of_them_fits(text: str,
     assert counter.count([piece.content for piece in pieces]) == [piece.tokens for piece in pieces]
     assert all(piece.tokens <= limit for piece in pieces)
     assert [item.content for item in beginning] == [pieces[0].content]
-    mean = pieces[0].text.mean
+    mean = pieces[0].text.pieces
     assert (mean.missing if mean else 1) == len(pieces)
-    assert beginning[0].text.mean is None
+    assert beginning[0].text.pieces is None
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "😀" * 20_000, "word " * 20_000, "é" * 50_000])
@@ -172,7 +172,7 @@ def test_pieces_fit_a_batch_that_holds_less_than_the_model_takes() -> None:
 
 
 def test_a_mean_is_weighted_by_tokens_and_of_unit_length() -> None:
-    mean = Mean(missing=2)
+    mean = PooledPieces(missing=2)
     mean.add(np.array([1, 0], np.float32), 3)
     mean.add(np.array([0, 1], np.float32), 4)
     assert (mean.missing, mean.vector().dtype) == (0, np.float32)
@@ -184,7 +184,7 @@ def test_a_mean_does_not_depend_on_the_order_of_its_pieces() -> None:
     vectors, weights = random.standard_normal((100, 64)).astype(np.float32), random.integers(1, 8_192, 100)
     means = []
     for order in (range(100), reversed(range(100)), random.permutation(100)):
-        mean = Mean(missing=100)
+        mean = PooledPieces(missing=100)
         for i in order:
             mean.add(vectors[i], int(weights[i]))
         means.append(mean.vector())
@@ -194,17 +194,17 @@ def test_a_mean_does_not_depend_on_the_order_of_its_pieces() -> None:
 
 
 def test_pieces_that_cancel_out_give_zeros_and_huge_ones_no_infinity() -> None:
-    mean = Mean(missing=2)
+    mean = PooledPieces(missing=2)
     mean.add(np.array([1, 0], np.float32), 5)
     mean.add(np.array([-1, 0], np.float32), 5)
     assert mean.vector().tolist() == [0.0, 0.0]
-    huge = Mean(missing=1)
+    huge = PooledPieces(missing=1)
     huge.add(np.array([3e38, 0], np.float32), 8_192)
     assert huge.vector().tolist() == [1.0, 0.0]
 
 
 def test_the_first_error_of_the_pieces_is_kept() -> None:
-    mean, first = Mean(missing=2), InvalidTextError("first")
+    mean, first = PooledPieces(missing=2), InvalidTextError("first")
     mean.fail(first)
     mean.fail(InvalidTextError("second"))
     assert (mean.error, mean.missing) == (first, 0)

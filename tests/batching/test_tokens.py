@@ -127,7 +127,7 @@ def test_without_vocabulary_and_network_there_is_one_warning_and_the_bound(tmp_p
     program = """
 import asyncio, json, logging, sys, time
 sys.modules["toktok"] = None
-from asyncembed.tokens import load_counter
+from asyncembed.batching.tokens import load_counter
 lines = []
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())

@@ -1,31 +1,60 @@
-"""`lookup`: what is believed of a cache's answer. The rest of it is tested through calls, in `test_cached`."""
+"""`CacheClient`: which cached vectors are used. Everything else is tested through calls, in `test_caching`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
-from asyncembed.embedder.caching import believed
-from tests.caches.keys import key_of, vector
+from asyncembed.batching.texts import Text
+from asyncembed.embedder.caching import CacheClient
+from asyncembed.report import Usage
+from tests.caches.keys import vector
 
-KEYED = [(name, key_of(name)) for name in "abcd"]
+TEXTS = [Text(name, (index,)) for index, name in enumerate("abcd")]
+
+
+class Answers:
+    """A cache that has what it was given."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self._found = found
+
+    async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Any]:
+        return {
+            key: self._found[text.content] for key, text in zip(keys, TEXTS, strict=True) if text.content in self._found
+        }
+
+    async def put(self, vectors: Mapping[bytes, Any]) -> None: ...
+
+    async def aclose(self) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("size", "hits"),
-    [pytest.param(8, "b", id="as long as the model's"), pytest.param(None, "ad", id="as long as the first")],
+    [pytest.param(8, "b", id="the model's size"), pytest.param(None, "ad", id="the size of the first")],
 )
-def test_vectors_of_one_size_are_believed(size: int | None, hits: str) -> None:
-    found = {key_of("a"): vector("a", 3), key_of("b"): vector("b", 8), key_of("d"): vector("d", 3)}
-    believed_ones, missing = believed(KEYED, found, size)
-    assert [name for name, _ in believed_ones] == list(hits)
-    assert missing == [(name, key) for name, key in KEYED if name not in hits]
-    for name, found_one in believed_ones:
-        np.testing.assert_array_equal(found_one, vector(name, found_one.size))
+async def test_vectors_of_one_size_are_hits(size: int | None, hits: str) -> None:
+    client = CacheClient(Answers({"a": vector("a", 3), "b": vector("b", 8), "d": vector("d", 3)}), {}, lambda: size)
+    found, missing = await client.split(TEXTS, client.size)
+    assert [text.content for text in found.texts] == list(hits)
+    assert [text.content for text in missing] == [name for name in "abcd" if name not in hits]
+    for text, row in zip(found.texts, found.vectors, strict=True):
+        np.testing.assert_array_equal(row, vector(text.content, row.size))
 
 
-def test_an_empty_vector_is_none_and_tells_no_size() -> None:
-    found: dict[bytes, object] = {key_of("a"): np.empty(0, np.float32), key_of("b"): vector("b")}
-    believed_ones, missing = believed(KEYED, found, None)
-    assert [name for name, _ in believed_ones] == ["b"]
-    assert [name for name, _ in missing] == ["a", "c", "d"]
+async def test_an_empty_vector_is_no_hit_and_sets_no_size() -> None:
+    client = CacheClient(Answers({"a": np.empty(0, np.float32), "b": vector("b")}), {}, lambda: None)
+    found, missing = await client.split(TEXTS, None)
+    assert [text.content for text in found.texts] == ["b"]
+    assert [text.content for text in missing] == ["a", "c", "d"]
+
+
+async def test_in_a_small_call_a_miss_makes_all_texts_misses_while_the_size_is_unknown() -> None:
+    client = CacheClient(Answers({"a": vector("a", 3)}), {}, lambda: None)
+    usage = Usage()
+    found, missing = await client.look_up(TEXTS, usage)
+    assert (list(found.texts), missing) == ([], TEXTS)
+    assert (usage.cache_hits, usage.cache_misses) == (0, 4)

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncembed import Embedder, MemoryCache, Record, SQLiteCache, SQLiteSink, ingest
-from asyncembed.batching.batch import Deliver, Outcome
+from asyncembed.batching.batch import Outcome
 from asyncembed.batching.texts import Text
-from asyncembed.embedder.caching import PUT_FIRST_S, CachedCall, Lookup
+from asyncembed.embedder.caching import PUT_FIRST_S, CacheClient, CachingReceiver
 from asyncembed.errors import (
     AllFailedError,
     BadRequestError,
@@ -28,12 +28,11 @@ from asyncembed.errors import (
     DeadlineError,
     FatalProviderError,
     QuotaError,
-    RejectedTextError,
     SinkError,
     TransportError,
 )
 from asyncembed.report import EmbeddingResult, Progress
-from asyncembed.sending.run import Run
+from asyncembed.sending.context import CallContext
 from asyncembed.testing import EmbeddingServer, embedding_of
 from asyncembed.types import ProviderInfo, Reply, Vectors
 from tests.caches.keys import in_one_turn
@@ -455,7 +454,7 @@ async def test_a_cache_that_was_handed_in_is_not_closed_and_one_that_was_made_is
     await embedder.embed(["a"])
     await embedder.aclose()
     assert len(embedder._own_cache) == 0  # type: ignore[arg-type]
-    assert make(False)[0]._lookup is None
+    assert make(False)[0]._cache is None
 
 
 async def test_each_text_that_was_asked_for_counts_once_in_the_statistics() -> None:
@@ -509,46 +508,6 @@ async def test_progress_counts_hits_as_done() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_of_calls_that_miss_the_same_texts_at_once_one_sends_them(cache: Any) -> None:
-    embedder, provider = make(cache, latency_s=1)
-    calls = [asyncio.create_task(embedder.embed(many(10 * start, 10 * start + 60))) for start in range(5)]
-    await asyncio.wait(calls)
-    for start, call in enumerate(calls):
-        right(call.result().embeddings, many(10 * start, 10 * start + 60))
-        assert call.result().cache_hits == (0 if start == 0 else 50)
-    assert sorted(sent(provider)) == sorted(many(0, 100))
-    assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
-    await cache.aclose()
-
-
-@pytest.mark.virtual_time
-async def test_if_the_one_who_sends_is_cancelled_another_one_sends() -> None:
-    embedder, provider = make(True, latency_s=1)
-    calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
-    await asyncio.sleep(0.5)
-    calls[0].cancel()
-    await asyncio.wait(calls)
-    assert [call.cancelled() for call in calls] == [True, False, False]
-    right(calls[1].result().embeddings, many())
-    right(calls[2].result().embeddings, many())
-    assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert provider.in_flight == 0
-
-
-@pytest.mark.virtual_time
-async def test_one_who_waits_may_be_cancelled_and_harms_nobody() -> None:
-    embedder, provider = make(True, latency_s=1)
-    calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
-    await asyncio.sleep(0.5)
-    calls[1].cancel()
-    await asyncio.wait(calls)
-    assert [call.cancelled() for call in calls] == [False, True, False]
-    right(calls[2].result().embeddings, many())
-    assert len(provider.requests) == 1
-
-
-@pytest.mark.virtual_time
 async def test_closing_ends_those_who_send_and_those_who_wait() -> None:
     embedder, _ = make(True, latency_s=1, max_batch_size=10, concurrency=1)
     calls = [asyncio.create_task(embedder.embed(many())) for _ in range(3)]
@@ -557,42 +516,6 @@ async def test_closing_ends_those_who_send_and_those_who_wait() -> None:
     await asyncio.wait(calls)
     assert [type(call.exception()) for call in calls] == [TransportError] * 3
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.mark.virtual_time
-async def test_what_has_come_and_is_on_its_way_into_the_cache_is_a_hit() -> None:
-    class SlowToKeep(Recorded):
-        async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
-            await asyncio.sleep(10)
-            await super().put(vectors)
-
-    embedder, provider = make(SlowToKeep(), latency_s=1)
-    job = asyncio.create_task(embedder.embed(many()))
-    await asyncio.sleep(2)
-    assert not job.done()
-    right([await embedder.embed_one("text 7")], ["text 7"])
-    right((await embedder.embed(["text 8", "text 9"])).embeddings, ["text 8", "text 9"])
-    right((await embedder.embed(many())).embeddings, many())
-    assert not job.done()
-    await job
-    assert len(provider.requests) == 1
-
-
-@pytest.mark.virtual_time
-async def test_nobody_waits_for_a_stream_which_may_stand_still() -> None:
-    async def source() -> AsyncIterator[str]:
-        for text in many():
-            yield text
-        await asyncio.sleep(1_000)
-
-    embedder, provider = make(True, latency_s=1)
-    async with aclosing(embedder.stream(source())) as items:
-        reading = asyncio.create_task(anext(items))
-        await asyncio.sleep(0.1)
-        assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
-        right((await embedder.embed(many())).embeddings, many())
-        await reading
-    assert len(sent(provider)) == 200
 
 
 @pytest.mark.virtual_time
@@ -613,24 +536,6 @@ async def test_a_stream_hands_out_what_it_has_when_its_source_falls_silent() -> 
 
 
 @pytest.mark.virtual_time
-async def test_if_the_one_who_sends_fails_each_other_one_tries_once() -> None:
-    embedder, provider = make(
-        True, lambda _, texts: BadRequestError("HTTP 400", status=400) if "text 7" in texts else None, latency_s=1
-    )
-    calls = [asyncio.create_task(embedder.embed(many(0, 40))) for _ in range(10)]
-    began = asyncio.get_running_loop().time()
-    await asyncio.wait(calls)
-    for call in calls:
-        assert call.result().failed_indices == [7]
-        assert isinstance(call.result().failures[0].error, RejectedTextError)
-    others = [text for text in many(0, 40) if text != "text 7"]
-    assert sorted(text for text in others) == sorted(
-        text for request in provider.requests if "text 7" not in request for text in request
-    )
-    assert asyncio.get_running_loop().time() - began < 20  # not one after the other
-
-
-@pytest.mark.virtual_time
 async def test_who_waits_for_another_keeps_to_his_own_deadline() -> None:
     embedder, _ = make(True, latency_s=10)
     first = asyncio.create_task(embedder.embed(many()))
@@ -644,32 +549,14 @@ async def test_who_waits_for_another_keeps_to_his_own_deadline() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_an_interactive_call_waits_for_no_job_and_a_job_waits_for_it() -> None:
-    embedder, provider = make(True, latency_s=1, max_batch_size=10, concurrency=1)
+async def test_an_interactive_call_waits_for_no_job() -> None:
+    embedder, _ = make(True, latency_s=1, max_batch_size=10, concurrency=1)
     job = asyncio.create_task(embedder.embed(many()))  # ten seconds of requests
     await asyncio.sleep(0.5)
     began = asyncio.get_running_loop().time()
     right([await embedder.embed_one("text 99")], ["text 99"])
     assert asyncio.get_running_loop().time() - began < 3
     right((await job).embeddings, many())
-
-    asked = asyncio.create_task(embedder.embed_one("asked"))
-    await asyncio.sleep(0.5)
-    result = await embedder.embed([*many(), "asked"])
-    right(result.embeddings, [*many(), "asked"])
-    right([await asked], ["asked"])
-    assert sent(provider).count("asked") == 1
-
-
-@pytest.mark.virtual_time
-async def test_two_calls_that_wait_for_each_other_both_come_to_an_end() -> None:
-    embedder, provider = make(Recorded(), latency_s=1, max_batch_size=7)
-    forth, back = many(0, 1_200), many(0, 1_200)[::-1]
-    calls = [asyncio.create_task(embedder.embed(texts)) for texts in (forth, back)]
-    await asyncio.wait(calls)
-    right(calls[0].result().embeddings, forth)
-    right(calls[1].result().embeddings, back)
-    assert len(sent(provider)) == 1_200
 
 
 @pytest.mark.virtual_time
@@ -714,7 +601,6 @@ async def test_calls_cancelled_at_random_leave_nothing_behind_and_pay_little_twi
     assert {task.exception() for task in tasks if not task.cancelled()} == {None}
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert provider.in_flight == 0
-    assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
     assert len(sent(provider)) < 1_000  # without a cache 8,800
 
 
@@ -739,7 +625,6 @@ async def test_a_call_cancelled_at_any_step_leaves_nothing_and_whole_vectors(
 
         reached = await cancelled_at(step, work)
         assert provider.in_flight == 0
-        assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
         right((await embedder.embed([*known, *new])).embeddings, [*known, *new])
     await cache.aclose()
     assert step > 5
@@ -823,7 +708,6 @@ async def test_the_right_vector_is_in_the_right_row_whatever_is_known_doubled_or
         paid = [text for request in provider.requests if not poison & set(request) for text in request]
         assert set(paid).isdisjoint(known)
         assert all(paid.count(text) == 1 for text in paid), "paid twice"
-    assert embedder._lookup.in_flight == {}  # type: ignore[union-attr]
     await cache.aclose()
 
 
@@ -850,25 +734,17 @@ async def test_what_was_paid_for_is_kept_even_if_the_store_refuses_it() -> None:
     assert len(cache) == 2
 
 
-async def test_what_takes_the_vectors_may_raise_and_is_heard() -> None:
+async def test_an_error_of_the_receiver_is_raised_after_the_vectors_were_stored() -> None:
     cache = MemoryCache()
-    lookup = Lookup(cache, {}, lambda: 4)
-    text = Text("a", [0])
 
-    async def deliver(_: Outcome) -> None:
-        raise KeyError("its own")
+    class Refusing:
+        async def deliver(self, outcome: Outcome) -> None:
+            raise KeyError("its own")
 
-    async def send(slices: AsyncIterator[Sequence[Text]], deliver: Deliver) -> None:
-        async for texts in slices:
-            await deliver(Outcome(texts, np.zeros((len(texts), 4), np.float32)))
-
-    async def slices() -> AsyncIterator[Sequence[Text]]:
-        yield [text]
-
+    caching = CachingReceiver(CacheClient(cache, {}, lambda: 4), CallContext(), Refusing())
     with pytest.raises(KeyError, match="its own"):
-        await CachedCall(lookup, Run(), deliver, send, at_once=True).run(slices())
+        await caching.deliver(Outcome([Text("a", [0])], np.zeros((1, 4), np.float32)))
     assert len(cache) == 1
-    assert lookup.in_flight == {}
 
 
 class SlowStore:
@@ -922,24 +798,6 @@ async def test_a_run_that_is_asked_to_end_stores_the_hits_it_has_begun_to_store(
 
 
 # ---- answers of one's own, and stores that do not answer ----
-
-
-async def test_what_a_call_got_from_another_is_not_changed_with_that_ones_result() -> None:
-    texts = many(0, 1_000)
-    async with (
-        EmbeddingServer(dimensions=8) as server,  # whose replies are decoded into the rows of the result
-        Embedder("m", base_url=server.base_url, cache=True, max_batch_size=100) as embedder,
-    ):
-        asked = asyncio.create_task(embedder.embed(texts))
-        while not server.requests:  # noqa: ASYNC110  # the server is in this loop
-            await asyncio.sleep(0)
-        coming = list(embedder._lookup.in_flight.values())  # type: ignore[union-attr]
-        result = await asked
-    expected = result.embeddings.copy()
-    result.embeddings[:] = 0
-    assert len(coming) > 100
-    for row, vector in enumerate(coming):
-        np.testing.assert_array_equal(vector.result(), expected[row])
 
 
 class FullCache:

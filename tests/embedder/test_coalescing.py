@@ -19,7 +19,7 @@ from asyncembed.errors import (
     RejectedTextError,
     TransportError,
 )
-from tests.fakes import FakeProvider, Script, vector_of
+from tests.fakes import FakeProvider, Script, is_idle, vector_of
 
 pytestmark = pytest.mark.virtual_time
 
@@ -371,5 +371,4 @@ async def test_calls_cancelled_at_random_leave_nothing_behind(seed: int) -> None
     assert set(errors) == {None}
     assert provider.in_flight == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    coalescer = embedder._dispatches.get().coalescer
-    assert (coalescer._all, coalescer._gathering, coalescer._requests) == ({}, {}, set())
+    assert is_idle(embedder)

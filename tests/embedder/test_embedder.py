@@ -30,7 +30,7 @@ from asyncembed.errors import (
     WrongTypeError,
 )
 from asyncembed.report import Progress
-from asyncembed.sending.run import Run
+from asyncembed.sending.context import CallContext
 from asyncembed.types import Reply
 from tests.fakes import FakeProvider, Script, vector_of
 
@@ -214,13 +214,13 @@ async def test_two_replies_that_come_at_once_go_into_one_array() -> None:
     small_is_there = threading.Event()
 
     class Slow(Results):
-        def _place(self, embeddings: Any, outcome: Outcome) -> None:
+        def _copy(self, embeddings: Any, outcome: Outcome) -> None:
             if len(outcome.texts) > 1:  # in a thread
                 assert small_is_there.wait(10)
-            super()._place(embeddings, outcome)
+            super()._copy(embeddings, outcome)
 
     count = WORTH_A_THREAD_BYTES // 16 + 10
-    results = Slow(count, Run(), None)
+    results = Slow(count, CallContext(), None)
     vectors = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
     texts = [Text("", [index]) for index in range(count)]
 

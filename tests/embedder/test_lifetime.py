@@ -275,7 +275,7 @@ async def test_a_check_goes_before_a_bulk_job_and_keeps_a_pause() -> None:
     bulk.cancel()
     await asyncio.wait([bulk])
 
-    embedder._dispatches.get().engine.slots.pace.pause(60)
+    embedder._dispatchers.get().endpoint.limiter.rate.pause(60)
     with pytest.raises(DeadlineError):
         await embedder.check()
     assert (await embedder.check(deadline=None)).latency_s > 49

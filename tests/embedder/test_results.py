@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from asyncembed import Embedder
-from asyncembed.batching.batch import Batch, Outcome, settled
+from asyncembed.batching.batch import Batch, Outcome, outcome_of_reply
 from asyncembed.batching.texts import Text, unique
 from asyncembed.embedder.results import Results
 from asyncembed.errors import AsyncEmbedError
-from asyncembed.sending.run import Run
+from asyncembed.sending.context import CallContext
 from asyncembed.testing import EmbeddingServer, WrongDimensions
 from asyncembed.types import Reply, Vectors
 
 
 def results_of(count: int) -> Results:
-    return Results(count, Run(), None)
+    return Results(count, CallContext(), None)
 
 
 def vectors_of(texts: Sequence[Text], dimensions: int = 3) -> Vectors:
@@ -33,7 +33,7 @@ def rows(result: Any) -> list[float]:
 
 
 async def answer(results: Results, texts: list[Text]) -> None:
-    await results.deliver(settled(Batch(list(texts)), Reply(vectors_of(texts), 1)))
+    await results.deliver(outcome_of_reply(Batch(list(texts)), Reply(vectors_of(texts), 1)))
 
 
 async def test_every_vector_comes_into_its_row() -> None:

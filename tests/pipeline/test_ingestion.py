@@ -569,7 +569,7 @@ class Blocked:
 async def test_a_store_that_does_not_come_back_does_not_keep_a_run_from_ending(
     open_store: OpenStore, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncembed.sending.run.STORING_S", 0.05)
+    monkeypatch.setattr("asyncembed.sending.context.STORING_S", 0.05)
     monkeypatch.setattr("asyncembed.pipeline.ingestion.STORING_S", 0.05)
     embedder, _ = make()
     stop = asyncio.Event()
@@ -665,8 +665,8 @@ async def test_few_texts_of_many_records_do_not_empty_the_source(tmp_path: Path)
     async with embedder, SQLiteSink(tmp_path / "vectors.db") as sink:
         report = await ingest(endless(), embedder, sink)
         assert report.success_count == await sink.count() == 20_000
-    assert taken_at_first[0] <= embedder.most_under_way + 2 * 1_000
-    assert max(later - earlier for earlier, later in pairwise(taken_at_first)) <= embedder.most_under_way + 2 * 1_000
+    assert taken_at_first[0] <= embedder.max_in_flight + 2 * 1_000
+    assert max(later - earlier for earlier, later in pairwise(taken_at_first)) <= embedder.max_in_flight + 2 * 1_000
 
 
 @pytest.mark.parametrize("sink", [None, "vectors.db", object()])

@@ -29,7 +29,7 @@ from asyncembed.errors import (
     TooLargeError,
     TransportError,
 )
-from asyncembed.sending.engine import REMEMBERED_S
+from asyncembed.sending.attempts import REMEMBERED_S
 from asyncembed.types import Reply
 from tests.fakes import FakeProvider, Script, vector_of
 

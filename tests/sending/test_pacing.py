@@ -11,8 +11,8 @@ import pytest
 
 from asyncembed import Embedder
 from asyncembed.errors import RateLimitedError, ServerError
-from asyncembed.sending.pacing import Pace, Slots, shared_pace
-from asyncembed.sending.rate_limits import Bucket, learn
+from asyncembed.sending.pacing import ConcurrencyLimiter, RateLimiter, shared_rate_limiter
+from asyncembed.sending.rate_limits import Bucket, bucket_from_headers
 from asyncembed.types import ProviderInfo, Rates, Reply
 from tests.fakes import vector_of
 
@@ -157,7 +157,7 @@ async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
         await embedder.embed(["a"])
         await embedder.aclose()
         await embedder.embed(["a"])
-    pace = shared_pace((provider.info.identity, "fake"))
+    pace = shared_rate_limiter((provider.info.identity, "fake"))
     assert list(pace.own) == [(60, False)]
 
 
@@ -190,7 +190,7 @@ async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None
 
 @pytest.mark.virtual_time
 async def test_requests_beyond_the_whole_bucket_go_one_by_one_when_it_is_full() -> None:
-    pace = Pace(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
+    pace = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
     began = now()
 
     for _ in range(2):
@@ -202,7 +202,7 @@ async def test_requests_beyond_the_whole_bucket_go_one_by_one_when_it_is_full() 
 
 @pytest.mark.virtual_time
 async def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    pace = Pace(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
+    pace = RateLimiter(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
     order: list[str] = []
 
     async def send(name: str, tokens: int) -> None:
@@ -218,7 +218,7 @@ async def test_a_large_request_is_not_starved_by_small_ones() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
-    pace = Pace(answered=True)
+    pace = RateLimiter(answered=True)
     began = now()
     pace.pause(10)
 
@@ -234,7 +234,7 @@ async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_pause_that_grows_while_it_is_waited_for_is_waited_for_whole() -> None:
-    pace = Pace(answered=True)
+    pace = RateLimiter(answered=True)
     began = now()
     pace.pause(10)
     waiting = asyncio.create_task(pace.enter(1))
@@ -278,14 +278,14 @@ async def test_fewer_are_sent_at_once_after_an_overload_and_more_again_with_succ
 
 @pytest.mark.virtual_time
 async def test_a_first_answer_is_waited_for_before_very_much_is_sent() -> None:
-    slots = Slots(Pace(), 8)
+    slots = ConcurrencyLimiter(RateLimiter(), 8)
     sent: list[float] = []
 
     async def send() -> None:
         async with slots.slot(100_000):
             sent.append(now())
             await asyncio.sleep(1)
-            slots.pace.succeeded()
+            slots.rate.succeeded()
 
     began = now()
     async with asyncio.TaskGroup() as group:
@@ -298,7 +298,7 @@ async def test_a_first_answer_is_waited_for_before_very_much_is_sent() -> None:
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("steps", range(8))
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> None:
-    slots = Slots(Pace(answered=True, tokens=Bucket(per_s=1, capacity=10, level=0, at=now())), 2)
+    slots = ConcurrencyLimiter(RateLimiter(answered=True, tokens=Bucket(per_s=1, capacity=10, level=0, at=now())), 2)
 
     async def send() -> None:
         async with slots.slot(3):
@@ -311,17 +311,17 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> No
     await asyncio.wait([first, second, third])
 
     assert second.exception() is third.exception() is None
-    assert slots.pace.in_flight == {}
+    assert slots.rate.in_flight == {}
 
 
 @pytest.mark.virtual_time
 async def test_a_pace_is_shared_by_place_and_forgotten_with_its_last_user() -> None:
-    first = shared_pace("place")
-    assert shared_pace("place") is first
-    assert shared_pace("elsewhere") is not first
+    first = shared_rate_limiter("place")
+    assert shared_rate_limiter("place") is first
+    assert shared_rate_limiter("elsewhere") is not first
     first.pause(60)
     del first
-    assert shared_pace("place").paused_until == 0
+    assert shared_rate_limiter("place").paused_until == 0
 
 
 # A bucket of 100,000 that refills by 5,000 a second, told in several ways.
@@ -329,13 +329,13 @@ async def test_a_pace_is_shared_by_place_and_forgotten_with_its_last_user() -> N
 
 def test_two_answers_tell_refill_and_capacity_whatever_the_limit_is_meant_for() -> None:
     # the limit is told for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
-    first = learn(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    second = learn(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
+    first = bucket_from_headers(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
+    second = bucket_from_headers(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
     assert (second.per_s, second.capacity, second.level, second.at) == (5_000, 100_000, 33_000, 50.0)
 
 
 def test_one_answer_tells_them_if_the_bucket_was_full_before() -> None:
-    bucket = learn(None, 100_000, 60_000, 8.0, taken=40_000, unseen=0, now=0.0)
+    bucket = bucket_from_headers(None, 100_000, 60_000, 8.0, taken=40_000, unseen=0, now=0.0)
     assert (bucket.per_s, bucket.capacity, bucket.level) == (5_000, 100_000, 60_000)
 
 
@@ -349,7 +349,7 @@ def test_one_answer_tells_them_if_the_bucket_was_full_before() -> None:
     ],
 )
 def test_until_then_the_refill_is_the_limit_a_minute(remaining: int, reset_s: float | None) -> None:
-    bucket = learn(None, 100_000, remaining, reset_s, taken=0.5, unseen=0, now=0.0)
+    bucket = bucket_from_headers(None, 100_000, remaining, reset_s, taken=0.5, unseen=0, now=0.0)
     assert bucket.per_s == pytest.approx(100_000 / 60)
 
 
@@ -362,8 +362,8 @@ def test_until_then_the_refill_is_the_limit_a_minute(remaining: int, reset_s: fl
     ],
 )
 def test_a_reset_that_means_something_else_changes_nothing(remaining: int, reset_s: float) -> None:
-    first = learn(None, 100_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    assert learn(first, 100_000, remaining, reset_s, taken=500, unseen=0, now=1.0).per_s == first.per_s
+    first = bucket_from_headers(None, 100_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
+    assert bucket_from_headers(first, 100_000, remaining, reset_s, taken=500, unseen=0, now=1.0).per_s == first.per_s
 
 
 def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
@@ -380,9 +380,9 @@ def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
 async def test_large_requests_are_not_starved_by_urgent_ones_where_tokens_are_not_what_is_scarce(
     per_minute: float | None,
 ) -> None:
-    pace = Pace(answered=True)
+    pace = RateLimiter(answered=True)
     pace.limit(per_minute, None)
-    slots = Slots(pace, 1 if per_minute is None else 8)
+    slots = ConcurrencyLimiter(pace, 1 if per_minute is None else 8)
     served: list[str] = []
 
     async def use(name: str, tokens: int, *, urgent: bool) -> None:
@@ -405,9 +405,9 @@ async def test_large_requests_are_not_starved_by_urgent_ones_where_tokens_are_no
 
 
 def test_a_window_that_begins_anew_is_waited_for_until_then() -> None:
-    bucket = learn(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
+    bucket = bucket_from_headers(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
     assert 0.5 <= bucket.wait_s(1, now=0.0) < 0.6
     assert bucket.wait_s(1, now=0.5) == 0
-    again = learn(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
+    again = bucket_from_headers(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
     assert again.wait_s(1, now=0.6) == 0
     assert again.wait_s(2, now=0.6) < 1

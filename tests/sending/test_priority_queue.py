@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from asyncembed.sending.pacing import Pace, Queue, Slots
+from asyncembed.sending.pacing import ConcurrencyLimiter, PriorityQueue, RateLimiter
 
 
 class Till:
     """A queue in front of units that are handed out by the test, and a record of who got them."""
 
     def __init__(self) -> None:
-        self.queue = Queue()
+        self.queue = PriorityQueue()
         self.units = 0
         self.served: list[str] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -110,9 +110,9 @@ async def test_who_is_cancelled_leaves_the_line_to_the_others(leaving: str) -> N
 
 @pytest.mark.virtual_time
 async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> None:
-    pace = Pace()
+    pace = RateLimiter()
     pace.limit(None, 60_000)
-    slots = Slots(pace, 8)
+    slots = ConcurrencyLimiter(pace, 8)
     order: list[str] = []
     loop = asyncio.get_running_loop()
     began_at = loop.time()
@@ -132,17 +132,17 @@ async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> No
 
 
 async def test_an_embedder_whose_slots_are_taken_does_not_hold_up_another_one() -> None:
-    pace = Pace(answered=True)
-    full, free = Slots(pace, 1), Slots(pace, 1)
+    pace = RateLimiter(answered=True)
+    full, free = ConcurrencyLimiter(pace, 1), ConcurrencyLimiter(pace, 1)
 
     async def another() -> None:
         async with full.slot(1):
-            assert full.under_way == 1
+            assert full.in_flight == 1
 
     async with asyncio.TaskGroup() as group, full.slot(1):
         group.create_task(another())
         await settle()
         assert full.waiting == 1
         async with asyncio.timeout(1), free.slot(1):
-            assert (full.under_way, free.under_way) == (1, 1)
-    assert (full.under_way, full.waiting, len(pace.queue)) == (0, 0, 0)
+            assert (full.in_flight, free.in_flight) == (1, 1)
+    assert (full.in_flight, full.waiting, len(pace.queue)) == (0, 0, 0)

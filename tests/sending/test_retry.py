@@ -50,8 +50,15 @@ def past(
     inputs: int = 64, failures: int = 1, *, healthy: bool = False, probed: bool = False, rejections: int = 0
 ) -> History:
     """A batch's past; nobody else got through either unless the provider is healthy."""
-    alone = 0 if healthy else failures
-    return History(inputs=inputs, failures=failures, alone=alone, healthy=healthy, probed=probed, rejections=rejections)
+    consecutive_failures = 0 if healthy else failures
+    return History(
+        inputs=inputs,
+        failures=failures,
+        consecutive_failures=consecutive_failures,
+        healthy=healthy,
+        probed=probed,
+        rejections=rejections,
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,9 @@ def test_after_a_timeout_the_first_repetition_backs_off() -> None:
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
 def test_a_single_text_is_called_the_culprit_only_when_another_passes(error: ProviderError) -> None:
-    history = History(inputs=1, failures=REJECT_AFTER, alone=REJECT_AFTER, healthy=False, canary=True)
+    history = History(
+        inputs=1, failures=REJECT_AFTER, consecutive_failures=REJECT_AFTER, healthy=False, has_known_good=True
+    )
     assert kind(error, history) == PROBE
     assert kind(error, replace(history, healthy=True)) == REJECT
     assert kind(error, replace(history, probed=True)) == (DOWN if isinstance(error, ProtocolError) else RETRY)

@@ -1,0 +1,118 @@
+"""Finds the one text that a provider cannot take, and tells it apart from an outage.
+
+A batch that keeps failing is split until the text that breaks it is alone, and that text fails. Before a batch is
+split, or a single text rejected, another text must succeed: one that has succeeded before in this call, or else one of
+the batch's own texts. Until one does, it may be an outage, and only single texts are sent as probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..batching.batch import Batch
+from ..batching.texts import Input, Text
+from .pacing import RateLimiter
+from .retry import History
+
+
+@dataclass(slots=True, eq=False)
+class FailureRecord:
+    """How the attempts to send one batch have failed."""
+
+    failures: int = 0
+    consecutive_failures: int = 0
+    """The last failures with no success of any other request in between."""
+    probes: int = 0
+    """How many of its texts were sent alone in its place."""
+    suspect: Input | None = None
+    """The last of these that failed."""
+    isolating: bool = False
+    """A probe failed as the batch did, so it may be an outage: only probes are sent until one succeeds."""
+    successes_at_first: int = 0
+    """The rate limiter's count of successes when the batch first failed."""
+    successes_at_last: int | None = None
+    """The same when it last failed; None before it has failed."""
+
+    def add(self, successes: int) -> None:
+        """Record a failure, at this count of successes of all requests."""
+        if self.successes_at_last is None:
+            self.successes_at_first = successes
+        self.consecutive_failures = self.consecutive_failures + 1 if successes == self.successes_at_last else 1
+        self.failures += 1
+        self.successes_at_last = successes
+
+    def others_succeeded_since(self, inputs: int, successes: int) -> bool:
+        """Return whether others succeeded since the first failure; a single text must have failed again after that."""
+        if inputs > 1:
+            return successes > self.successes_at_first
+        return successes > (self.successes_at_last or 0) or (self.failures > 1 and self.consecutive_failures == 1)
+
+    def for_part(self, inputs: Sequence[Input]) -> FailureRecord:
+        """Return the record of a part of the batch. A single text gets all its attempts again."""
+        if len(inputs) == 1:
+            return FailureRecord()
+        return replace(self, probes=0, suspect=None, isolating=False)
+
+
+@dataclass(slots=True, eq=False)
+class Isolation:
+    """What one call has seen of good and bad texts."""
+
+    known_good: Input | None = None
+    """A short text that the provider has taken: if it no longer takes that one, it is down."""
+    has_succeeded: bool = False
+    rejections: int = 0
+    """Texts that were rejected one by one."""
+
+    def succeeded(self, batch: Batch) -> None:
+        """A batch brought vectors: keep its shortest text for probes."""
+        self.has_succeeded = True
+        if self.known_good is None:
+            self.known_good = min(batch.inputs, key=_length)
+
+    def history(self, batch: Batch, record: FailureRecord, rate: RateLimiter) -> History:
+        """Return what `retry.decide` has to know about a batch that has failed."""
+        inputs = len(batch.inputs)
+        return History(
+            inputs=inputs,
+            failures=record.failures,
+            consecutive_failures=record.consecutive_failures,
+            healthy=record.others_succeeded_since(inputs, rate.successes) and not rate.looks_down,
+            probed=record.isolating,
+            has_known_good=self.known_good is not None,
+            rejections=0 if self.has_succeeded else self.rejections,
+            refusals=max(1, rate.refusals),
+        )
+
+    @property
+    def probes_needed(self) -> int:
+        """How many probes must fail: of a batch's own texts, one may be the very text that breaks it."""
+        return 2 if self.known_good is None else 1
+
+    def next_probe(self, batch: Batch, record: FailureRecord) -> tuple[Batch, bool]:
+        """Return a single text to send in the batch's place, and whether it is one of the batch's own.
+
+        Own texts are taken from both ends in turn: the first, the last, the second, and so on.
+        """
+        good = self.known_good
+        if good is not None:
+            return Batch([Text(good.content, [], tokens=good.tokens, weight=good.weight)], sent=True), False
+        index = record.probes // 2 if record.probes % 2 == 0 else -1 - record.probes // 2
+        record.probes += 1
+        return Batch([batch.inputs[index % len(batch.inputs)]], sent=True), True
+
+
+def halves(batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureRecord]]:
+    """Split a batch in two: its halves, or, after a probe has failed, the suspect and the other texts."""
+    inputs = batch.inputs
+    if record.suspect is None:
+        middle = (len(inputs) + 1) // 2
+        parts = [inputs[:middle], inputs[middle:]]
+    else:
+        parts = [[record.suspect], [each for each in inputs if each is not record.suspect]]
+    return [(batch.part(part), record.for_part(part)) for part in parts if part]
+
+
+def _length(each: Input) -> int:
+    return len(each.content)

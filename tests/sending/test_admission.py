@@ -1,0 +1,93 @@
+"""`Admission`: how many batches of a call are in work, and which one is next."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from asyncembed.sending.attempts import Admission
+
+pytestmark = pytest.mark.virtual_time
+
+
+class Work:
+    """Starts pieces of work as they are admitted, and ends them when the test says so."""
+
+    def __init__(self, most: int, most_backing_off: int = 0) -> None:
+        self.admission = Admission(most, most_backing_off)
+        self.started: list[str] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def add(self, *names: str) -> None:
+        for name in names:
+            self._tasks[name] = asyncio.create_task(self._start(name))
+        await asyncio.sleep(0.1)
+
+    async def end(self, *names: str) -> None:
+        for name in names:
+            self.admission.leave()
+            self.started.remove(name)
+        await asyncio.sleep(0.1)
+
+    async def cancel(self, name: str) -> None:
+        self._tasks[name].cancel()
+        await asyncio.sleep(0.1)
+
+    async def _start(self, name: str) -> None:
+        await self.admission.enter()
+        self.started.append(name)
+
+
+async def test_no_more_is_admitted_than_there_is_room() -> None:
+    work = Work(3)
+    await work.add("a", "b", "c", "d")
+    assert work.started == ["a", "b", "c"]
+    await work.end("b")
+    assert work.started == ["a", "c", "d"]
+
+
+async def test_the_latest_waiter_goes_first() -> None:
+    work = Work(1)
+    await work.add("a", "older", "newer")
+    await work.end("a")
+    assert work.started == ["newer"]
+    await work.end("newer")
+    assert work.started == ["older"]
+
+
+async def test_what_backs_off_makes_room_for_another() -> None:
+    work = Work(1, most_backing_off=1)
+    await work.add("a", "b", "c")
+    with work.admission.backing_off():
+        await asyncio.sleep(0.1)
+        assert work.started == ["a", "c"]
+    await work.end("a")
+    assert work.started == ["c"]  # it holds the only place now
+    await work.end("c")
+    assert work.started == ["b"]
+
+
+async def test_what_backs_off_makes_room_only_up_to_a_limit() -> None:
+    work = Work(2, most_backing_off=1)
+    await work.add("a", "b", "c", "d")
+    with work.admission.backing_off(), work.admission.backing_off():
+        await asyncio.sleep(0.1)
+        assert work.started == ["a", "b", "d"]
+
+
+async def test_a_cancelled_waiter_takes_no_place() -> None:
+    work = Work(1)
+    await work.add("a", "b", "c")
+    await work.cancel("c")
+    await work.end("a")
+    assert work.started == ["b"]
+
+
+async def test_a_waiter_that_is_cancelled_as_it_is_admitted_gives_its_place_back() -> None:
+    work = Work(1)
+    await work.add("a", "b", "c")
+    work.admission.leave()  # "c" is admitted, and has not run since
+    work.started.remove("a")
+    await work.cancel("c")
+    assert work.started == ["b"]
