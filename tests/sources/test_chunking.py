@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
 
 from asyncembed.errors import ConfigError, InvalidRecordError
-from asyncembed.sources import chunking as sections
 from asyncembed.sources.chunking import TOP, Line, Splitter, markdown_chunks, plain_chunks, slug
 from asyncembed.types import Record
 
@@ -188,6 +188,21 @@ def test_random_markdown_keeps_its_words_and_its_ids_apart(seed: int) -> None:
     assert re.sub(r"\s", "", "".join(record.text for record in found)) == re.sub(r"\s", "", text)
 
 
+def test_a_large_markdown_file_is_cut_in_little_memory() -> None:
+    paragraph = "Some words of a paragraph. " * 40 + "\n"
+    lines = (Line(number, paragraph if number % 2 else f"# Title {number}\n") for number in range(1, 10_001))
+    splitter, count = Splitter(512), 0
+    tracemalloc.start()
+    try:
+        for _ in markdown_chunks(lines, "a.md", splitter):
+            count += 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 5_001
+    assert peak < 2e6  # of 5.5 MB
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "   \n\t\n"])
 def test_a_file_of_nothing_has_no_chunks(text: str) -> None:
     assert markdown(text) == plain(text) == []
@@ -259,5 +274,6 @@ def test_a_long_heading_makes_ids_that_stores_hold_and_that_differ() -> None:
         ("####### a", None),
     ],
 )
-def test_a_closing_run_of_a_heading_is_no_part_of_it(line: str, title: str | None) -> None:
-    assert sections._title("", line, "") == title
+def test_closing_marks_of_a_heading_are_not_in_its_title(line: str, title: str | None) -> None:
+    (found,) = markdown(f"{line}\n")
+    assert (found.metadata or {}).get("heading") == title

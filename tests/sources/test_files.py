@@ -16,7 +16,7 @@ import pytest
 
 from asyncembed.errors import ConfigError, InputError
 from asyncembed.sources.files import Sources, _opened
-from asyncembed.sources.formats import Item
+from asyncembed.sources.formats import RecordOrError
 from asyncembed.types import Record
 
 
@@ -32,7 +32,7 @@ def write(path: str, content: str | bytes = "Some text.") -> Path:
     return file
 
 
-async def items(*sources: str) -> list[Item]:
+async def items(*sources: str) -> list[RecordOrError]:
     return [item async for item in Sources(sources)]
 
 
@@ -187,7 +187,7 @@ async def test_a_broken_line_is_named_by_file_and_number() -> None:
         ("a.md", "\ufeffhello".encode("utf-16-le"), "a.md is UTF-16; convert it to UTF-8"),
         ("a.json", b"[]", "a.json is one JSON document; write one object a line, and name it .jsonl"),
         ("a.txt", b"caf\xe9", "a.txt line 1: has 0xe9 at byte 4, which is not UTF-8; not read on from there"),
-        ("a.pdf", b"%PDF\0", "a.pdf line 1: has a NUL at byte 5, so it is no text; not read on from there"),
+        ("a.pdf", b"%PDF\0", "a.pdf line 1: has a NUL at byte 5, so it is not text; not read on from there"),
     ],
 )
 async def test_a_file_that_cannot_be_read_on_fails_once_by_name(name: str, content: bytes, message: str) -> None:
@@ -305,7 +305,9 @@ async def test_a_reader_that_is_cancelled_while_it_waits_leaves_when_the_pipe_en
             return b'{"id": 1, "text": "a"}\n'
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe()))
-    monkeypatch.setattr("asyncembed.sources.files.Sources._file_items", _noting_its_end(Sources._file_items, closed))
+    monkeypatch.setattr(
+        "asyncembed.sources.files.Sources._file_records", _noting_its_end(Sources._file_records, closed)
+    )
     reading = asyncio.create_task(items("-"))
     await asked.wait()
     reading.cancel()

@@ -14,26 +14,34 @@ from itertools import chain, repeat
 import pytest
 
 from asyncembed.errors import ConfigError, InputError, InvalidRecordError, InvalidTextError, WrongTypeError
-from asyncembed.sources.formats import MAX_LINE_BYTES, Fields, Item, csv_items, json_items, line_blocks, text_lines
+from asyncembed.sources.formats import (
+    MAX_LINE_BYTES,
+    Fields,
+    RecordOrError,
+    csv_records,
+    json_records,
+    line_blocks,
+    text_lines,
+)
 from asyncembed.types import Record
 
 
-def parsed(kind: str, data: bytes, fields: Fields = Fields(), block: int = 7) -> list[Item]:  # noqa: B008 - frozen
+def parsed(kind: str, data: bytes, fields: Fields = Fields(), block: int = 7) -> list[RecordOrError]:  # noqa: B008 - frozen
     """Parse the bytes, read in tiny blocks, as a pipe may hand them over."""
     file = io.BytesIO(data)
     blocks = line_blocks(lambda: file.read(block))
-    items = {"json": json_items, "csv": csv_items}[kind](blocks, "x", fields)
+    items = {"json": json_records, "csv": csv_records}[kind](blocks, "x", fields)
     return [item for item in items if item is not None]
 
 
-def told(items: Iterable[Item]) -> list[str]:
+def told(items: Iterable[RecordOrError]) -> list[str]:
     """Ids of records, and the first words of errors: `line 3`."""
     return [
         str(item.id) if isinstance(item, Record) else " ".join(str(item).split(":")[0].split()[1:]) for item in items
     ]
 
 
-def only(items: list[Item]) -> InputError:
+def only(items: list[RecordOrError]) -> InputError:
     (item,) = items
     assert isinstance(item, InputError)
     return item
@@ -94,7 +102,7 @@ def test_the_bound_of_a_line_is_exact(size: int, kept: bool) -> None:
     ("raw", "problem"),
     [
         (b"caf\xe9", "has 0xe9 at byte 4, which is not UTF-8"),
-        (b"a\0b", "has a NUL at byte 2, so it is no text"),
+        (b"a\0b", "has a NUL at byte 2, so it is not text"),
         ("é\u2028".encode(), None),
     ],
 )
@@ -218,7 +226,7 @@ def test_an_error_carries_the_id_where_it_is_known() -> None:
 
 def test_a_pipe_that_pauses_gets_what_it_sent_worked_on() -> None:
     sent = iter([b'{"id": 1, "text": "a"}\n{"id"', b': 2, "text": "b"}\n', b""])
-    items = json_items(line_blocks(lambda: next(sent)), "x", Fields())
+    items = json_records(line_blocks(lambda: next(sent)), "x", Fields())
     assert next(items) == Record(1, "a")
     assert next(items) is None  # before the pipe is asked again
 
@@ -280,7 +288,7 @@ def test_two_threads_with_wide_fields_leave_the_limit_alone() -> None:
         (b'2,"b"c', "x line 3: ',' expected after '\"'"),
         (b"2,caf\xe9", "x line 3: has 0xe9 at byte 6, which is not UTF-8"),
         (b'2,"b\nb\xe9"', "x line 3 to 4: has 0xe9 at byte 2, which is not UTF-8"),
-        (b"2,a\0b", "x line 3: has a NUL at byte 4, so it is no text"),
+        (b"2,a\0b", "x line 3: has a NUL at byte 4, so it is not text"),
         (b"2,b\rc", "x line 3: new-line character seen in unquoted field"),
         (b",b", 'x line 3: field "id" is empty; an id is a str or an int'),
         (b"2,", 'x line 3: field "text" is empty'),
@@ -301,11 +309,11 @@ def test_a_quote_that_closes_in_a_later_row_costs_the_rows_between() -> None:
     assert last == Record("5", "e")
 
 
-def raised(data: bytes) -> tuple[list[Item], str]:
+def raised(data: bytes) -> tuple[list[RecordOrError], str]:
     file = io.BytesIO(data)
-    found: list[Item] = []
+    found: list[RecordOrError] = []
     with pytest.raises(InvalidRecordError) as caught:
-        for item in csv_items(line_blocks(lambda: file.read(262_144)), "x", Fields()):
+        for item in csv_records(line_blocks(lambda: file.read(262_144)), "x", Fields()):
             found.append(item)  # noqa: PERF402 - what came before the error is wanted
     return found, str(caught.value)
 
@@ -332,8 +340,8 @@ def test_a_line_too_long_for_memory_ends_the_file() -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"key,text", 'line 1: the header has no "id" among its 2 columns (they are parted by commas)'),
-        (b"id;text", 'line 1: the header has no "id" among its 1 columns (they are parted by commas)'),
+        (b"key,text", 'line 1: the header has no "id" among its 2 columns (they are separated by commas)'),
+        (b"id;text", 'line 1: the header has no "id" among its 1 columns (they are separated by commas)'),
         (b"id,text,text", "line 1: the header names one of its 3 columns twice"),
         (b"id,t\xe9xt", "line 1: has 0xe9 at byte 5, which is not UTF-8"),
     ],
