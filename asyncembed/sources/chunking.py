@@ -191,7 +191,7 @@ def _title(before: str, text: str, following: str) -> str | None:
         inner = title.rstrip("#")
         # closing marks stand alone or after a blank
         return inner.strip() if not inner or inner[-1] in " \t" else title.strip()
-    # Only a paragraph of one line can be an underlined heading: below a longer one the line is mostly a rule or a table.
+    # Only a paragraph of one line can be an underlined heading: below a longer one it is mostly a rule or a table.
     if not before.strip() and _PARAGRAPH.match(text) and _UNDERLINE.match(following.rstrip("\r\n")):
         return text.strip()
     return None
