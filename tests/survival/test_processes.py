@@ -13,7 +13,7 @@ import pytest
 
 from asyncembed.testing import EmbeddingServer, script
 from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, start, text_of
-from tests.cli.test_cli import Held, process
+from tests.cli.processes import Held, process
 from tests.stores import told
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
