@@ -117,7 +117,8 @@ class ProviderError(AsyncEmbedError, RuntimeError):
     """A request to the provider failed.
 
     `status` is the HTTP status (None without a response), `code` the provider's own name for the error, `request_id`
-    the id for its support, `rates` the limits in its headers (`types.Rates`), `requests` the number of requests sent.
+    the id for its support, `retry_after_s` the wait in seconds that it requested, if any, `rates` the limits in its
+    headers (`types.Rates`), `requests` the number of requests sent.
     """
 
     rates: Any = None
@@ -130,11 +131,13 @@ class ProviderError(AsyncEmbedError, RuntimeError):
         status: int | None = None,
         code: str | None = None,
         request_id: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
 
 class FatalProviderError(ProviderError):
@@ -174,11 +177,7 @@ class ProviderDownError(FatalProviderError):
 
 
 class RateLimitedError(ProviderError):
-    """429: too fast. `retry_after_s` is the wait in seconds that the provider requested, None if it named none."""
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.retry_after_s = retry_after_s
+    """429: too fast. `retry_after_s` is the wait that the provider requested, None if it named none."""
 
 
 class TooLargeError(ProviderError):
@@ -208,11 +207,7 @@ class BadRequestError(ProviderError):
 
 
 class ServerError(ProviderError):
-    """5xx, 408, 409, 424, 425: a retry may succeed. `retry_after_s` as in RateLimitedError."""
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.retry_after_s = retry_after_s
+    """5xx, 408, 409, 424, 425: a retry may succeed."""
 
 
 class TransportError(ProviderError):

@@ -18,7 +18,6 @@ from asyncembed.errors import (
     OverloadedError,
     ProviderError,
     RateLimitedError,
-    ServerError,
     TooLargeError,
     TooLongError,
 )
@@ -31,10 +30,8 @@ CLASSES = [
 
 
 FIELDS: dict[type[AsyncEmbedError], dict[str, Any]] = {
-    ProviderError: {"status": 429, "code": "slow_down", "request_id": "req_1"},
-    RateLimitedError: {"retry_after_s": 2.5},
+    ProviderError: {"status": 429, "code": "slow_down", "request_id": "req_1", "retry_after_s": 2.5},
     OverloadedError: {"retry_after_s": 2.5},
-    ServerError: {"retry_after_s": 2.5},
     TooLargeError: {"max_inputs": 32, "max_tokens": 300_000, "requested_tokens": 416_735},
     TooLongError: {"tokens": 9_001, "limit": 8_192},
 }

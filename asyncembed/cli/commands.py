@@ -11,6 +11,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial, reduce, wraps
 from signal import Signals
 from typing import Any, Final, NoReturn, TypeAlias
@@ -35,7 +36,6 @@ from .display import (
     error_document,
     failure_lines,
     flush_out,
-    hit_document,
     hit_lines,
     message_of,
     plan_document,
@@ -262,9 +262,10 @@ async def _search(target: str, query: str, k: int, model: str | None, options: d
                 vector = await embedder.embed_one(query)
             hits = await sink.search(vector, k, model=chosen)
     if as_json:
-        print_json({"model": chosen, "hits": [hit_document(hit) for hit in hits]})
-    for line in () if as_json else hit_lines(hits):
-        print_out(line)
+        print_json({"model": chosen, "hits": [asdict(hit) for hit in hits]})
+    else:
+        for line in hit_lines(hits):
+            print_out(line)
     return OK
 
 

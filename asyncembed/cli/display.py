@@ -161,11 +161,6 @@ def hit_lines(hits: Iterable[Hit]) -> Iterator[str]:
             yield " " * 9 + (line if len(line) <= width else f"{line[: width - 1]}…")
 
 
-def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return a hit as JSON."""
-    return {"id": hit.id, "score": hit.score, "text": hit.text, "metadata": hit.metadata}
-
-
 def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEmbedError | None) -> dict[str, Any]:
     """Return the report of an ingest as JSON. `stopped_by` is a signal's name."""
     return {
