@@ -58,8 +58,10 @@ MAX_CHUNK_TOKENS: Final = 1_000_000
 # The same command would meet these again.
 _LASTING: Final = (AuthenticationError, PermissionDeniedError, NotFoundError, RequestError)
 
-_AGAIN: Final = "run the same command again to go on: what is stored is skipped"
-_FINISHING: Final = "asyncembed: finishing what is under way and storing it; once more stops at once"
+_AGAIN: Final = "run the same command again to go on: stored records are skipped"
+_FINISHING: Final = (
+    "asyncembed: finishing the requests under way and storing their vectors; a second signal stops at once"
+)
 
 _Command: TypeAlias = Callable[..., None]
 _Decorator: TypeAlias = Callable[[_Command], _Command]
@@ -80,7 +82,7 @@ _provider_options = _options(
         type=click.Choice(["error", "truncate", "mean"]),
         default="error",
         show_default=True,
-        help="What to do with a text that is too long for the model.",
+        help="For a text over the limit of the model: fail, cut it off, or average the vectors of its pieces.",
     ),
 )
 _source_options = _options(
@@ -123,7 +125,7 @@ def command() -> None:
 @click.option("--to", "target", required=True, metavar="TARGET", help="vectors.db, or postgresql://user@host/db")
 @_takes_sources
 @_provider_options
-@click.option("--prune", is_flag=True, help="At the end delete what TARGET has of this model and no SOURCE has.")
+@click.option("--prune", is_flag=True, help="At the end delete rows of this model in TARGET that no SOURCE has.")
 @_json_option
 def ingest_command(
     sources: Callable[[], FilesAndQueries], target: str, model: str, prune: bool, as_json: bool, **options: Any
@@ -157,7 +159,7 @@ def search_command(target: str, query: str, k: int, model: str | None, as_json: 
 @_provider_options
 @_json_option
 def plan_command(sources: Callable[[], FilesAndQueries], model: str, as_json: bool, **options: Any) -> None:
-    """Show what embedding SOURCE... would take: requests, tokens, price. Sends nothing, needs no key."""
+    """Show the requests, tokens and price of embedding SOURCE... Sends nothing, needs no key."""
     _run(lambda: _plan(sources(), model, options, as_json), _error_alone if as_json else None)
 
 

@@ -16,7 +16,7 @@ class Interrupts:
     """A context in which the first signal sets `stop`, and the second cancels the task that entered the context.
 
     Args:
-        on_first: Called at the first signal, to tell the user what happens now.
+        on_first: Called at the first signal, to inform the user.
 
     Attributes:
         stop: Set by the first signal.

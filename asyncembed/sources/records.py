@@ -1,4 +1,4 @@
-"""Turns what callers hand in into `Record`s.
+"""Converts the values of callers and sources into `Record`s.
 
 First one value: `as_record` parses it, `check_text` validates a text, `checked_records` does both for many values.
 Then a whole source: `in_chunks` reads any sync or async iterable in chunks: lazily, in order, in bounded memory.

@@ -129,7 +129,7 @@ def test_an_exhausted_quota_keeps_stored_records_and_says_how_to_go_on(
         assert "2,048 stored" in result.stdout
         error, hint = result.stderr.splitlines()[-2:]
         assert error.startswith("asyncembed: ")
-        assert hint == "asyncembed: run the same command again to go on: what is stored is skipped"
+        assert hint == "asyncembed: run the same command again to go on: stored records are skipped"
     server.faults = script([])
     assert run(*arguments).stdout.startswith("2,952 stored, 2,048 skipped, 0 failed; ")
 

@@ -27,12 +27,12 @@ def test_a_signal_stores_what_is_under_way_and_sends_nothing_new(
         held.wait()
         child.send_signal(number)
         assert child.stderr is not None
-        assert child.stderr.readline().startswith("asyncembed: finishing what is under way and storing it")
+        assert child.stderr.readline().startswith("asyncembed: finishing the requests under way and storing")
         held.released.set()
         out, err = child.communicate(timeout=30)
     assert child.returncode == code
     assert out.startswith("4,096 stored, 0 skipped, 0 failed; ")
-    assert err == "asyncembed: run the same command again to go on: what is stored is skipped\n"
+    assert err == "asyncembed: run the same command again to go on: stored records are skipped\n"
     assert len(server.requests) == 2
     assert len(stored()) == 4_096
     assert run(*arguments).stdout.startswith("4,904 stored, 4,096 skipped, 0 failed; ")
@@ -55,7 +55,7 @@ def test_a_second_signal_stops_at_once_and_leaves_the_store_unlocked(run: Run, s
         held.released.set()
     assert child.returncode == 130
     assert out == ""
-    assert err == "asyncembed: stopped; run the same command again to go on: what is stored is skipped\n"
+    assert err == "asyncembed: stopped; run the same command again to go on: stored records are skipped\n"
     server.faults = script([])
     assert run(*arguments).stdout.startswith("9,000 stored, 0 skipped, 0 failed; ")
 
