@@ -1,41 +1,41 @@
-"""Every error this library raises on purpose.
+"""All errors that this library raises on purpose.
 
 AsyncEmbedError
-├── ConfigError (ValueError)            options, key or address are wrong; nothing was sent
-├── InputError (ValueError)             one text or record; in `ingest` and `stream` it fails alone
+├── ConfigError (ValueError)            an option, the key or an address is wrong; nothing was sent
+├── InputError (ValueError)             about one text or record; in `ingest` and `stream` only that one fails
 │   ├── InvalidTextError                empty, or not encodable as UTF-8
 │   ├── WrongTypeError (TypeError)      not a str
 │   ├── InvalidRecordError              a record without a usable id, text or metadata; a broken line of a source
-│   ├── TooLongError                    more tokens than the model takes
+│   ├── TooLongError                    more tokens than the model accepts
 │   └── RejectedTextError               the provider refused this text
 ├── ProviderError (RuntimeError)
-│   ├── FatalProviderError              going on is pointless: the whole run stops
+│   ├── FatalProviderError              further requests would fail as well: the whole run stops
 │   │   ├── AuthenticationError         401: the key is wrong
-│   │   ├── PermissionDeniedError       403: the key may not do this
+│   │   ├── PermissionDeniedError       403: the key has no permission for this
 │   │   ├── NotFoundError               404: no such model, or a wrong base URL
-│   │   ├── QuotaError                  429: out of money, not out of rate
-│   │   ├── RedirectRefusedError        3xx: texts are not re-sent to another address
-│   │   ├── CertificateError            TLS: the server could not be trusted
+│   │   ├── QuotaError                  429: the quota is used up; waiting does not help
+│   │   ├── RedirectRefusedError        3xx: texts are not sent to another address
+│   │   ├── CertificateError            TLS: the server's certificate could not be verified
 │   │   ├── RequestError                the provider refuses the request whatever its texts
 │   │   └── ProviderDownError           no request succeeded within the retry budget
-│   ├── RateLimitedError                429: too fast; tells how long to wait
-│   ├── TooLargeError                   the request was refused for its size; smaller ones may pass
+│   ├── RateLimitedError                429: too fast; says how long to wait
+│   ├── TooLargeError                   the request was refused for its size; smaller ones may succeed
 │   ├── BadRequestError                 400, 422: something in this request is refused
-│   ├── ServerError                     5xx and other answers that may pass by themselves
-│   ├── TransportError                  no whole answer came: refused, lost, timed out
-│   └── ProtocolError                   an answer came, but not the one that was asked for
-├── SomeFailedError (RuntimeError)      what `EmbeddingResult.raise_for_failures` raises
-│   └── AllFailedError                  not one text was embedded; `.result` tells why
-├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds what was done
-├── OverloadedError (RuntimeError)      more calls wait than may; nothing was asked for
-├── SourceError                         a source cannot be reached, or broke off in the middle
+│   ├── ServerError                     5xx and other errors that may pass
+│   ├── TransportError                  no complete response: refused, lost, timed out
+│   └── ProtocolError                   a response that does not answer the request
+├── SomeFailedError (RuntimeError)      raised by `EmbeddingResult.raise_for_failures`
+│   └── AllFailedError                  no text was embedded; `.result` has the reasons
+├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds the work done before
+├── OverloadedError (RuntimeError)      too many calls are waiting; nothing was sent
+├── SourceError                         a source cannot be reached, or failed while it was read
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
-    ├── SinkBusyError                   somebody else held the lock for too long
+    ├── SinkBusyError                   another writer held the lock for too long
     └── RowRefusedError                 the store refuses this one row
 
 Messages name the item, the value and the limit; never a text, a key or a password.
-All of them can be pickled and copied: they hold plain fields only.
+All errors can be pickled and copied: they hold plain fields only.
 """
 
 from __future__ import annotations
@@ -53,44 +53,44 @@ def _rebuild(cls: type[E], message: str, state: dict[str, Any]) -> E:
 
 
 class AsyncEmbedError(Exception):
-    """The root of the tree: catching it catches everything this library raises on purpose.
+    """The root of the tree: catching it catches every error that this library raises on purpose.
 
-    `result` (an `EmbeddingResult`) or `report` (an `IngestReport`) is set on an error that ends a call:
-    all that was done before it.
+    An error that ends a call has the work done before it as `result` (an `EmbeddingResult`) or `report` (an
+    `IngestReport`).
     """
 
     result: Any = None
     report: Any = None
 
     def __copy__(self) -> Self:
-        mine = _rebuild(type(self), str(self), dict(self.__dict__))
-        mine.__cause__ = self.__cause__
-        return mine
+        copied = _rebuild(type(self), str(self), dict(self.__dict__))
+        copied.__cause__ = self.__cause__
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own way calls __init__ with `args` alone, which loses keyword-only fields.
+        # Exception.__reduce__ calls __init__ with `args` alone, which loses keyword-only fields.
         return _rebuild, (type(self), str(self), dict(self.__dict__))
 
 
 class ConfigError(AsyncEmbedError, ValueError):
-    """Options, key or address are wrong. Nothing was sent."""
+    """An option, the key or an address is wrong. Nothing was sent."""
 
 
 class InputError(AsyncEmbedError, ValueError):
     """One text or record cannot be embedded. The others can.
 
-    `record_id` is set by a source that knows the id of the record which it cannot hand over.
+    `record_id` is the id of the record, if a source that could not read the rest of it knows the id.
     """
 
     record_id: Any = None
 
 
 class InvalidTextError(InputError):
-    """The text is empty, or holds a lone surrogate and so is no UTF-8."""
+    """The text is empty, or holds a lone surrogate and so cannot be encoded as UTF-8."""
 
 
 class WrongTypeError(InputError, TypeError):
-    """Something that is not a str stands where a text belongs."""
+    """A value that is not a str is in the place of a text."""
 
 
 class InvalidRecordError(InputError):
@@ -98,9 +98,9 @@ class InvalidRecordError(InputError):
 
 
 class TooLongError(InputError):
-    """The text has more tokens than the model takes in one input.
+    """The text has more tokens than the model accepts in one input.
 
-    `tokens` is the count, or a proven lower bound of it; `limit` is what the model takes.
+    `tokens` is their number, or a proven lower bound of it; `limit` is the model's limit.
     """
 
     def __init__(self, message: str, *, tokens: int, limit: int) -> None:
@@ -110,14 +110,15 @@ class TooLongError(InputError):
 
 
 class RejectedTextError(InputError):
-    """The provider refused a request that held this text alone. `__cause__` has its answer."""
+    """The provider refused a request that held only this text. `__cause__` is the provider's error."""
 
 
 class ProviderError(AsyncEmbedError, RuntimeError):
-    """What a provider answered, or that it did not.
+    """A request to the provider failed.
 
-    `status` is the HTTP status (None if there was no answer), `code` the provider's own word for it, `request_id`
-    what its support asks for, `rates` what its headers told of its limits (`types.Rates`), `requests` how many it took.
+    `status` is the HTTP status (None without a response), `code` the provider's own name for the error, `request_id`
+    the id for its support, `retry_after_s` the wait in seconds that it requested, if any, `rates` the limits in its
+    headers (`types.Rates`), `requests` the number of requests sent.
     """
 
     rates: Any = None
@@ -130,15 +131,17 @@ class ProviderError(AsyncEmbedError, RuntimeError):
         status: int | None = None,
         code: str | None = None,
         request_id: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
 
 class FatalProviderError(ProviderError):
-    """Going on is pointless: the whole run stops, what is done is kept on `result` or `report`."""
+    """Further requests would fail as well: the whole run stops. `result` or `report` holds the work done before."""
 
 
 class AuthenticationError(FatalProviderError):
@@ -146,19 +149,19 @@ class AuthenticationError(FatalProviderError):
 
 
 class PermissionDeniedError(FatalProviderError):
-    """403: the key is right but may not do this."""
+    """403: the key is valid but has no permission for this."""
 
 
 class NotFoundError(FatalProviderError):
-    """404: the model does not exist for this key, or `base_url` leads elsewhere."""
+    """404: the model does not exist for this key, or `base_url` is wrong."""
 
 
 class QuotaError(FatalProviderError):
-    """429 about money, not about rate: waiting does not help."""
+    """429 because the quota is used up, not because of the rate: waiting does not help."""
 
 
 class RedirectRefusedError(FatalProviderError):
-    """3xx: following it would send texts and key to an address nobody chose."""
+    """3xx: following the redirect would send texts and key to an address that was not configured."""
 
 
 class CertificateError(FatalProviderError):
@@ -170,15 +173,11 @@ class RequestError(FatalProviderError):
 
 
 class ProviderDownError(FatalProviderError):
-    """Nothing succeeded within the retry budget: an outage, not a bad text."""
+    """No request succeeded within the retry budget: an outage, not a bad text."""
 
 
 class RateLimitedError(ProviderError):
-    """429: too fast. `retry_after_s` is what the provider asked for in seconds, None if nothing."""
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.retry_after_s = retry_after_s
+    """429: too fast. `retry_after_s` is the wait that the provider requested, None if it named none."""
 
 
 class TooLargeError(ProviderError):
@@ -204,21 +203,17 @@ class TooLargeError(ProviderError):
 
 
 class BadRequestError(ProviderError):
-    """400 or 422: something in this request is refused; which text it is, splitting finds out."""
+    """400 or 422: something in this request is refused. Splitting the request finds the text."""
 
 
 class ServerError(ProviderError):
-    """5xx, 408, 409, 424, 425: may pass by itself. `retry_after_s` as in RateLimitedError."""
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.retry_after_s = retry_after_s
+    """5xx, 408, 409, 424, 425: a retry may succeed."""
 
 
 class TransportError(ProviderError):
-    """No whole answer came: refused, lost, cut, or, if `timed_out`, not in time.
+    """No complete response was received: the connection was refused, lost or cut; or, if `timed_out`, it took too long.
 
-    Unless it was `connected` nothing was sent.
+    If it was not `connected`, nothing was sent.
     """
 
     def __init__(self, message: str, *, timed_out: bool = False, connected: bool = True, **fields: Any) -> None:
@@ -228,30 +223,30 @@ class TransportError(ProviderError):
 
 
 class ProtocolError(ProviderError):
-    """An answer came, but not the one that was asked for: wrong count, order, size or numbers.
+    """A response that does not answer the request: wrong count, order, size or numbers.
 
-    `tokens` is what the provider has billed for it all the same; 0 if it did not say.
+    `tokens` is the number of tokens that the provider has billed for it; 0 if it did not say.
     """
 
     tokens: int = 0
 
 
 class SomeFailedError(AsyncEmbedError, RuntimeError):
-    """Some texts were not embedded. `result` has the rest; `__cause__` is the first failure."""
+    """Some texts were not embedded. `result` has the others; `__cause__` is the first failure."""
 
 
 class AllFailedError(SomeFailedError):
-    """Not one text was embedded. `result.failures` tells why; `__cause__` is the first of them."""
+    """No text was embedded. `result.failures` has the reasons; `__cause__` is the first of them."""
 
 
 class DeadlineError(AsyncEmbedError, TimeoutError):
-    """The call's deadline passed. `result` or `report` holds what was done; nothing is left running."""
+    """The call's deadline passed. `result` or `report` holds the work done before; nothing is left running."""
 
 
 class OverloadedError(AsyncEmbedError, RuntimeError):
-    """More calls wait for an answer than may (`max_waiting`). Nothing was asked for.
+    """More calls are waiting than `max_waiting` allows. Nothing was sent for this one.
 
-    `retry_after_s` is an estimate, in seconds, of when there is room again: what a web app tells its client.
+    `retry_after_s` estimates in how many seconds there is room again: a web app can return it to its client.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -260,19 +255,19 @@ class OverloadedError(AsyncEmbedError, RuntimeError):
 
 
 class SourceError(AsyncEmbedError):
-    """A source cannot be reached, or broke off in the middle. What was stored stays, and a rerun skips it."""
+    """A source cannot be reached, or failed while it was read. Stored rows stay, and a rerun skips them."""
 
 
 class SinkError(AsyncEmbedError):
-    """The store could not do what it was asked. The batch it was asked for is stored whole or not at all."""
+    """A call of the store failed. Its batch is stored completely or not at all."""
 
 
 class SinkConfigError(SinkError, ValueError):
-    """Target, table, columns or dimensions do not fit. Found, wherever possible, before a token is paid."""
+    """Target, table, columns or dimensions do not fit. Detected, wherever possible, before a token is paid."""
 
 
 class SinkBusyError(SinkError):
-    """Somebody else held the lock, or all connections, for longer than we wait."""
+    """Another writer held the lock, or other callers all connections, for longer than the timeout."""
 
 
 class RowRefusedError(SinkError):

@@ -1,4 +1,4 @@
-"""What callers hand in, checked before anything is sent."""
+"""Checks of options, before anything is sent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from .errors import ConfigError
 
 
 def check_model(model: object, dimensions: int | None, too_long: object) -> None:
-    """Raise a `ConfigError` if there is no such model, or it cannot do what is asked of it."""
+    """Raise ConfigError unless model, dimensions and `too_long` are valid and fit together."""
     if not isinstance(model, str) or not model:
-        raise ConfigError("model must be the name of a model")
+        raise ConfigError("model must be a str, the name of a model")
     if dimensions is not None:
         check_range("dimensions", dimensions, 1)
         if not models.lookup(model).shortens:
@@ -19,7 +19,7 @@ def check_model(model: object, dimensions: int | None, too_long: object) -> None
 
 
 def check_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    """Raise a `ConfigError` if an option is no whole number from `least` to `most`."""
+    """Raise ConfigError unless the option `name` is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name}={value!r}; it must be a whole number")
     if value < least or (most is not None and value > most):
@@ -28,8 +28,8 @@ def check_range(name: str, value: int, least: int, most: int | None = None) -> N
 
 
 def check_amount(name: str, amount: object) -> None:
-    """Raise a `ConfigError` if an option is neither None nor a number of more than 0."""
+    """Raise ConfigError unless the option `name` is a number above 0, or None."""
     if amount is None:
         return
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
-        raise ConfigError(f"{name}={amount!r}; it must be a number of more than 0")
+        raise ConfigError(f"{name}={amount!r}; it must be a number above 0")

@@ -2,12 +2,12 @@
 
     embedder = Embedder("text-embedding-3-small", observer=OpenTelemetry())
 
-Names follow the semantic conventions for generative AI of OpenTelemetry 1.41 (status: development), the last ones
-before they moved to a repository of their own; what they do not know is under `asyncembed.`.
+Names follow the semantic conventions for generative AI of OpenTelemetry 1.41 (status: development), the last version
+before they moved to their own repository. Names that the conventions lack start with `asyncembed.`.
 
-A span is one HTTP request, so that a retry is seen as such. Its parent is the span in which `embed`, `stream` or
-`ingest` was called. A request that several small calls share belongs to no single one of them: it begins a trace of its
-own, with a link to the span of each caller; if all were made in one span, that is its parent.
+A span is one HTTP request, so a retry is a span. Its parent is the span in which `embed`, `stream` or `ingest` was
+called. A request that several small calls share starts a new trace, with a link to the span of each caller; if all
+calls were made in one span, that span is its parent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import __version__
 from .errors import ConfigError
@@ -30,15 +30,15 @@ Attributes: TypeAlias = dict[str, str | int | float | bool | Sequence[str]]
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.41.0"
 
-# The buckets that docs/gen-ai/gen-ai-metrics.md of the conventions asks for, read 2026-11.
+# The buckets of the conventions, docs/gen-ai/gen-ai-metrics.md, read 2026-11.
 DURATION_BUCKETS = tuple(0.01 * 2**power for power in range(14))
 TOKEN_BUCKETS = tuple(4**power for power in range(14))
 
-# Ours. Waits go from a turn of the loop to a provider's window of a minute and more.
+# Our own buckets. Waits last from one iteration of the event loop to a provider's window of a minute and more.
 WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 FILL_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1)
 
-# `gen_ai.provider.name` of the conventions' list, by the end of the host's name.
+# `gen_ai.provider.name` in the conventions' list, by the end of the host's name.
 PROVIDERS = {
     "api.openai.com": "openai",
     ".openai.azure.com": "azure.ai.openai",
@@ -50,12 +50,12 @@ PROVIDERS = {
     "aiplatform.googleapis.com": "gcp.vertex_ai",
 }
 
-# The SDK's default for OTEL_SPAN_LINK_COUNT_LIMIT: it would drop any more.
+# The SDK's default for OTEL_SPAN_LINK_COUNT_LIMIT. The SDK would drop further links.
 MOST_LINKS = 128
 
 
 class OpenTelemetry:
-    """An observer that makes spans and metrics; one may serve several embedders.
+    """An observer that makes spans and metrics. Several embedders can share one.
 
     Args:
         tracer_provider: None for the global one.
@@ -77,10 +77,8 @@ class OpenTelemetry:
         self._tracer = self._trace.get_tracer("asyncembed", __version__, tracer_provider, SCHEMA_URL)
         meter = metrics.get_meter("asyncembed", __version__, meter_provider, SCHEMA_URL)
 
-        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> Callable[..., None]:
-            made = meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets)
-            record: Callable[..., None] = made.record
-            return record
+        def histogram(name: str, unit: str, description: str, buckets: Sequence[float]) -> Any:
+            return meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=buckets).record
 
         self._duration = histogram(
             "gen_ai.client.operation.duration", "s", "GenAI operation duration.", DURATION_BUCKETS
@@ -89,24 +87,22 @@ class OpenTelemetry:
             "gen_ai.client.token.usage", "{token}", "Number of input and output tokens used.", TOKEN_BUCKETS
         )
         self._fill = histogram(
-            "asyncembed.batch.fill", "1", "Part of a request's limit, of inputs or tokens, that was used.", FILL_BUCKETS
+            "asyncembed.batch.fill", "1", "Used part of a request's limit of inputs or tokens.", FILL_BUCKETS
         )
-        self._wait = histogram(
-            "asyncembed.wait.duration", "s", "What a request waited for before it was sent.", WAIT_BUCKETS
-        )
+        self._wait = histogram("asyncembed.wait.duration", "s", "Wait of a request before it was sent.", WAIT_BUCKETS)
         self._queue = histogram(
-            "asyncembed.queue.duration", "s", "What a call waited for its shared request to leave.", WAIT_BUCKETS
+            "asyncembed.queue.duration", "s", "Wait of a call until its shared request was sent.", WAIT_BUCKETS
         )
-        self._retries = meter.create_counter("asyncembed.request.retries", "{request}", "Requests that repeated one.")
-        self._pauses = meter.create_counter("asyncembed.pauses", "{pause}", "Pauses the provider asked for.")
+        self._retries = meter.create_counter("asyncembed.request.retries", "{request}", "Requests that were retries.")
+        self._pauses = meter.create_counter("asyncembed.pauses", "{pause}", "Pauses that the provider requested.")
         self._lookups = meter.create_counter("asyncembed.cache.lookups", "{text}", "Texts looked up in the cache.")
 
     def caller(self) -> object:
-        """Return the caller's context: whose span a shared request links to."""
+        """Return the caller's context. A shared request links to the span in it."""
         return self._context.get_current()
 
     def request(self, started: RequestStarted, /) -> Callable[[RequestFinished], None]:
-        """Begin the span of a request and make it the current one; what is returned ends it."""
+        """Start the span of a request and make it the current one; the returned function ends it."""
         common = common_attributes(started)
         context, links = self._relatives(started.callers)
         kind = self._trace.SpanKind.INTERNAL if started.address is None else self._trace.SpanKind.CLIENT
@@ -127,7 +123,7 @@ class OpenTelemetry:
 
         def finish(finished: RequestFinished) -> None:
             self._context.detach(token)
-            span.set_attributes(answer_attributes(finished))
+            span.set_attributes(response_attributes(finished))
             if finished.error is not None and finished.error != "CancelledError":
                 span.set_status(self._trace.StatusCode.ERROR)
             self._measure(finished, common)
@@ -136,34 +132,34 @@ class OpenTelemetry:
         return finish
 
     def queued(self, model: str, seconds: float, /) -> None:
-        """Record what a call waited for its shared request."""
+        """Record how long a call waited for its shared request."""
         self._queue(seconds, {"gen_ai.request.model": model})
 
     def paused(self, model: str, seconds: float, everybody: bool, /) -> None:
-        """Count a pause, or record what one batch stands back."""
+        """Count a pause of all requests, or record how long one batch backs off."""
         if everybody:
             self._pauses.add(1, {"gen_ai.request.model": model})
         else:
             self._wait(seconds, {"gen_ai.request.model": model, "asyncembed.wait.reason": "backoff"})
 
     def cached(self, model: str, hits: int, misses: int, /) -> None:
-        """Count hits and misses."""
+        """Count cache hits and misses."""
         for count, result in ((hits, "hit"), (misses, "miss")):
             if count:
                 self._lookups.add(count, {"gen_ai.request.model": model, "asyncembed.cache.result": result})
 
     def _measure(self, finished: RequestFinished, common: Attributes) -> None:
-        answered = dict(common)
+        response = dict(common)
         if finished.model is not None:
-            answered["gen_ai.response.model"] = finished.model
+            response["gen_ai.response.model"] = finished.model
         if finished.tokens is not None:
-            self._tokens(finished.tokens, {**answered, "gen_ai.token.type": "input"})
+            self._tokens(finished.tokens, {**response, "gen_ai.token.type": "input"})
         if finished.error is not None:
-            answered["error.type"] = finished.error
-        self._duration(finished.elapsed_s, answered)
+            response["error.type"] = finished.error
+        self._duration(finished.elapsed_s, response)
 
     def _relatives(self, callers: Sequence[object] | None) -> tuple[Context | None, list[Link]]:
-        """Return the context whose span is the parent, None for the current one, and links to other spans."""
+        """Return the context with the parent span, None for the current one; and links to other spans."""
         if callers is None:
             return None, []
         different = {id(caller): caller for caller in callers}
@@ -179,7 +175,7 @@ class OpenTelemetry:
 
 
 def common_attributes(started: RequestStarted) -> Attributes:
-    """Return what spans and metrics of a request have in common, and what a sampler may decide on."""
+    """Return the attributes of a request's span and metrics. A sampler can use them: they are known at the start."""
     attributes: Attributes = {
         "gen_ai.operation.name": "embeddings",
         "gen_ai.provider.name": provider_name(started.address),
@@ -190,9 +186,9 @@ def common_attributes(started: RequestStarted) -> Attributes:
     return attributes
 
 
-def answer_attributes(finished: RequestFinished) -> Attributes:
-    """Return what a span says of the answer; `error.type` is the name of one of the classes in `errors`."""
-    told: Mapping[str, str | int | list[str] | None] = {
+def response_attributes(finished: RequestFinished) -> Attributes:
+    """Return a span's attributes for the response. `error.type` is the name of a class in `errors`."""
+    known: Mapping[str, str | int | list[str] | None] = {
         "gen_ai.response.model": finished.model,
         "gen_ai.usage.input_tokens": finished.tokens,
         "gen_ai.embeddings.dimension.count": finished.dimensions,
@@ -200,11 +196,11 @@ def answer_attributes(finished: RequestFinished) -> Attributes:
         "http.response.status_code": finished.status,
         "error.type": finished.error,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def provider_name(address: tuple[str, int] | None) -> str:
-    """Return the conventions' name of a well-known host, else the host's; "_OTHER" where there is none."""
+    """Return the conventions' name for a known host, otherwise the host's name; "_OTHER" without an address."""
     if address is None:
         return "_OTHER"
     host = address[0].lower()

@@ -18,7 +18,6 @@ from asyncembed.errors import (
     OverloadedError,
     ProviderError,
     RateLimitedError,
-    ServerError,
     TooLargeError,
     TooLongError,
 )
@@ -31,17 +30,15 @@ CLASSES = [
 
 
 FIELDS: dict[type[AsyncEmbedError], dict[str, Any]] = {
-    ProviderError: {"status": 429, "code": "slow_down", "request_id": "req_1"},
-    RateLimitedError: {"retry_after_s": 2.5},
+    ProviderError: {"status": 429, "code": "slow_down", "request_id": "req_1", "retry_after_s": 2.5},
     OverloadedError: {"retry_after_s": 2.5},
-    ServerError: {"retry_after_s": 2.5},
     TooLargeError: {"max_inputs": 32, "max_tokens": 300_000, "requested_tokens": 416_735},
     TooLongError: {"tokens": 9_001, "limit": 8_192},
 }
 
 
 def make(cls: type[AsyncEmbedError]) -> AsyncEmbedError:
-    """An error with something in every field that it takes."""
+    """Return an error with a value in each of its fields."""
     values = {name: value for base in cls.__mro__ for name, value in FIELDS.get(base, {}).items()}
     error = cls("text 3 has 9,001 tokens", **values)
     assert values.items() <= vars(error).items()
@@ -53,7 +50,7 @@ def make(cls: type[AsyncEmbedError]) -> AsyncEmbedError:
 
 
 def printed_tree() -> dict[str, tuple[str, set[str]]]:
-    """Name of each class in the docstring: that of its parent, and of the other bases in brackets."""
+    """Return, for each class in the docstring, the name of its parent and the other bases in brackets."""
     found: dict[str, tuple[str, set[str]]] = {}
     path: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -82,7 +79,7 @@ def test_every_error_is_exported() -> None:
     [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
     ids=["copy", "deep", "pickle"],
 )
-def test_every_error_can_be_copied_with_all_it_holds(cls: type[AsyncEmbedError], duplicate: Any) -> None:
+def test_copies_of_every_error_have_all_its_fields(cls: type[AsyncEmbedError], duplicate: Any) -> None:
     error = make(cls)
     again = duplicate(error)
     assert type(again) is cls
@@ -91,7 +88,7 @@ def test_every_error_can_be_copied_with_all_it_holds(cls: type[AsyncEmbedError],
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_copy_has_its_own_fields(cls: type[AsyncEmbedError]) -> None:
+def test_changing_a_copy_does_not_change_the_original(cls: type[AsyncEmbedError]) -> None:
     error = make(cls)
     again = copy.copy(error)
     again.result = None
@@ -99,11 +96,11 @@ def test_a_copy_has_its_own_fields(cls: type[AsyncEmbedError]) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_every_class_says_what_it_means(cls: type[AsyncEmbedError]) -> None:
+def test_every_class_has_a_docstring(cls: type[AsyncEmbedError]) -> None:
     assert (cls.__doc__ or "").strip().endswith(".")
 
 
-def test_fields_that_were_not_told_are_none() -> None:
+def test_fields_that_are_not_passed_are_none() -> None:
     limited, large = RateLimitedError("x"), TooLargeError("x", status=413)
     assert (limited.retry_after_s, limited.status, limited.code, limited.rates) == (None,) * 4
     assert (large.max_inputs, large.max_tokens, large.requested_tokens, large.status) == (None, None, None, 413)

@@ -1,4 +1,4 @@
-"""`models`: what is known is right, and nothing is assumed of what is not."""
+"""`models`: the known facts are right, and nothing is assumed about other models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asyncembed.providers.local import DIMENSIONS
         ("text-embedding-ada-002", 1_536, False, 0.10),
     ],
 )
-def test_openai_s_models_are_known(name: str, dimensions: int, shortens: bool, price: float) -> None:
+def test_the_models_of_openai_are_known(name: str, dimensions: int, shortens: bool, price: float) -> None:
     assert lookup(name) == Model(name, dimensions, shortens, "cl100k_base", price)
 
 
@@ -29,5 +29,5 @@ def test_nothing_is_assumed_of_an_unknown_name(name: str) -> None:
     assert lookup(name) == Model(name, dimensions=None, shortens=True, encoding=None, usd_per_million_tokens=None)
 
 
-def test_the_limits_are_those_of_the_api() -> None:
+def test_the_default_limits_are_those_of_the_api() -> None:
     assert (MAX_INPUTS, MAX_TOKENS_PER_TEXT, MAX_TOKENS_PER_REQUEST) == (2_048, 8_192, 300_000)

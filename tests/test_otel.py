@@ -1,4 +1,4 @@
-"""`otel` with the real SDK and a real server: spans and metrics as the conventions say, and no word of the texts."""
+"""`otel` with the real SDK and a real server: spans and metrics follow the conventions and hold no text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = "text-embedding-3-small"
 
 
 class Exported:
-    """An observer, and all that came out of it."""
+    """An observer, and everything that it exported."""
 
     def __init__(self) -> None:
         self._spans = InMemorySpanExporter()
@@ -41,7 +41,7 @@ class Exported:
 
     @property
     def spans(self) -> list[ReadableSpan]:
-        """Those of requests, as they ended."""
+        """The spans of requests, in the order of their ends."""
         return [span for span in self._spans.get_finished_spans() if span.name.startswith("embeddings ")]
 
     def named(self, name: str) -> ReadableSpan:
@@ -74,7 +74,7 @@ def one(points: list[Any], **wanted: str) -> Any:
     return point
 
 
-async def test_a_refusal_a_failure_and_a_success_are_a_span_each() -> None:
+async def test_a_refusal_a_failure_and_a_success_have_one_span_each() -> None:
     exported = Exported()
     faults = [RateLimited(headers={"retry-after-ms": "10"}), ServerError()]
     async with (
@@ -89,13 +89,13 @@ async def test_a_refusal_a_failure_and_a_success_are_a_span_each() -> None:
     for span in exported.spans:
         assert span.name == f"embeddings {MODEL}"
         assert span.kind is trace.SpanKind.CLIENT
-        told = attributes(span)
-        assert told["gen_ai.operation.name"] == "embeddings"
-        assert told["gen_ai.provider.name"] == told["server.address"] == "127.0.0.1"
-        assert told["gen_ai.request.model"] == MODEL
-        assert told["gen_ai.request.encoding_formats"] == ("base64",)
-        assert told["server.port"] == port
-        assert told["asyncembed.batch.inputs"] == 40
+        found = attributes(span)
+        assert found["gen_ai.operation.name"] == "embeddings"
+        assert found["gen_ai.provider.name"] == found["server.address"] == "127.0.0.1"
+        assert found["gen_ai.request.model"] == MODEL
+        assert found["gen_ai.request.encoding_formats"] == ("base64",)
+        assert found["server.port"] == port
+        assert found["asyncembed.batch.inputs"] == 40
     for span, error, status in ((refused, "RateLimitedError", 429), (failed, "ServerError", 500)):
         assert attributes(span)["error.type"] == error
         assert attributes(span)["http.response.status_code"] == status
@@ -113,7 +113,7 @@ async def test_a_refusal_a_failure_and_a_success_are_a_span_each() -> None:
     assert KEY not in exported.everything()
 
 
-async def test_a_wrong_key_is_an_error_of_that_name_and_not_shown() -> None:
+async def test_a_wrong_key_is_the_error_type_of_the_span_and_the_key_is_not_exported() -> None:
     exported = Exported()
     async with (
         EmbeddingServer(faults=[InvalidKey()]) as server,
@@ -128,7 +128,7 @@ async def test_a_wrong_key_is_an_error_of_that_name_and_not_shown() -> None:
     assert KEY not in exported.everything()
 
 
-async def test_the_encoding_is_the_one_that_the_server_took() -> None:
+async def test_the_encoding_is_the_one_that_the_server_accepted() -> None:
     exported = Exported()
     async with (
         EmbeddingServer(dialect=OLD_VLLM) as server,
@@ -138,7 +138,7 @@ async def test_the_encoding_is_the_one_that_the_server_took() -> None:
     assert attributes(exported.spans[0])["gen_ai.request.encoding_formats"] == ("float",)
 
 
-async def test_metrics_are_those_of_the_conventions_and_agree_with_the_result() -> None:
+async def test_metrics_follow_the_conventions_and_agree_with_the_result() -> None:
     exported = Exported()
     async with (
         EmbeddingServer(faults=[RateLimited(headers={"retry-after-ms": "50"}), ServerError()]) as server,
@@ -179,7 +179,7 @@ async def test_metrics_are_those_of_the_conventions_and_agree_with_the_result() 
     assert (queue.count, queue.sum) == (1, pytest.approx(stats.queue_s))
 
 
-def test_the_buckets_are_the_conventions_own() -> None:
+def test_the_buckets_are_those_of_the_conventions() -> None:
     # gen-ai-metrics.md, copied
     assert pytest.approx(DURATION_BUCKETS) == [
         0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
@@ -200,7 +200,7 @@ async def test_cache_lookups_are_counted_by_their_result() -> None:
     assert one(lookups, asyncembed__cache__result="miss").value == 2
 
 
-# ---- whose child a request is
+# ---- parents and links
 
 
 def parent_of(span: ReadableSpan) -> int | None:
@@ -208,7 +208,7 @@ def parent_of(span: ReadableSpan) -> int | None:
 
 
 @pytest.mark.virtual_time
-async def test_requests_of_a_bulk_call_are_children_of_its_callers_span() -> None:
+async def test_requests_of_a_bulk_call_are_children_of_the_callers_span() -> None:
     exported = Exported()
     embedder = Embedder(
         "fake", provider=FakeProvider(), observer=exported.observer, max_batch_size=40, concurrency=1
@@ -223,8 +223,8 @@ async def test_requests_of_a_bulk_call_are_children_of_its_callers_span() -> Non
     assert parents == [*[exported.named("job").context.span_id] * 3, exported.named("stream").context.span_id]
 
 
-async def asked(embedder: Embedder, exported: Exported, *names: str) -> None:
-    """Ask for a vector from within a span of each name, all at once."""
+async def embed_in_spans(embedder: Embedder, exported: Exported, *names: str) -> None:
+    """Embed one text in a span of each name, all at once."""
 
     async def ask(name: str) -> None:
         with exported.tracer.start_as_current_span(name):
@@ -236,10 +236,10 @@ async def asked(embedder: Embedder, exported: Exported, *names: str) -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_request_for_one_caller_is_its_child() -> None:
+async def test_a_request_for_one_caller_is_a_child_of_its_span() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
-    await asked(embedder, exported, "alone")
+    await embed_in_spans(embedder, exported, "alone")
 
     [span] = exported.spans
     assert parent_of(span) == exported.named("alone").context.span_id
@@ -247,10 +247,10 @@ async def test_a_request_for_one_caller_is_its_child() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_request_that_several_share_begins_a_trace_and_links_to_them() -> None:
+async def test_a_shared_request_starts_a_trace_with_links_to_its_callers() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
-    await asked(embedder, exported, "one", "two", "three")
+    await embed_in_spans(embedder, exported, "one", "two", "three")
 
     [span] = exported.spans
     assert span.parent is None
@@ -260,7 +260,7 @@ async def test_a_request_that_several_share_begins_a_trace_and_links_to_them() -
 
 
 @pytest.mark.virtual_time
-async def test_a_request_that_calls_of_one_span_share_is_its_child() -> None:
+async def test_a_request_shared_by_calls_in_one_span_is_its_child() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
     with exported.tracer.start_as_current_span("handler"):
@@ -273,7 +273,7 @@ async def test_a_request_that_calls_of_one_span_share_is_its_child() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_of_callers_only_those_count_that_are_in_a_span() -> None:
+async def test_callers_outside_of_a_span_do_not_count() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
     async with asyncio.TaskGroup() as group:
@@ -286,8 +286,8 @@ async def test_of_callers_only_those_count_that_are_in_a_span() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_request_is_no_child_of_the_caller_before() -> None:
-    # what gathers is sent from a callback of the request before, and so in the context of its caller
+async def test_a_request_is_not_a_child_of_the_previous_caller() -> None:
+    # a shared request is sent from a callback of the previous request, and so in the context of its caller
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
 
@@ -305,17 +305,17 @@ async def test_a_request_is_no_child_of_the_caller_before() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_links_are_as_many_as_the_sdk_keeps() -> None:
+async def test_there_are_no_more_links_than_the_sdk_keeps() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
-    await asked(embedder, exported, *(f"caller {number}" for number in range(MOST_LINKS + 50)))
+    await embed_in_spans(embedder, exported, *(f"caller {number}" for number in range(MOST_LINKS + 50)))
 
     [span] = exported.spans
     assert len(span.links) == MOST_LINKS
 
 
 @pytest.mark.virtual_time
-async def test_calls_outside_of_any_span_share_a_trace_of_their_own() -> None:
+async def test_calls_outside_of_any_span_share_a_new_trace() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
     async with asyncio.TaskGroup() as group:
@@ -330,7 +330,7 @@ async def test_calls_outside_of_any_span_share_a_trace_of_their_own() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_request_is_the_current_span_while_it_lasts() -> None:
+async def test_the_span_of_a_request_is_current_while_it_is_sent() -> None:
     exported = Exported()
     seen: list[int] = []
 
@@ -348,7 +348,7 @@ async def test_a_request_is_the_current_span_while_it_lasts() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_cancelled_request_ends_its_span_and_is_no_error() -> None:
+async def test_a_cancelled_request_ends_its_span_without_an_error_status() -> None:
     exported = Exported()
     embedder = Embedder("fake", provider=FakeProvider(), observer=exported.observer)
     running = asyncio.create_task(embedder.embed_one("a"))
@@ -362,7 +362,7 @@ async def test_a_cancelled_request_ends_its_span_and_is_no_error() -> None:
     assert span.status.status_code is trace.StatusCode.UNSET
 
 
-# ---- what is named how
+# ---- names
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ async def test_a_cancelled_request_ends_its_span_and_is_no_error() -> None:
         ("embeddings.example.org", "embeddings.example.org"),
     ],
 )
-def test_a_provider_has_the_conventions_name_if_its_host_is_known(host: str, name: str) -> None:
+def test_a_provider_with_a_known_host_has_the_name_of_the_conventions(host: str, name: str) -> None:
     assert provider_name((host, 443)) == name
 
 
@@ -393,7 +393,7 @@ def test_a_provider_has_the_conventions_name_if_its_host_is_known(host: str, nam
         ("https://[::1]:8000/v1", ("::1", 8000)),
     ],
 )
-def test_address_and_port_are_told_also_where_the_url_names_none(base_url: str, address: tuple[str, int]) -> None:
+def test_address_and_port_are_known_even_if_the_url_has_no_port(base_url: str, address: tuple[str, int]) -> None:
     assert OpenAIProvider(MODEL, base_url=base_url, api_key=KEY).info.address == address
 
 
@@ -402,7 +402,7 @@ def test_importing_the_package_does_not_load_opentelemetry() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_without_the_extra_there_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
     with pytest.raises(ConfigError, match=r"asyncembed\[otel\]"):
         OpenTelemetry()

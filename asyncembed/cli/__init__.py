@@ -1,4 +1,4 @@
-"""`asyncembed`: the command. What it does is in `commands`; this is its entry, which also works without its parts."""
+"""The entry point of the command `asyncembed`. It also works without the extra `cli`, to report that it is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import NoReturn
 
-# as in `commands`, which cannot be imported without click
+# the same as in `commands`, which cannot be imported without click
 MISUSED, INTERRUPTED = 2, 130
 
 
@@ -18,11 +18,11 @@ def main() -> NoReturn:
         sys.exit(MISUSED)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without ä must not end a run
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show ä must not end a run
     try:
         from .commands import command
 
         command(prog_name="asyncembed")
-    except KeyboardInterrupt:  # before or after the run itself, which sees to it otherwise
+    except KeyboardInterrupt:  # before or after a run, which handles signals itself
         sys.exit(INTERRUPTED)
     raise AssertionError("click exits by itself")

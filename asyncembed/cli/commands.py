@@ -1,7 +1,7 @@
-"""`asyncembed ingest`, `search` and `plan`: options in, exit codes out.
+"""The commands `asyncembed ingest`, `search` and `plan`: from options to exit codes.
 
-Exit codes: 0, all is stored; 1, something failed; 2, the command was used wrongly; 128 and the signal's number, the
-run was ended by a signal. The key comes from the environment, never from the command line, which other users of the
+Exit codes: 0, everything is stored; 1, something failed; 2, the command was used wrongly; 128 plus the signal's number,
+a signal ended the run. The key comes from the environment and never from the command line, which other users of the
 machine can read.
 """
 
@@ -11,9 +11,10 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from functools import partial, reduce
+from dataclasses import asdict
+from functools import partial, reduce, wraps
 from signal import Signals
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeAlias
 
 import click
 
@@ -35,8 +36,8 @@ from .display import (
     error_document,
     failure_lines,
     flush_out,
-    hit_document,
     hit_lines,
+    message_of,
     plan_document,
     print_error,
     print_json,
@@ -45,48 +46,70 @@ from .display import (
     with_total,
 )
 from .signals import Interrupts
-from .sources import Reading
+from .sources import FilesAndQueries
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
 DEFAULT_MODEL: Final = "text-embedding-3-small"
 
-# More than any model takes, and than the splitter counts.
-MOST_CHUNK_TOKENS: Final = 1_000_000
+# More than any model accepts, and no more than the splitter can count.
+MAX_CHUNK_TOKENS: Final = 1_000_000
 
-# What the same command would meet again.
+# The same command would meet these again.
 _LASTING: Final = (AuthenticationError, PermissionDeniedError, NotFoundError, RequestError)
 
-_AGAIN: Final = "run the same command again to go on: what is stored is skipped"
-_FINISHING: Final = "asyncembed: finishing what is under way and storing it; once more stops at once"
+_AGAIN: Final = "run the same command again to go on: stored records are skipped"
+_FINISHING: Final = (
+    "asyncembed: finishing the requests under way and storing their vectors; a second signal stops at once"
+)
 
-_Command = TypeVar("_Command", bound=Callable[..., None])
+_Command: TypeAlias = Callable[..., None]
+_Decorator: TypeAlias = Callable[[_Command], _Command]
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+def _options(*options: Callable[[Any], Any]) -> _Decorator:
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
+_at_least_1 = click.IntRange(min=1)
 _provider_options = _options(
     click.option("--base-url", metavar="URL", help="A server that speaks like OpenAI's. [env: OPENAI_BASE_URL]"),
-    click.option("--allow-insecure-http", is_flag=True, default=None, help="For a server on a network of yours."),
-    click.option("--dimensions", type=click.IntRange(min=1), help="Ask for vectors of this size."),
-    click.option("--concurrency", type=click.IntRange(min=1), help="Requests under way at once.  [default: 8]"),
+    click.option("--allow-insecure-http", is_flag=True, help="For a server on a network of yours."),
+    click.option("--dimensions", type=_at_least_1, help="Request vectors of this size."),
+    click.option("--concurrency", type=_at_least_1, default=8, show_default=True, help="The most requests at once."),
+    click.option(
+        "--too-long",
+        type=click.Choice(["error", "truncate", "mean"]),
+        default="error",
+        show_default=True,
+        help="For a text over the limit of the model: fail, cut it off, or average the vectors of its pieces.",
+    ),
 )
 _source_options = _options(
+    click.argument("sources", metavar="SOURCE...", nargs=-1, required=True),
     click.option("--model", default=DEFAULT_MODEL, show_default=True, help='"local" needs no key.'),
     click.option(
         "--chunk-tokens",
-        type=click.IntRange(min=1, max=MOST_CHUNK_TOKENS),
+        type=click.IntRange(min=1, max=MAX_CHUNK_TOKENS),
         default=512,
         show_default=True,
-        help="Sections of files are cut into pieces of so many tokens at most.",
+        help="The most tokens in a chunk of a Markdown or text file.",
     ),
-    click.option("--id-field", default="id", show_default=True, help="Of JSON objects, CSV rows and queries."),
-    click.option("--text-field", default="text", show_default=True, help="Likewise."),
+    click.option("--id-field", default="id", show_default=True, help="The id in JSON objects, CSV rows and queries."),
+    click.option("--text-field", default="text", show_default=True, help="The text in them."),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")
-_sources_argument = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+
+
+def _takes_sources(command: _Command) -> _Command:
+    """Decorate a command with SOURCE... and its options; it gets a function that opens the sources."""
+
+    @wraps(command)
+    def run(sources: tuple[str, ...], id_field: str, text_field: str, chunk_tokens: int, **options: Any) -> None:
+        fields = {"id_field": id_field, "text_field": text_field}
+        command(partial(FilesAndQueries, sources, chunk_tokens=chunk_tokens, **fields), **options)
+
+    return _source_options(run)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,32 +122,22 @@ def command() -> None:
 
 
 @command.command("ingest")
-@_sources_argument
 @click.option("--to", "target", required=True, metavar="TARGET", help="vectors.db, or postgresql://user@host/db")
-@_source_options
+@_takes_sources
 @_provider_options
-@click.option("--prune", is_flag=True, help="At the end delete what TARGET has of this model and no SOURCE has.")
+@click.option("--prune", is_flag=True, help="At the end delete rows of this model in TARGET that no SOURCE has.")
 @_json_option
 def ingest_command(
-    sources: tuple[str, ...],
-    target: str,
-    model: str,
-    chunk_tokens: int,
-    id_field: str,
-    text_field: str,
-    prune: bool,
-    as_json: bool,
-    **options: Any,
+    sources: Callable[[], FilesAndQueries], target: str, model: str, prune: bool, as_json: bool, **options: Any
 ) -> None:
-    """Embed what SOURCE... holds and store it in TARGET.
+    """Embed the records of SOURCE... and store them in TARGET.
 
     A SOURCE is a file, a folder, a quoted glob, - for JSON Lines on standard input, or rows of PostgreSQL:
-    "postgresql://user@host/db?query=SELECT id, text FROM docs". What TARGET already has, with the same text and
-    model, is skipped.
+    "postgresql://user@host/db?query=SELECT id, text FROM docs". Records that TARGET already has, with the same text and
+    model, are skipped.
     """
-    reading = partial(Reading, sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
     _run(
-        lambda: _ingest(reading(), target, model, options, prune, as_json),
+        lambda: _ingest(sources(), target, model, options, prune, as_json),
         partial(report_document, IngestReport(), None) if as_json else None,
     )
 
@@ -132,38 +145,28 @@ def ingest_command(
 @command.command("search")
 @click.argument("target")
 @click.argument("query")
-@click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="How many to show.")
+@click.option("-k", default=5, show_default=True, type=_at_least_1, help="How many to show.")
 @click.option("--model", help="Needed if TARGET holds vectors of several models.")
 @_provider_options
 @_json_option
 def search_command(target: str, query: str, k: int, model: str | None, as_json: bool, **options: Any) -> None:
-    """Show what in TARGET is nearest to QUERY."""
+    """Show the texts in TARGET that are nearest to QUERY."""
     _run(lambda: _search(target, query, k, model, options, as_json), _error_alone if as_json else None)
 
 
 @command.command("plan")
-@_sources_argument
-@_source_options
+@_takes_sources
 @_provider_options
 @_json_option
-def plan_command(
-    sources: tuple[str, ...],
-    model: str,
-    chunk_tokens: int,
-    id_field: str,
-    text_field: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Show what embedding SOURCE... would take: requests, tokens, price. Sends nothing, needs no key."""
-    reading = partial(Reading, sources, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
-    _run(lambda: _plan(reading(), model, options, as_json), _error_alone if as_json else None)
+def plan_command(sources: Callable[[], FilesAndQueries], model: str, as_json: bool, **options: Any) -> None:
+    """Show the requests, tokens and price of embedding SOURCE... Sends nothing, needs no key."""
+    _run(lambda: _plan(sources(), model, options, as_json), _error_alone if as_json else None)
 
 
 def _run(
     work: Callable[[], Coroutine[Any, Any, int]], document_of: Callable[[AsyncEmbedError], dict[str, Any]] | None
 ) -> NoReturn:
-    """Do the work and exit; print the document of what ended it before it had one of its own."""
+    """Do the work and exit. An error that `work` raises is printed as `document_of` it as well, if there is one."""
     try:
         code = asyncio.run(work())
         flush_out()
@@ -171,10 +174,10 @@ def _run(
         code = INTERRUPTED
     except AsyncEmbedError as error:
         if document_of is not None:
-            with suppress(AsyncEmbedError):  # it may be that nothing can be printed any more
+            with suppress(AsyncEmbedError):  # standard output may be the reason of the error
                 print_json(document_of(error))
                 flush_out()
-        print_error(f"asyncembed: {error}")
+        print_error(f"asyncembed: {message_of(error)}")
         code = _code(error)
     sys.exit(code)
 
@@ -188,12 +191,14 @@ def _code(error: AsyncEmbedError) -> int:
 
 
 async def _ingest(
-    sources: Reading, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
+    sources: FilesAndQueries, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
 ) -> int:
-    async with _embedder(model, options) as embedder, open_sink(target) as sink:
+    async with Embedder(model, **options) as embedder, open_sink(target) as sink:
         await sources.check(_file_of(target))
         if prune and sources.empty_folders:
-            raise ConfigError(f"{sources.empty_folders[0]} holds no file to read: is it there? Nothing is pruned then")
+            raise ConfigError(
+                f"{sources.empty_folders[0]} holds no file to read, and so nothing is pruned: is it mounted?"
+            )
         with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
             for folder in sources.empty_folders:
                 shown.say(f"{folder}: no file in it ends in one of {' '.join(sorted(SUFFIXES))}")
@@ -212,9 +217,12 @@ async def _ingest(
                     raise
                 shown.say(f"asyncembed: stopped; {_AGAIN}")
                 return interrupts.exit_code
-    show = _print_document if as_json else _print_report
-    show(report, interrupts.received, error)
-    if interrupts.received is not None:
+    received = interrupts.received
+    if as_json:
+        print_json(report_document(report, None if received is None else received.name, error))
+    else:
+        _print_report(report, received, error)
+    if received is not None:
         return interrupts.exit_code
     if error is not None:
         return _code(error)
@@ -222,7 +230,7 @@ async def _ingest(
 
 
 async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport, AsyncEmbedError | None]:
-    """Return the report, and what ended the run; raise what ended it before anything was done."""
+    """Return the report, and the error that ended the run; raise an error that came before the first record."""
     try:
         return await run, None
     except AsyncEmbedError as error:
@@ -233,17 +241,13 @@ async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport
 
 def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
     print_out(str(report))
-    # what was not done because the run had to end is told once, not by record
+    # the error that ended the run is printed once, and not for each record that was not finished
     for line in failure_lines([failure for failure in report.failures if failure.error is not error]):
         print_error(line)
     if error is not None:
-        print_error(f"asyncembed: {error}")
+        print_error(f"asyncembed: {message_of(error)}")
     if received is not None or (error is not None and _code(error) == FAILED and not isinstance(error, _LASTING)):
         print_error(f"asyncembed: {_AGAIN}")
-
-
-def _print_document(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
-    print_json(report_document(report, None if received is None else received.name, error))
 
 
 async def _search(target: str, query: str, k: int, model: str | None, options: dict[str, Any], as_json: bool) -> int:
@@ -254,15 +258,16 @@ async def _search(target: str, query: str, k: int, model: str | None, options: d
             stored = await sink.models()
             chosen = _choose_model(stored, model)
             known = models.lookup(chosen)
-            if known.shortens and known.dimensions not in (None, stored[chosen]):
-                options = {"dimensions": stored[chosen]} | _given(options)
-            async with _embedder(chosen, options) as embedder:
+            if options["dimensions"] is None and known.shortens and known.dimensions not in (None, stored[chosen]):
+                options["dimensions"] = stored[chosen]
+            async with Embedder(chosen, **options) as embedder:
                 vector = await embedder.embed_one(query)
             hits = await sink.search(vector, k, model=chosen)
     if as_json:
-        print_json({"model": chosen, "hits": [hit_document(hit) for hit in hits]})
-    for line in () if as_json else hit_lines(hits):
-        print_out(line)
+        print_json({"model": chosen, "hits": [asdict(hit) for hit in hits]})
+    else:
+        for line in hit_lines(hits):
+            print_out(line)
     return OK
 
 
@@ -271,16 +276,16 @@ def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
     if not stored:
         raise ConfigError("TARGET holds no vectors yet: ingest into it first")
     if model is None and len(stored) > 1:
-        raise ConfigError(f"TARGET holds vectors of several models; say which with --model: {names}")
+        raise ConfigError(f"TARGET holds vectors of several models; choose one with --model: {names}")
     if model is not None and model not in stored:
         raise ConfigError(f"TARGET holds no vectors of {model!r}; it holds: {names}")
     return model or next(iter(stored))
 
 
-async def _plan(sources: Reading, model: str, options: dict[str, Any], as_json: bool) -> int:
+async def _plan(sources: FilesAndQueries, model: str, options: dict[str, Any], as_json: bool) -> int:
     with display(silent=as_json):
         await sources.check()
-        async with Embedder(model, api_key="plan-sends-nothing", **_given(options)) as embedder:
+        async with Embedder(model, api_key="plan-sends-nothing", **options) as embedder:
             plan = await embedder.plan(sources)
     if as_json:
         print_json(plan_document(plan))
@@ -291,15 +296,7 @@ async def _plan(sources: Reading, model: str, options: dict[str, Any], as_json: 
     return FAILED if plan.failures else OK
 
 
-def _embedder(model: str, options: dict[str, Any]) -> Embedder:
-    return Embedder(model, **_given(options))
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _file_of(target: str) -> str | None:
-    """Return the path of the file that the target is; None if it is none."""
+    """Return the path of the target file; None if the target is not a file."""
     path = target.removeprefix("sqlite:///")
     return None if "://" in path else path

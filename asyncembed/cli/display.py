@@ -1,6 +1,6 @@
-"""What the command shows: progress on standard error, results on standard output.
+"""The command's output: progress and errors on standard error, results on standard output.
 
-Ids and texts come from anywhere, so nothing is printed that a terminal would obey.
+Ids and texts come from anywhere, so nothing is printed that could control the terminal.
 """
 
 from __future__ import annotations
@@ -9,49 +9,49 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from ..errors import AsyncEmbedError, InvalidRecordError
 from ..report import IngestReport, Plan, Progress
 from ..types import Failure, Hit
 
-# A log of a night's run stays readable: 720 lines an hour.
+# At most 720 lines an hour, so that the log of a whole night can still be read.
 LINE_EVERY_S: Final = 5.0
 
 FAILURES_SHOWN: Final = 10
 _LINES_OF_A_HIT: Final = 2
 
+# Options of the library that the command has as well. Words that also occur in sentences count only before a "=".
+_OPTION = re.compile(
+    r"(?<![\w./-])(allow_insecure_http|base_url|chunk_tokens|id_field|text_field|too_long|"
+    r"(?:concurrency|dimensions|prune)(?==))(?:=True\b|(=)|(?![\w/-]|\.\w))"
+)
+_KEY_OPTIONS: Final = ((", pass api_key=", ""), ("pass api_key=", "set OPENAI_API_KEY"))
 
-class Display(Protocol):
-    """Shows how far a run is."""
 
-    def update(self, progress: Progress) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-class Nothing:
-    """For machines: they wait for the end."""
+class Display:
+    """Shows the progress of a run. This one shows nothing: a program that reads JSON waits for the end."""
 
     def update(self, progress: Progress) -> None:
-        """Show nothing."""
+        """Show the progress."""
 
     def say(self, line: str) -> None:
-        """Say nothing."""
+        """Print one line."""
 
 
-class Lines:
-    """For logs: a line now and then."""
+class Lines(Display):
+    """Prints a line every few seconds, for logs."""
 
     def __init__(self) -> None:
         self._last_s = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Print a line, if the last one is LINE_EVERY_S ago."""
+        """Print a line if the last one is LINE_EVERY_S ago."""
         if progress.elapsed_s - self._last_s >= LINE_EVERY_S:
             self._last_s = progress.elapsed_s
             self.say(str(progress))
@@ -60,8 +60,8 @@ class Lines:
         print_error(line)
 
 
-class Bar:
-    """For a terminal: a bar, the rate, and the time that is left."""
+class Bar(Display):
+    """Draws a bar with the rate and the remaining time, for terminals."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
@@ -81,28 +81,26 @@ class Bar:
 
 @contextmanager
 def display(*, silent: bool) -> Iterator[Display]:
-    """Show what suits standard error: a bar, lines, or nothing. Warnings of the library are shown there, too."""
-    if silent:
-        with _warnings_to(lambda line: None):
-            yield Nothing()
-    elif sys.stderr is None or not sys.stderr.isatty():
-        with _warnings_to(print_error):
-            yield Lines()
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+    """Yield the display that suits standard error. The library's warnings are shown there as well."""
+    if silent or sys.stderr is None or not sys.stderr.isatty():
+        shown = Display() if silent else Lines()
+        with _warnings_to(shown.say):
+            yield shown
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
-        columns = BarColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn()
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = Bar(progress)
-            with _warnings_to(bar.say):
-                yield bar
+    columns = BarColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn()
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = Bar(progress)
+        with _warnings_to(bar.say):
+            yield bar
 
 
 @contextmanager
 def _warnings_to(say: Callable[[str], None]) -> Iterator[None]:
-    """Hand the library's warnings to the display, which knows where the cursor is."""
+    """Show the library's warnings through the display, which knows where the cursor is."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -119,16 +117,16 @@ def _warnings_to(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def with_total(progress: Progress, expected: int | None) -> Progress:
-    """Return the progress with the number of records that is expected, at least those that are done."""
+    """Return the progress with `expected` as its total if it has none; the total is at least the number done."""
     if progress.total is not None or expected is None:
         return progress
     return dataclasses.replace(progress, total=max(expected, progress.done))
 
 
 def failure_lines(failures: Sequence[Failure]) -> Iterator[str]:
-    """Yield a line for each of the first failures, and one for how many more there are."""
+    """Yield a line for each of the first failures, and one for the number of the others."""
     for failure in failures[:FAILURES_SHOWN]:
-        yield f"failed: {_place(failure)}{failure.error}"
+        yield f"failed: {_place(failure)}{message_of(failure.error)}"
     if len(failures) > FAILURES_SHOWN:
         yield f"failed: {len(failures) - FAILURES_SHOWN:,} more"
 
@@ -145,8 +143,16 @@ def _id(failure: Failure) -> Any:
     return failure.id if failure.id is not None else getattr(failure.error, "record_id", None)
 
 
+def message_of(error: Exception) -> str:
+    """Return the error's message with the command's options in place of the library's: `--too-long` for `too_long=`."""
+    message = str(error).replace('Embedder("local")', "--model local")
+    for theirs, ours in _KEY_OPTIONS:
+        message = message.replace(theirs, ours)
+    return _OPTION.sub(lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}", message)
+
+
 def hit_lines(hits: Iterable[Hit]) -> Iterator[str]:
-    """Yield the lines that show search results: score, id, and how the text begins."""
+    """Yield the lines of search results: score, id, and the first lines of the text."""
     width = max(shutil.get_terminal_size().columns, 40) - 9
     for hit in hits:
         yield f"{hit.score:7.4f}  {hit.id}"
@@ -155,13 +161,8 @@ def hit_lines(hits: Iterable[Hit]) -> Iterator[str]:
             yield " " * 9 + (line if len(line) <= width else f"{line[: width - 1]}…")
 
 
-def hit_document(hit: Hit) -> dict[str, Any]:
-    """Return what JSON says of a hit."""
-    return {"id": hit.id, "score": hit.score, "text": hit.text, "metadata": hit.metadata}
-
-
 def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEmbedError | None) -> dict[str, Any]:
-    """Return what JSON says of an ingest. `stopped_by` is a signal's name."""
+    """Return the report of an ingest as JSON. `stopped_by` is a signal's name."""
     return {
         "seen": report.seen,
         "success_count": report.success_count,
@@ -180,52 +181,49 @@ def report_document(report: IngestReport, stopped_by: str | None, error: AsyncEm
 
 
 def error_document(error: Exception) -> dict[str, Any]:
-    """Return what JSON says of an error."""
-    return {"error": type(error).__name__, "message": str(error)}
+    """Return an error as JSON."""
+    return {"error": type(error).__name__, "message": message_of(error)}
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """Return what JSON says of a plan."""
+    """Return a plan as JSON."""
     document = dataclasses.asdict(dataclasses.replace(plan, failures=()))
     return document | {"failures": [_failure_document(failure) for failure in plan.failures]}
 
 
 def _failure_document(failure: Failure) -> dict[str, Any]:
     id = _id(failure)
-    return {
-        "index": failure.index,
-        "id": id if id is None or isinstance(id, int) else str(id),
-        **error_document(failure.error),
-    }
+    shown = id if id is None or isinstance(id, int) else str(id)
+    return {"index": failure.index, "id": shown, **error_document(failure.error)}
 
 
 def print_error(line: str) -> None:
-    """Print one line to standard error, and at once; that nobody reads it any more ends no run."""
+    """Print one line to standard error, without buffering. A closed or full standard error ends no run."""
     if sys.stderr is not None:
         with suppress(OSError):
-            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - what a command is for
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201 - a command prints
 
 
 def print_out(line: str) -> None:
     """Print one line to standard output.
 
     Raises:
-        AsyncEmbedError: It cannot be written.
+        AsyncEmbedError: Standard output cannot be written.
     """
     with _output():
-        print(printable(line))  # noqa: T201 - what a command is for
+        print(printable(line))  # noqa: T201 - a command prints
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print the document in one line to standard output, as JSON in whichever encoding that has. Raises: as above."""
-    # what `print_out` would write out is not JSON's way to write it, nor is what a stream does that lacks a character
+    """Print the document as one line of JSON to standard output, whatever its encoding. Raises like `print_out`."""
+    # JSON has its own escapes: neither those of `printable` nor those of a stream without the character are valid in it
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     with _output():
-        print(json.dumps(document, ensure_ascii=not is_utf8))  # noqa: T201 - what a command is for
+        print(json.dumps(document, ensure_ascii=not is_utf8))  # noqa: T201 - a command prints
 
 
 def flush_out() -> None:
-    """Write what is printed, now, so that what goes wrong can be told. Raises: as above."""
+    """Flush standard output now, while an error can still be reported. Raises like `print_out`."""
     with _output():
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -236,15 +234,15 @@ def _output() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        raise  # the reader has seen enough; click ends quietly
+        raise  # the reader has closed the pipe; click ends quietly
     except OSError as error:
-        # or Python would try once more at its end
+        # otherwise Python would try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise AsyncEmbedError(f"the output cannot be written: {error.strerror}") from None
 
 
 def printable(line: str) -> str:
-    """Return the line with blanks for all that is blank, and all else that is not printable written out."""
+    """Return the line with a blank for each whitespace character, and other unprintable characters escaped."""
     return line if line.isprintable() else "".join(map(_printable, line))
 
 

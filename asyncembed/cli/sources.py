@@ -1,4 +1,4 @@
-"""What the command reads: files first, then the queries among its sources."""
+"""The sources of the command: files, and queries of PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..sources import Sources
 _QUERIES: Final = ("postgresql://", "postgres://")
 
 
-class Reading:
-    """An async iterable of the records in SOURCE..., as `Sources` is one of those in files; `check` comes first."""
+class FilesAndQueries:
+    """An async iterable of the records in SOURCE...: those of the files first. Call `check` before reading."""
 
     def __init__(self, sources: Sequence[str], *, id_field: str, text_field: str, chunk_tokens: int) -> None:
         files = [source for source in sources if not source.startswith(_QUERIES)]
@@ -23,21 +23,21 @@ class Reading:
 
     @property
     def empty_folders(self) -> list[str]:
-        """Folders in which there is nothing to read; known after `check`."""
+        """Folders without a file to read; known after `check`."""
         return self._files.empty_folders
 
     def expected(self) -> int | None:
-        """Return how many records there are, as far as anybody knows."""
+        """Return the number of records, an estimate until all are read; None if it is unknown."""
         return None if self._addresses else self._files.expected()
 
     async def check(self, target: str | None = None) -> None:
-        """Look at all files, and have the server look at all queries; read nothing.
+        """Check all files, and have the server prepare all queries; read nothing.
 
         Args:
             target: A file that will be written, and so must not be read.
 
         Raises:
-            ConfigError: A file cannot be read, an address is none or names no query, or a query cannot be run.
+            ConfigError: A file cannot be read, an address is not valid or has no query, or a query cannot be run.
             SourceError: A server does not answer.
         """
         await self._files.check(target)
@@ -50,6 +50,6 @@ class Reading:
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         for source in (self._files, *self._queries):
-            async with aclosing(aiter(source)) as items:
-                async for item in items:
-                    yield item
+            async with aclosing(aiter(source)) as records:
+                async for record in records:
+                    yield record

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..batching.packing import Limits, Packer
 from ..batching.texts import TooLong, portions, prepare_inputs, unique
 from ..batching.tokens import TokenCounter
-from ..sources.records import AnyIterable, in_slices, readable
+from ..sources.records import AnyIterable, checked_records, in_chunks
 from ..types import Failure
 
 
@@ -27,9 +27,9 @@ async def count_up(texts: AnyIterable, counter: TokenCounter, limits: Limits, to
     """Return what texts, or records in all their forms, would take; in bounded memory, counted in threads."""
     packer: Packer[None] = Packer(limits.inputs, limits.tokens)
     found, count = Counted(), 0
-    async with aclosing(in_slices(texts)) as slices:
+    async with aclosing(in_chunks(texts)) as slices:
         async for some in slices:
-            read = list(readable(count, some))
+            read = list(checked_records(count, some))
             count += len(some)
             found.failures.extend(Failure(index, error) for index, _, error in read if error is not None)
             waiting = unique((index, record.text) for index, record, error in read if error is None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..batching.batch import Outcome
 from ..batching.texts import Text, unique
-from ..sources.records import SLICE_RECORDS, AnyIterable, in_slices, readable
+from ..sources.records import CHUNK_RECORDS, AnyIterable, checked_records, in_chunks
 from ..types import EmbeddedRecord, Record
 
 
@@ -27,17 +27,17 @@ class OrderedStream:
         self._changed = asyncio.Event()
 
     async def slices(self, source: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
-        async with aclosing(in_slices(source, min(SLICE_RECORDS, self._most_ahead))) as slices:
+        async with aclosing(in_chunks(source, min(CHUNK_RECORDS, self._most_ahead))) as slices:
             async for some in slices:
-                yield self._texts(some)
+                yield self._texts(some)  # of IDLE: no texts, which flushes
                 if self._read - self._yielded >= self._most_ahead:
                     yield ()  # flush: the reader waits for a batch that is still being filled
                     while self._read - self._yielded >= self._most_ahead:
                         await self._change()
 
-    def _texts(self, some: list[Any]) -> list[Text]:
+    def _texts(self, some: Sequence[Any]) -> list[Text]:
         texts: list[tuple[int, str]] = []
-        for index, record, error in readable(self._read, some):
+        for index, record, error in checked_records(self._read, some):
             if error is None:
                 self._records[index] = record
                 texts.append((index, record.text))

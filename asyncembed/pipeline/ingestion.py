@@ -16,7 +16,7 @@ from ..embedder.embedder import Embedder
 from ..errors import AsyncEmbedError, SinkError, SourceError
 from ..report import IngestReport, ProgressCallback, reporter
 from ..sending.context import STORING_S, CallContext, StoppedError
-from ..sources.records import AnyIterable, in_slices
+from ..sources.records import IDLE, AnyIterable, in_chunks
 from ..types import CheckingSink, Failure, KeyedSink, RecordId, Row, Sink, Vectors
 from .pruning import Pruning
 from .validation import Pending, WhyUnfit, checked
@@ -146,7 +146,7 @@ class _Ingestion:
 
     async def slices(self, records: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
         """Yield what has to be embedded; skips, failures and repeated ids stay behind."""
-        async with aclosing(in_slices(records)) as slices:
+        async with aclosing(in_chunks(records)) as slices:
             async for some in slices:
                 good, bad = await self._check(some)
                 self._report.failures.extend(bad)
@@ -154,7 +154,7 @@ class _Ingestion:
                     failed = [failure.id for failure in bad if failure.id is not None]
                     await self._pruning.see([*(pending.record.id for pending in good), *failed])
                 texts = await self._admit(good)
-                if texts or not some:  # nothing at all says that none will come for a while
+                if texts or some is IDLE:
                     yield texts
                 if len(self._pending) > self._embedder.max_in_flight:  # few texts, but of many records
                     yield ()

@@ -17,7 +17,7 @@ from contextlib import aclosing, contextmanager
 from ..databases.sqlite import KEYS_A_STATEMENT, marks, pieces
 from ..errors import ConfigError, SinkError
 from ..sending.context import CallContext
-from ..sources.records import in_slices
+from ..sources.records import in_chunks
 from ..types import PrunableSink, RecordId, Sink
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Pruning:
             logger.warning("nothing was pruned: %d records failed without an id, and any row might be theirs", unknown)
             return None
         pruned = 0
-        async with aclosing(in_slices(self._sink.ids(self._model))) as slices:
+        async with aclosing(in_chunks(self._sink.ids(self._model))) as slices:
             async for some in slices:
                 gone = await asyncio.to_thread(self._unseen, some)
                 if _is_stopped(call):

@@ -1,4 +1,4 @@
-"""Where records come from: `Sources` reads files of every kind, `PostgresSource` rows, lazily."""
+"""Sources of records: `Sources` reads files, `PostgresSource` the rows of a query. Both read lazily."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SUFFIXES", "PostgresSource", "Sources"]
 
-# Loaded at first use: an embedder needs `sources.records` only, not the readers of files, nor a driver.
+# Imported at first use: an embedder needs `sources.records` only, and neither the parsers of files nor a driver.
 _MODULES = {"SUFFIXES": "files", "Sources": "files", "PostgresSource": "postgres"}
 
 

@@ -1,10 +1,11 @@
-"""Markdown and plain text to chunks: at headings first, then at paragraphs, up to so many tokens each.
+"""Cuts Markdown and plain text into chunks: at headings first, then at paragraphs, with a limit of tokens.
 
-A heading of Markdown starts a section, and a section's chunks are numbered by themselves: whatever is edited in
-one section, the ids in all others stay. The slug is the one GitHub links to, so `docs/design.md#limits-2` is the
-second chunk of what `docs/design.md#limits` shows; text before the first heading has the slug `top`.
+A Markdown heading starts a section, and the chunks of each section are numbered separately: editing one section changes
+no id of another. The slug is GitHub's anchor for the heading, so `docs/design.md#limits-2` is the second chunk of the
+section at `docs/design.md#limits`. Text before the first heading has the slug `top`.
 
-Blocking and lazy: what is held of a file is a window of some chunks, whatever the file's length.
+Blocking and lazy: a window of some chunks is held, however long the file is. This is why headings are found line by
+line here: markdown-it-py finds the same ones, but holds 16 bytes for each byte of the file (measured 2026-11).
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any, Final, NamedTuple
 from ..errors import ConfigError, InvalidRecordError
 from ..types import Record
 
-# Text before the first heading of a Markdown file. Kept free for it, so that adding such a text to a file that
-# has a heading "Top" changes no id.
+# The slug of the text before the first heading. No heading gets it, so adding such a text to a file that has a
+# heading "Top" changes no id.
 TOP: Final = "top"
 
-# Front matter that is longer (in lines) is taken for a rule and some text: Jekyll's and Hugo's have 5 to 50.
+# Longer front matter (in lines) is taken for a rule and text: Jekyll's and Hugo's have 5 to 50.
 _FRONT_MATTER_LINES: Final = 200
 
-# The splitter's time grows with the square of what it is given at once (64,000 Chinese characters without a stop:
-# 2.4 s, 256,000: 37 s, measured 2026-11), so it gets windows of some chunks. Characters; the least, and a token.
+# The splitter's time grows with the square of its input (64,000 Chinese characters without a stop: 2.4 s, 256,000:
+# 37 s, measured 2026-11), so it gets windows of some chunks. In characters: the minimum, and for each token.
 _WINDOW: Final = 8_192
 _WINDOW_PER_TOKEN: Final = 16
 
@@ -35,32 +36,31 @@ _WINDOW_PER_TOKEN: Final = 16
 _ATX = re.compile(r" {0,3}#{1,6}(?![^ \t])")
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
 _PARAGRAPH = re.compile(r" {0,3}(?![#>|<+*-]|\d+[.)]|=+\s*$|```|~~~)\S")
-_FENCE = re.compile(r" {0,3}(?P<fence>`{3,}(?=[^`]*$)|~{3,})")
-# No bracket within its text, and one pair within its address, or a line of them would take the square of its length.
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
+# No bracket within its text, one pair within its address: otherwise a long line would take time with its square.
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 
-# A longer slug is cut, so that an id stays one (`storable.MAX_ID_BYTES`). Characters.
-_LONGEST_SLUG: Final = 200
+# Longer slugs are cut, so that ids stay below `sinks.contract.MAX_ID_BYTES`. In characters.
+_MAX_SLUG: Final = 200
 
 
 class Line(NamedTuple):
-    """One line of a text file: its number from 1, its text with its line end, what is wrong with it."""
+    """One line of a text file: its number (from 1), its text with its line end, and its problem or None."""
 
     number: int
     text: str
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """Where a section begins. `slug` is unique in its file; `title` is None before the first heading."""
+class Heading(NamedTuple):
+    """The start of a section. `slug` is unique in its file; `title` is None before the first heading."""
 
     slug: str
     title: str | None
 
 
 class Splitter:
-    """Cuts texts at the best places so that no piece has more tokens than wanted.
+    """Cuts texts at the best places into chunks with a limit of tokens.
 
     Args:
         chunk_tokens: The most tokens a chunk has, counted with cl100k_base.
@@ -76,14 +76,14 @@ class Splitter:
             import semantic_text_splitter as splitters
         except ImportError as error:
             raise ConfigError('text files need a splitter: pip install "asyncembed[cli]"') from error
-        # The vocabulary is inside the wheel. The name only chooses it.
+        # The vocabulary is inside the wheel. The name only selects it.
         self.markdown: Any = splitters.MarkdownSplitter.from_tiktoken_model("text-embedding-3-small", chunk_tokens)
         self.plain: Any = splitters.TextSplitter.from_tiktoken_model("text-embedding-3-small", chunk_tokens)
         self.window = max(_WINDOW, _WINDOW_PER_TOKEN * chunk_tokens)
 
 
 def markdown_chunks(lines: Iterable[Line], path: str, splitter: Splitter) -> Iterator[Record | InvalidRecordError]:
-    """Yield a record for each chunk of a Markdown file; an error for the rest of a section that is broken."""
+    """Yield a record for each chunk of a Markdown file; one error for the rest of a section with a broken line."""
     for heading, section in groupby(_under_headings(lines), key=lambda pair: pair[0]):
         metadata = {"source": path} if heading.title is None else {"source": path, "heading": heading.title}
         numbered = (line for _, line in section)
@@ -91,17 +91,17 @@ def markdown_chunks(lines: Iterable[Line], path: str, splitter: Splitter) -> Ite
 
 
 def plain_chunks(lines: Iterable[Line], path: str, splitter: Splitter) -> Iterator[Record | InvalidRecordError]:
-    """Yield a record for each chunk of a text file; an error for the rest of it where it is broken."""
+    """Yield a record for each chunk of a text file; one error for the rest of it after a broken line."""
     return _records(lines, f"{path}#", {"source": path}, splitter.plain, splitter.window)
 
 
 def slug(title: str) -> str:
-    """Return the anchor GitHub gives a heading, "section" if nothing is left of it."""
+    """Return GitHub's anchor for a heading; "section" if it has no letter, digit or hyphen."""
     plain = _LINK.sub(r"\1", title).strip().lower()
     anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-") or "section"
-    if len(anchor) <= _LONGEST_SLUG:
+    if len(anchor) <= _MAX_SLUG:
         return anchor
-    return f"{anchor[:_LONGEST_SLUG]}-{hashlib.sha256(anchor.encode()).hexdigest()[:8]}"
+    return f"{anchor[:_MAX_SLUG]}-{hashlib.sha256(anchor.encode()).hexdigest()[:8]}"
 
 
 def _records(
@@ -118,28 +118,28 @@ def _records(
 
 
 def _chunks(lines: Iterable[Line], splitter: Any, window: int) -> Iterator[tuple[int, str | Line]]:
-    """Yield the chunks, each with the number of its first line; a broken line instead of it and all that follows.
+    """Yield each chunk with the number of its first line; at a broken line yield that line and stop.
 
-    Of each window all chunks but the last are final; that one is seen again with what follows it, so that chunks
-    end where the text asks for it, not where windows do.
+    All chunks of a window are final except the last one. It is split again together with the text after it, so that
+    no chunk ends merely because a window did.
     """
-    held = _Held(splitter)
+    held = _HeldText(splitter)
     for line in lines:
         if line.problem is not None:
-            yield from held.cut(keep_last=False)
+            yield from held.split(keep_last=False)
             yield line.number, line
             return
         for start in range(0, len(line.text), window):
             held.add(line.number, line.text[start : start + window])
             if held.size >= window:
-                # what is still one chunk after four windows is mostly blanks, and will not become another
-                yield from held.cut(keep_last=held.size < 4 * window)
-    yield from held.cut(keep_last=False)
+                # a single chunk of four windows is mostly blanks: it would only grow
+                yield from held.split(keep_last=held.size < 4 * window)
+    yield from held.split(keep_last=False)
 
 
 @dataclass(slots=True)
-class _Held:
-    """The text that is not yet yielded, and the number of its first line."""
+class _HeldText:
+    """Text that is not yielded yet, and the number of its first line."""
 
     splitter: Any
     line: int = 0
@@ -152,8 +152,8 @@ class _Held:
         self.parts.append(text)
         self.size += len(text)
 
-    def cut(self, *, keep_last: bool) -> Iterator[tuple[int, str]]:
-        """Yield its chunks, each with its first line's number; the last one may stay held."""
+    def split(self, *, keep_last: bool) -> Iterator[tuple[int, str]]:
+        """Yield its chunks, each with the number of its first line; hold the last one back if `keep_last`."""
         text, line, seen = "".join(self.parts), self.line, 0
         self.parts, self.size = [], 0
         chunks = self.splitter.chunk_indices(text)
@@ -166,32 +166,32 @@ class _Held:
 
 
 def _under_headings(lines: Iterable[Line]) -> Iterator[tuple[Heading, Line]]:
-    """Yield each line with the heading of its section; the heading's own line is the first of them."""
-    slugs = _Slugs()
-    heading, fence = Heading(TOP, None), None
+    """Yield each line with the heading of its section. A heading's own line is the first of its section."""
+    used = {TOP: 0}
+    heading, fence, before = Heading(TOP, None), "", ""
     front, rest = _front_matter(iter(lines))
     yield from ((heading, line) for line in front)
-    before = ""
     for line, following in pairwise(chain(rest, [Line(0, "")])):
         text = line.text.rstrip("\r\n")
-        if fence is not None:
-            fence = None if _closes(text, fence) else fence
+        if fence:
+            fence = "" if _closes(text, fence) else fence
         elif found := _FENCE.match(text):
-            fence = found["fence"]
+            fence = found[1]
         elif (title := _title(before, text, following.text)) is not None:
-            heading = Heading(slugs.unique(title), title)
-            text = ""  # a heading ends a paragraph as a blank line does
+            heading = Heading(_unique_slug(title, used), title)
+            text = ""  # like a blank line, a heading ends a paragraph
         before = text
         yield heading, line
 
 
 def _title(before: str, text: str, following: str) -> str | None:
+    """Return the title if the line `text` is a heading, considering the lines before and after it."""
     if atx := _ATX.match(text):
         title = text[atx.end() :].strip(" \t")
         inner = title.rstrip("#")
-        # a closing run of # stands alone or behind a blank
+        # closing marks stand alone or after a blank
         return inner.strip() if not inner or inner[-1] in " \t" else title.strip()
-    # Only a paragraph of one line is taken for an underlined heading: of more, it is mostly a rule or a table.
+    # Only a paragraph of one line can be an underlined heading: below a longer one it is mostly a rule or a table.
     if not before.strip() and _PARAGRAPH.match(text) and _UNDERLINE.match(following.rstrip("\r\n")):
         return text.strip()
     return None
@@ -203,31 +203,23 @@ def _closes(text: str, fence: str) -> bool:
 
 
 def _front_matter(lines: Iterator[Line]) -> tuple[list[Line], Iterator[Line]]:
-    """Take YAML front matter off: a `#` in it is a comment. It belongs to the text before the first heading."""
+    """Split YAML front matter off: a `#` in it starts a comment. It belongs to the text before the first heading."""
     taken: list[Line] = []
     for line in lines:
         taken.append(line)
         mark = line.text.rstrip()
-        if len(taken) == 1:
-            if mark != "---":
-                break
-        elif mark in ("---", "..."):
+        if len(taken) > 1 and mark in ("---", "..."):
             return taken, lines
-        elif len(taken) > _FRONT_MATTER_LINES:
+        if (len(taken) == 1 and mark != "---") or len(taken) > _FRONT_MATTER_LINES:
             break
     return [], chain(taken, lines)
 
 
-class _Slugs:
-    """Slugs used in one file: a second "Limits" becomes `limits-1`, as on GitHub."""
-
-    def __init__(self) -> None:
-        self._used = {TOP: 0}
-
-    def unique(self, title: str) -> str:
-        base = unique = slug(title)
-        while unique in self._used:
-            self._used[base] += 1
-            unique = f"{base}-{self._used[base]}"
-        self._used[unique] = 0
-        return unique
+def _unique_slug(title: str, used: dict[str, int]) -> str:
+    """Return the title's slug, numbered as on GitHub: a second "Limits" becomes `limits-1`. It is added to `used`."""
+    base = unique = slug(title)
+    while unique in used:
+        used[base] += 1
+        unique = f"{base}-{used[base]}"
+    used[unique] = 0
+    return unique

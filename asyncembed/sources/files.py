@@ -1,8 +1,8 @@
-"""Files, folders, globs and standard input to records.
+"""Reads records from files, folders, globs and standard input.
 
-A source is a file, a folder (searched through, in order), a glob, or `-` for JSON Lines on standard input. What a
-file holds is told by the end of its name. Reading and splitting happen in threads, a slice at a time, and only
-as fast as the records are taken.
+A source is a file, a folder (searched recursively, in order), a glob, or `-` for JSON Lines on standard input. The
+suffix of a file's name decides how it is parsed. Reading and splitting run in threads, one group of records at a time,
+and only as fast as the records are consumed.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import ConfigError, InvalidRecordError
 from .chunking import Splitter, markdown_chunks, plain_chunks
-from .formats import Fields, Item, csv_items, json_items, line_blocks, text_lines
+from .formats import Fields, RecordOrError, csv_records, json_records, line_blocks, text_lines
 
 STDIN: Final = "-"
 
 _JSON_LINES: Final = frozenset({".jsonl", ".ndjson"})
 _CSV: Final = frozenset({".csv"})
 _MARKDOWN: Final = frozenset({".md", ".markdown"})
-# Those that are looked for in a folder. A file that is named, or matched by a glob, is read whatever its suffix.
+# Only these are looked for in a folder. A file that is named, or matched by a glob, is read whatever its suffix.
 SUFFIXES: Final = _JSON_LINES | _CSV | _MARKDOWN | {".txt", ".text", ".rst"}
 
-# What is read at once, and about as much of the files is what a slice holds: some milliseconds of work for a thread.
+# The size of one read, and about the amount of file that a group of records holds: some milliseconds of a thread.
 _BLOCK_BYTES: Final = 256 * 1024
 
 _T = TypeVar("_T")
 _Found: TypeAlias = str | InvalidRecordError
-"""The path of a file, or why a folder could not be searched."""
+"""The path of a file, or the error of a folder that could not be searched."""
 
 
 class Sources:
-    """An async iterable of the records in files; an `InputError` stands for each that is broken.
+    """An async iterable of the records in files. An `InputError` stands in place of each broken one.
 
     Args:
         sources: Paths of files and folders, globs, or `-`.
         id_field: The field of JSON objects and the column of CSV files that holds the id.
         text_field: The one that holds the text. All others become metadata.
-        chunk_tokens: The most tokens a piece of a Markdown or text file has.
+        chunk_tokens: The most tokens in a chunk of a Markdown or text file.
 
     Attributes:
-        total_bytes: The size of all files; None before `check`, and if a pipe is among them.
-        empty_folders: Folders that hold no file with one of SUFFIXES.
+        total_bytes: The size of all files; None before `check`, or if a pipe is among them.
+        empty_folders: Folders without a file that has one of SUFFIXES.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Sources:
         self._fields = Fields(id_field, text_field)
         self._chunk_tokens = chunk_tokens
         self._checked = False
-        self._read_bytes = self._read_items = 0
+        self._read_bytes = self._read_records = 0
         self._finished = False
         self.total_bytes: int | None = None
         self.empty_folders: list[str] = []
 
     async def check(self, target: str | None = None) -> None:
-        """Look at all sources; read nothing.
+        """Check that all sources exist and can be opened; read nothing.
 
         Args:
             target: A file that will be written, and so must not be read.
@@ -80,26 +80,26 @@ class Sources:
         self._checked = True
 
     def expected(self) -> int | None:
-        """Return how many records there are: estimated from the bytes until all are read, None if nobody knows."""
+        """Return the number of records: an estimate from the bytes until all are read; None if it is unknown."""
         if self._finished:
-            return self._read_items
+            return self._read_records
         if not self.total_bytes or not self._read_bytes:
             return None
-        return int(self._read_items * max(1.0, self.total_bytes / self._read_bytes))
+        return int(self._read_records * max(1.0, self.total_bytes / self._read_bytes))
 
-    async def __aiter__(self) -> AsyncIterator[Item]:
+    async def __aiter__(self) -> AsyncIterator[RecordOrError]:
         if not self._checked:
             await self.check()
-        self._read_bytes, self._read_items, self._finished = 0, 0, False
-        slices = self._slices()
+        self._read_bytes, self._read_records, self._finished = 0, 0, False
+        groups = self._groups()
         try:
-            while (items := await _next(slices)) is not None:
-                self._read_items += len(items)
-                for item in items:
-                    yield item
+            while (group := await _next(groups)) is not None:
+                self._read_records += len(group)
+                for record in group:
+                    yield record
             self._finished = True
         finally:
-            _close(slices)
+            _close(groups)
 
     def _check(self, target: str | None) -> None:
         forbidden = _status(target) if target is not None else None
@@ -115,7 +115,7 @@ class Sources:
         self.total_bytes = sum(known) if len(known) == len(sizes) else None
 
     def _size(self, path: _Found, forbidden: os.stat_result | None, *, must_open: bool) -> int | None:
-        """Return the file's size in bytes, None for a pipe; 0 if it cannot be read and so will fail alone."""
+        """Return the file's size in bytes, None for a pipe; 0 for a file that cannot be read and so fails alone."""
         if path == STDIN:
             return None
         if isinstance(path, InvalidRecordError):
@@ -133,35 +133,35 @@ class Sources:
                 raise ConfigError(f"{_shown(path)}: {error.strerror}") from error
             return 0
         if _suffix(path) not in _JSON_LINES | _CSV:
-            _ = self._splitter  # if it is missing, say so now and not after the first records are paid for
+            _ = self._splitter  # a missing splitter is reported now, not after the first records are paid for
         return status.st_size
 
     @cached_property
     def _splitter(self) -> Splitter:
         return Splitter(self._chunk_tokens)
 
-    def _slices(self) -> Generator[list[Item], None, None]:
-        """Group the items by the block; None among them ends a group, for the next one may have to be waited for."""
-        group: list[Item] = []
+    def _groups(self) -> Generator[list[RecordOrError], None, None]:
+        """Group the records by the block. A None among them ends a group, because reading on may wait for a pipe."""
+        group: list[RecordOrError] = []
         begun = 0
-        for item in self._items():
-            if item is not None:
-                group.append(item)
-            if group and (item is None or self._read_bytes - begun > _BLOCK_BYTES):
+        for record in self._records():
+            if record is not None:
+                group.append(record)
+            if group and (record is None or self._read_bytes - begun > _BLOCK_BYTES):
                 yield group
                 group, begun = [], self._read_bytes
         if group:
             yield group
 
-    def _items(self) -> Iterator[Item | None]:
+    def _records(self) -> Iterator[RecordOrError | None]:
         for source in self._sources:
             for path in _files(source):
                 if isinstance(path, InvalidRecordError):
                     yield path
                 else:
-                    yield from self._file_items(path)
+                    yield from self._file_records(path)
 
-    def _file_items(self, path: str) -> Iterator[Item | None]:
+    def _file_records(self, path: str) -> Iterator[RecordOrError | None]:
         name = "standard input" if path == STDIN else PurePath(path).as_posix()
         try:
             name.encode()
@@ -174,13 +174,13 @@ class Sources:
         except InvalidRecordError as error:
             yield InvalidRecordError(f"{name} {error}")
 
-    def _parsed(self, path: str, name: str, file: Any) -> Iterator[Item | None]:
+    def _parsed(self, path: str, name: str, file: Any) -> Iterator[RecordOrError | None]:
         blocks = line_blocks(lambda: self._read(file))
         suffix = _suffix(path)
         if path == STDIN or suffix in _JSON_LINES:
-            return json_items(blocks, name, self._fields)
+            return json_records(blocks, name, self._fields)
         if suffix in _CSV:
-            return csv_items(blocks, name, self._fields)
+            return csv_records(blocks, name, self._fields)
         if suffix == ".json":
             raise InvalidRecordError("is one JSON document; write one object a line, and name it .jsonl")
         chunks = markdown_chunks if suffix in _MARKDOWN else plain_chunks
@@ -193,18 +193,16 @@ class Sources:
 
 
 def _files(source: str) -> Iterator[_Found]:
-    """Yield the paths of the files that a source stands for; none if it stands for nothing."""
-    if source == STDIN:
-        return iter([source])
-    if os.path.isdir(source):
+    """Yield the paths of the files of a source; none if it does not exist and matches nothing."""
+    if os.path.isdir(source) and source != STDIN:
         return _searched(source)
-    if os.path.lexists(source):
+    if source == STDIN or os.path.lexists(source):
         return iter([source])
     return _matching(source) if glob.has_magic(source) else iter(())
 
 
 def _searched(folder: str) -> Iterator[_Found]:
-    """Search a folder, in order. What is hidden is left out; a link to a folder is not followed."""
+    """Search a folder, in order, without hidden files and folders. Links to folders are not followed."""
     problems: list[OSError] = []
     for root, folders, names in os.walk(folder, onerror=problems.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -217,7 +215,7 @@ def _searched(folder: str) -> Iterator[_Found]:
 
 
 def _matching(pattern: str) -> Iterator[str]:
-    """Expand a glob as a shell does: `**` is any folders, what is hidden must be asked for, links are not followed."""
+    """Expand a glob as a shell does: `**` means any folders, hidden names need a dot, links are not followed."""
     parts = PurePath(pattern).parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     base = Path(*parts[:first])
@@ -235,18 +233,18 @@ def _suffix(path: str) -> str:
 def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except (OSError, ValueError):  # there is none yet, or there cannot be one
+    except (OSError, ValueError):  # the file does not exist, or the path is not one
         return None
 
 
 def _is_pipe(path: str) -> bool:
-    """Return whether whoever opens it waits, perhaps for ever."""
+    """Return whether opening the file could wait for ever."""
     status = _status(path)
     return status is not None and (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode))
 
 
 def _shown(path: str) -> str:
-    """Return the path for a message: printable, and of a URL no more than its scheme, for it may hold a password."""
+    """Return the path for a message, in printable form; of a URL only the scheme, because it may hold a password."""
     scheme, separator, _ = path.partition("://")
     return f"{scheme}://…" if separator else path.encode(errors="replace").decode()
 
@@ -255,36 +253,36 @@ def _opened(path: str) -> AbstractContextManager[Any]:
     if path == STDIN:
         if sys.stdin is None:
             raise OSError(errno.EBADF, "there is no standard input")
-        # unbuffered: it hands over what a pipe has, and a thread that waits in it does not keep us from ending
+        # unbuffered: a read returns what the pipe has, and a thread that waits in it does not block the exit
         return nullcontext(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
     return open(path, "rb", buffering=0)
 
 
-async def _next(slices: Generator[list[Item], None, None]) -> list[Item] | None:
-    """Return the next slice, worked out in a thread; None at the end."""
-    future = _in_thread(lambda: next(slices, None))
+async def _next(groups: Generator[list[RecordOrError], None, None]) -> list[RecordOrError] | None:
+    """Compute the next group in a thread; return None at the end."""
+    future = _in_thread(lambda: next(groups, None))
     try:
         return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
-        future.add_done_callback(lambda _: _close(slices))
+        future.add_done_callback(lambda _: _close(groups))
         raise
 
 
-def _close(slices: Generator[list[Item], None, None]) -> None:
-    """Close the file that is being read, unless a thread is in there: who called that thread will do it."""
+def _close(groups: Generator[list[RecordOrError], None, None]) -> None:
+    """Close the file that is being read. If a thread is still reading it, `_next` closes it when the thread is done."""
     with suppress(ValueError):
-        slices.close()
+        groups.close()
 
 
 def _in_thread(work: Callable[[], _T]) -> Future[_T]:
-    """Run it in a daemon thread: one that waits for standard input must not keep the process from ending."""
+    """Run `work` in a daemon thread: a thread that waits for standard input must not keep the process alive."""
     future: Future[_T] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # whatever it is, it belongs to whoever waits
+        except BaseException as error:  # every error belongs to the task that waits for the future
             future.set_exception(error)
 
     threading.Thread(target=run, name="asyncembed-read", daemon=True).start()

@@ -1,9 +1,8 @@
-"""The bytes of one file to records: lines, JSON Lines, CSV; `sections` does Markdown and plain text.
+"""Parses the bytes of one file: into lines, and lines of JSON or CSV into records.
 
-All of it is blocking, lazy, and bounded in memory: a block, or one line or row of at most MAX_LINE_BYTES. What is
-broken becomes an `InputError` in the place of the record, with the file's name and the line's number, and costs
-that record alone. Where nothing after it can be trusted (a quote that is never closed), it ends the file.
-No message shows what is in a line.
+The parsers block, are lazy, and hold one block of the file, or one line or row of at most MAX_LINE_BYTES. A broken
+record fails alone: an `InputError` with the file's name and the line's number is yielded in its place. If nothing
+after it can be trusted (a quote that is never closed), the rest of the file is not read. No message quotes a line.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from ..errors import ConfigError, InputError, InvalidRecordError, InvalidTextErr
 from ..types import Record
 from .chunking import Line
 
-Item: TypeAlias = Record | InputError
-"""A record, or in its place why there is none."""
+RecordOrError: TypeAlias = Record | InputError
+"""A record, or the error of a record that could not be read."""
 
 RawLine: TypeAlias = tuple[int, bytes | None]
-"""A line's number from 1, and its bytes without the newline; None if it is over MAX_LINE_BYTES."""
+"""A line's number (from 1), and its bytes without the newline; None if they are more than MAX_LINE_BYTES."""
 
-# A text of 8,192 tokens of 128 bytes, the longest a model takes, has 1 MiB, and JSON may write a byte as six.
+# The longest text that a model accepts, 8,192 tokens of 128 bytes, has 1 MiB, and JSON may write a byte as six.
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 
 _UTF8_MARK: Final = b"\xef\xbb\xbf"
@@ -48,12 +47,12 @@ class Fields:
 
 
 def line_blocks(read: Callable[[], bytes]) -> Iterator[list[RawLine]]:
-    r"""Yield the lines that each call of `read` completes. Only "\n" ends a line; a byte order mark is taken off.
+    r"""Yield the lines that each call of `read` completes. Only "\n" ends a line; a byte order mark is removed.
 
     Raises:
-        InvalidRecordError: It is UTF-16.
+        InvalidRecordError: The file is UTF-16.
     """
-    number, unfinished = 1, _Unfinished()
+    number, unfinished = 1, _UnfinishedLine()
     while block := read():
         *whole, rest = block.split(b"\n")
         lines: list[RawLine] = []
@@ -69,8 +68,8 @@ def line_blocks(read: Callable[[], bytes]) -> Iterator[list[RawLine]]:
 
 
 @dataclass(slots=True)
-class _Unfinished:
-    """The pieces of a line that is not read to its end; none of them any more once they are too many."""
+class _UnfinishedLine:
+    """The pieces of a line whose end is not read yet. They are dropped when the line exceeds MAX_LINE_BYTES."""
 
     size: int = 0
     pieces: list[bytes] = field(default_factory=list)
@@ -98,7 +97,7 @@ def _without_mark(lines: list[RawLine]) -> list[RawLine]:
 
 
 def text_lines(blocks: Iterator[list[RawLine]]) -> Iterator[Line]:
-    """Yield the lines decoded, each with its line end; with a problem where one is no text."""
+    """Yield the decoded lines with their line ends; one that is not text has a `problem`."""
     for number, raw in chain.from_iterable(blocks):
         yield _decoded(number, raw)
 
@@ -106,7 +105,7 @@ def text_lines(blocks: Iterator[list[RawLine]]) -> Iterator[Line]:
 def _decoded(number: int, raw: bytes | None) -> Line:
     if raw is None:
         return Line(number, "", f"is longer than {MAX_LINE_BYTES:,} bytes")
-    problem = f"has a NUL at byte {raw.index(0) + 1}, so it is no text" if b"\0" in raw else None
+    problem = f"has a NUL at byte {raw.index(0) + 1}, so it is not text" if b"\0" in raw else None
     try:
         return Line(number, raw.decode() + "\n", problem)
     except UnicodeDecodeError as error:
@@ -114,36 +113,36 @@ def _decoded(number: int, raw: bytes | None) -> Line:
         return Line(number, raw.decode(errors="replace") + "\n", problem)
 
 
-def json_items(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[Item | None]:
-    """Yield a record for each line that is not blank; None where the next line may have to be waited for."""
+def json_records(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[RecordOrError | None]:
+    """Yield a record for each line that is not blank, and None after each block: reading the next one may wait."""
     for lines in blocks:
         for number, raw in lines:
             if raw is None or raw.strip():
-                yield _json_item(raw, f"{name} line {number}", fields)
+                yield _json_record(raw, f"{name} line {number}", fields)
         yield None
 
 
-def _json_item(raw: bytes | None, where: str, fields: Fields) -> Item:
+def _json_record(raw: bytes | None, where: str, fields: Fields) -> RecordOrError:
     if raw is None:
         return InvalidRecordError(f"{where}: is longer than {MAX_LINE_BYTES:,} bytes")
     try:
         value = jiter.from_json(raw, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
     except ValueError as error:
-        # of its message only what comes before a quoted key, and the column
+        # from its message only the words before a quoted key, and the column
         why = str(error).partition('"')[0].partition(" at line ")[0].strip()
         return InvalidRecordError(f"{where}: is not JSON: {why} at column {str(error).rpartition(' ')[2]}")
     if not isinstance(value, dict):
         return InvalidRecordError(f"{where}: holds a JSON {type(value).__name__}; a record is an object")
-    return as_item(value, where, fields)
+    return record_from_fields(value, where, fields)
 
 
-def as_item(value: dict[str, Any], where: str, fields: Fields) -> Item:
-    """Take id and text out of the value; what is left is metadata, with that of a field `metadata` spread.
+def record_from_fields(value: dict[str, Any], where: str, fields: Fields) -> RecordOrError:
+    """Return a record with the id and text in `value`; the other fields are metadata, a mapping `metadata` is merged.
 
     Args:
-        value: By field or column; emptied.
+        value: The record by field or column name. It is modified.
         where: The record's place in its source, for messages.
-        fields: Which of them are id and text.
+        fields: The names of the fields for id and text.
     """
     id = value.pop(fields.id, None)
     if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
@@ -160,7 +159,7 @@ def as_item(value: dict[str, Any], where: str, fields: Fields) -> Item:
 
 
 def _text(value: dict[str, Any], name: str) -> str:
-    """Take the text out; without a field "text", title and content are joined as `records` does."""
+    """Pop the text; without a field "text", join title and content as `sources.records` does."""
     if name == "text" and "text" not in value and "content" in value:
         parts = [_str(value.pop(part), part) for part in ("title", "content") if value.get(part) not in (None, "")]
         return _str("\n".join(parts), "content")
@@ -177,50 +176,46 @@ def _str(text: object, name: str) -> str:
     return text
 
 
-def csv_items(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[Item]:
-    """Yield a record for each row under the header. What is wrong with one row costs that row alone.
+def csv_records(blocks: Iterator[list[RawLine]], name: str, fields: Fields) -> Iterator[RecordOrError]:
+    """Yield a record for each row below the header, or its error.
 
     Raises:
-        InvalidRecordError: There is no usable header, or a row does not end. What came before it stands.
+        InvalidRecordError: The header cannot be used, or a row does not end. Earlier records stay valid.
     """
     lines = _RowLines(text_lines(blocks))
-    reader = csv.reader(lines, strict=True)
-    first = _next_row(reader, lines)
-    if first is None:
-        return
-    header, problem = first
-    if why := problem or _header_problem(header, fields):
+    rows = _rows(lines)
+    header, problem = next(rows, ([], None))
+    if why := problem or (_header_problem(header, fields) if header else None):
         raise InvalidRecordError(f"line {lines.first}: {why}")
-    while (following := _next_row(reader, lines)) is not None:
-        row, problem = following
+    for row, problem in rows:
         where = f"{name} line {lines.first}" + (f" to {lines.last}" if lines.last > lines.first else "")
         if problem:
             yield InvalidRecordError(f"{where}: {problem}")
         elif len(row) != len(header):
             yield InvalidRecordError(f"{where}: the row has {len(row)} fields, the header {len(header)}")
         else:
-            yield as_item(dict(zip(header, row, strict=True)), where, fields)
+            yield record_from_fields(dict(zip(header, row, strict=True)), where, fields)
 
 
 def _header_problem(header: list[str], fields: Fields) -> str | None:
-    # The columns are counted, not shown: of a file without a header they are somebody's texts.
+    # The columns are counted, not shown: in a file without a header they are texts.
     if len(set(header)) < len(header):
         return f"the header names one of its {len(header)} columns twice"
     if fields.id not in header:
-        return f'the header has no "{fields.id}" among its {len(header)} columns (they are parted by commas)'
+        return f'the header has no "{fields.id}" among its {len(header)} columns (they are separated by commas)'
     if fields.text not in header and not (fields.text == "text" and "content" in header):
         return f'the header has no "{fields.text}" among its {len(header)} columns'
     return None
 
 
 class _RowLines:
-    """Hands lines to a csv reader, and knows of which of them the current row is made.
+    """The lines that a csv reader reads, and where the current row is among them.
 
     Attributes:
         first: The number of the row's first line, 0 before it is read.
-        last: The number of its last one.
-        problem: What is wrong with the row; None if nothing is.
-        ended: Whether there was no line left for it.
+        last: The number of its last line so far.
+        problem: The first problem in one of its lines; None if there is none.
+        ended: Whether the file ended while the reader wanted another line.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -243,7 +238,7 @@ class _RowLines:
         self.first, self.last = self.first or line.number, line.number
         self.problem = self.problem or line.problem
         self._size += len(line.text)
-        if not line.text:  # too long a line: nobody knows which quotes were in it
+        if not line.text:  # too long a line: the quotes in it are unknown
             raise InvalidRecordError(f"line {line.number}: {line.problem}; not read on from there")
         if self._size > MAX_LINE_BYTES:
             raise self.endless()
@@ -253,32 +248,33 @@ class _RowLines:
         return InvalidRecordError(f"line {self.first}: a quote is opened and not closed; not read on from there")
 
 
-def _next_row(reader: Iterator[list[str]], lines: _RowLines) -> tuple[list[str], str | None] | None:
-    """Return the next row that is not blank, and what is wrong with it; None at the end."""
+def _rows(lines: _RowLines) -> Iterator[tuple[list[str], str | None]]:
+    """Yield each row that is not blank, and its problem or None."""
+    reader = csv.reader(lines, strict=True)
     while True:
         lines.begin_row()
         try:
             with _wide_fields():
-                row = next(reader)
+                row, problem = next(reader), lines.problem
         except StopIteration:
-            return None
+            return
         except csv.Error as error:
             if lines.ended:
                 raise lines.endless() from None
-            # its messages name rules, not texts; behind a dash, what to do about it in Python
-            return [], lines.problem or str(error).partition(" - ")[0]
-        if row or lines.problem:
-            return row, lines.problem
+            # its messages name rules, not texts; a dash separates advice for Python programmers
+            row, problem = [], lines.problem or str(error).partition(" - ")[0]
+        if row or problem:
+            yield row, problem
 
 
-# The csv module has one limit for the whole process, 131,072 characters unless somebody sets it.
+# The csv module has one limit for the whole process, 131,072 characters by default.
 _csv_limit = threading.Lock()
 
 
 @contextmanager
 def _wide_fields() -> Iterator[None]:
     with _csv_limit:
-        before = csv.field_size_limit(MAX_LINE_BYTES + 1)  # `_RowLines` stops a row before that
+        before = csv.field_size_limit(MAX_LINE_BYTES + 1)  # `_RowLines` ends a row before it is that long
         try:
             yield
         finally:

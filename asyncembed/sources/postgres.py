@@ -13,7 +13,7 @@ from urllib.parse import unquote_plus
 from ..databases.postgres import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect, described
 from ..databases.postgres_errors import is_our_fault, reason_of, verdict_on
 from ..errors import AsyncEmbedError, ConfigError, SourceError
-from .formats import Fields, Item, as_item
+from .formats import Fields, RecordOrError, record_from_fields
 
 # Rows fetched at once: half of what a slice of the pipeline holds.
 ROWS_AT_ONCE: Final = 500
@@ -104,14 +104,14 @@ class PostgresSource:
         async with self._connected() as connection:
             await self._prepared(connection)
 
-    async def __aiter__(self) -> AsyncIterator[Item]:
+    async def __aiter__(self) -> AsyncIterator[RecordOrError]:
         async with self._connected() as connection:
             statement, plain = await self._prepared(connection)
             number = 0
             async for row in statement.cursor(*self._args, prefetch=ROWS_AT_ONCE):
                 number += 1
                 values = {name: convert(row[name]) for name, convert in plain.items()}
-                yield as_item(values, f"row {number}", self._fields)
+                yield record_from_fields(values, f"row {number}", self._fields)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncGenerator[Connection, None]:

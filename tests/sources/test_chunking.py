@@ -1,15 +1,15 @@
-"""Markdown and plain text to chunks: where they begin, how they are named, and that nothing else moves."""
+"""Chunks of Markdown and plain text: where they begin, their ids, and that an edit changes no other id."""
 
 from __future__ import annotations
 
 import random
 import re
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
 
 from asyncembed.errors import ConfigError, InvalidRecordError
-from asyncembed.sources import chunking as sections
 from asyncembed.sources.chunking import TOP, Line, Splitter, markdown_chunks, plain_chunks, slug
 from asyncembed.types import Record
 
@@ -36,7 +36,7 @@ def ids(found: Iterable[Record]) -> list[str]:
     return [str(record.id) for record in found]
 
 
-def test_each_heading_starts_a_chunk_and_names_it() -> None:
+def test_each_heading_starts_a_chunk_with_its_slug_as_id() -> None:
     found = markdown("# Title\n\nOne.\n\n## Limits\n\nTwo.\n")
     assert ids(found) == ["a.md#title-1", "a.md#limits-1"]
     assert [record.text for record in found] == ["# Title\n\nOne.", "## Limits\n\nTwo."]
@@ -46,7 +46,7 @@ def test_each_heading_starts_a_chunk_and_names_it() -> None:
     ]
 
 
-def test_text_before_the_first_heading_is_the_top() -> None:
+def test_text_before_the_first_heading_has_the_slug_top() -> None:
     found = markdown("Hello.\n\n# Top\n\nOne.")
     assert ids(found) == [f"a.md#{TOP}-1", "a.md#top-1-1"]
     assert found[0].metadata == {"source": "a.md", "line": 1}
@@ -73,7 +73,7 @@ def test_adding_text_before_a_heading_called_top_does_not_rename_it() -> None:
         pytest.param("text\n\n---\n\ntext", id="a rule"),
     ],
 )
-def test_what_is_no_heading_starts_no_section(text: str) -> None:
+def test_a_line_that_is_not_a_heading_starts_no_section(text: str) -> None:
     assert ids(markdown(f"# Real\n\n{text}\n")) == ["a.md#real-1"]
 
 
@@ -91,15 +91,15 @@ def test_what_is_no_heading_starts_no_section(text: str) -> None:
         pytest.param("# Größe 大小", "größe-大小", id="letters of all scripts"),
     ],
 )
-def test_headings_are_found_as_commonmark_has_them(text: str, expected: str) -> None:
+def test_headings_follow_commonmark(text: str, expected: str) -> None:
     assert ids(markdown(f"{text}\n\nOne.\n")) == [f"a.md#{expected}-1"]
 
 
-def test_a_fence_that_ends_lets_the_next_heading_be_one() -> None:
+def test_a_heading_after_a_closed_fence_is_found() -> None:
     assert ids(markdown("```\n# no\n```\n# Yes\n")) == ["a.md#top-1", "a.md#yes-1"]
 
 
-def test_windows_line_ends_are_kept_in_texts_and_not_in_ids() -> None:
+def test_windows_line_ends_are_kept_in_texts_but_not_in_ids() -> None:
     found = markdown("# Title\r\n\r\nOne.\r\nTwo.\r\n\r\nNext\r\n====\r\n")
     assert ids(found) == ["a.md#title-1", "a.md#next-1"]
     assert found[0].text == "# Title\r\n\r\nOne.\r\nTwo."
@@ -114,23 +114,23 @@ def test_windows_line_ends_are_kept_in_texts_and_not_in_ids() -> None:
         ("a  b", "a--b"),
     ],
 )
-def test_slugs_are_githubs(title: str, expected: str) -> None:
+def test_slugs_are_those_of_github(title: str, expected: str) -> None:
     assert slug(title) == expected
 
 
-def test_two_headings_with_one_title_do_not_collide() -> None:
+def test_headings_with_the_same_title_get_different_ids() -> None:
     found = markdown("# A\n\n1\n\n# A\n\n2\n\n# A 1\n\n3\n\n# A\n\n4\n")
     assert ids(found) == ["a.md#a-1", "a.md#a-1-1", "a.md#a-1-1-1", "a.md#a-2-1"]
     assert len(set(ids(found))) == len(found)
 
 
-def test_front_matter_has_no_headings_and_belongs_to_the_top() -> None:
+def test_front_matter_has_no_headings_and_belongs_to_the_text_before_the_first() -> None:
     found = markdown("---\ntitle: T\n# a comment\n\nnote: x\n---\n# Real\n\nOne.")
     assert ids(found) == ["a.md#top-1", "a.md#real-1"]
     assert "title: T" in found[0].text
 
 
-def test_a_rule_at_the_beginning_is_no_front_matter() -> None:
+def test_a_rule_at_the_beginning_is_not_front_matter() -> None:
     assert ids(markdown("---\n\n# Real\n\nOne.")) == ["a.md#top-1", "a.md#real-1"]
 
 
@@ -143,7 +143,7 @@ def test_editing_one_section_changes_no_id_of_another() -> None:
     assert others == [(record.id, record.text) for record in after if record.id != "a.md#a-1"]
 
 
-def test_chunks_keep_to_their_tokens_and_lose_no_word() -> None:
+def test_chunks_stay_within_their_tokens_and_lose_no_word() -> None:
     import toktok
 
     text = "\n\n".join(" ".join(f"word{n}" for n in range(i, i + 40)) for i in range(0, 4_000, 40))
@@ -153,14 +153,14 @@ def test_chunks_keep_to_their_tokens_and_lose_no_word() -> None:
     assert " ".join(record.text for record in found).split() == text.split()
 
 
-def test_windows_leave_no_trace_in_chunks() -> None:
-    # 8 windows of text, whose paragraphs of 13 lines are one chunk each: a cut at a window's end would part some
+def test_no_chunk_ends_because_a_window_does() -> None:
+    # 8 windows of text, each paragraph of 13 lines one chunk: a cut at the end of a window would split some
     paragraphs = [f"Paragraph {n}.\n" + "Some sentence of it.\n" * 12 for n in range(256)]
     found = plain("\n\n".join(paragraphs), chunk_tokens=90)
     assert [record.text for record in found] == [paragraph.strip() for paragraph in paragraphs]
 
 
-def test_every_chunk_tells_its_line() -> None:
+def test_every_chunk_has_its_line_in_the_metadata() -> None:
     text = "\n".join(f"line {n}\n" for n in range(1, 3_000))
     every = text.split("\n")
     for record in plain(text, chunk_tokens=50):
@@ -169,7 +169,7 @@ def test_every_chunk_tells_its_line() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_markdown_keeps_its_words_and_its_ids_apart(seed: int) -> None:
+def test_random_markdown_keeps_its_words_and_gets_unique_ids(seed: int) -> None:
     rng = random.Random(seed)
     blocks = [
         "# A",
@@ -188,20 +188,35 @@ def test_random_markdown_keeps_its_words_and_its_ids_apart(seed: int) -> None:
     assert re.sub(r"\s", "", "".join(record.text for record in found)) == re.sub(r"\s", "", text)
 
 
+def test_a_large_markdown_file_is_cut_in_little_memory() -> None:
+    paragraph = "Some words of a paragraph. " * 40 + "\n"
+    lines = (Line(number, paragraph if number % 2 else f"# Title {number}\n") for number in range(1, 10_001))
+    splitter, count = Splitter(512), 0
+    tracemalloc.start()
+    try:
+        for _ in markdown_chunks(lines, "a.md", splitter):
+            count += 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 5_001
+    assert peak < 2e6  # of 5.5 MB
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "   \n\t\n"])
-def test_a_file_of_nothing_has_no_chunks(text: str) -> None:
+def test_an_empty_file_has_no_chunks(text: str) -> None:
     assert markdown(text) == plain(text) == []
 
 
 @pytest.mark.parametrize(
     "text", [pytest.param("x" + " " * 400_000, id="blanks"), pytest.param("a" * 200_000, id="one word")]
 )
-def test_one_endless_line_is_cut_and_not_lost(text: str) -> None:
+def test_a_very_long_line_is_cut_and_not_lost(text: str) -> None:
     found = plain(text)
     assert "".join(record.text for record in found) == text.strip()
 
 
-def test_a_broken_line_costs_the_rest_of_its_section_and_no_other() -> None:
+def test_a_broken_line_costs_only_the_rest_of_its_section() -> None:
     broken = [
         *lines("# A\n\nGood.\n"),
         Line(5, "caf?\n", "has 0xe9 at byte 4, which is not UTF-8"),
@@ -219,25 +234,25 @@ def test_a_broken_line_costs_the_rest_of_its_section_and_no_other() -> None:
     assert last.id == "a.md#b-1"
 
 
-def test_a_chunk_of_no_tokens_is_refused() -> None:
+def test_chunks_of_zero_tokens_are_refused() -> None:
     with pytest.raises(ConfigError, match="chunk_tokens=0"):
         Splitter(0)
 
 
-def test_a_missing_splitter_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_splitter_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "semantic_text_splitter", None)
     with pytest.raises(ConfigError, match=r'pip install "asyncembed\[cli\]"'):
         Splitter(512)
 
 
 @pytest.mark.parametrize("line", ["# a" + " " * 400_000 + "x", "# " + "[" * 400_000, "# " + "[a](" * 100_000])
-def test_a_heading_of_any_length_takes_no_more_than_its_length(line: str) -> None:
-    # the square of it was a minute, or hours
+def test_the_time_for_a_heading_is_linear_in_its_length(line: str) -> None:
+    # quadratic time would be a minute, or hours
     records = list(markdown_chunks([Line(1, line + "\n"), Line(2, "text\n")], "a.md", Splitter(512)))
     assert all(isinstance(record, Record) for record in records)
 
 
-def test_a_long_heading_makes_ids_that_stores_hold_and_that_differ() -> None:
+def test_long_headings_make_different_ids_that_stores_can_hold() -> None:
     titles = ["word " * 600 + end for end in ("one", "two")]
     first, second = (slug(title) for title in titles)
     assert first != second
@@ -259,5 +274,6 @@ def test_a_long_heading_makes_ids_that_stores_hold_and_that_differ() -> None:
         ("####### a", None),
     ],
 )
-def test_a_closing_run_of_a_heading_is_no_part_of_it(line: str, title: str | None) -> None:
-    assert sections._title("", line, "") == title
+def test_closing_marks_of_a_heading_are_not_in_its_title(line: str, title: str | None) -> None:
+    (found,) = markdown(f"{line}\n")
+    assert (found.metadata or {}).get("heading") == title

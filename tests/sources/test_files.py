@@ -1,4 +1,4 @@
-"""Files, folders, globs and standard input: what is found, in which order, and how a bad file fails."""
+"""Files, folders, globs and standard input: which files are found, in which order, and how a bad one fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from asyncembed.errors import ConfigError, InputError
 from asyncembed.sources.files import Sources, _opened
-from asyncembed.sources.formats import Item
+from asyncembed.sources.formats import RecordOrError
 from asyncembed.types import Record
 
 
@@ -32,7 +32,7 @@ def write(path: str, content: str | bytes = "Some text.") -> Path:
     return file
 
 
-async def items(*sources: str) -> list[Item]:
+async def items(*sources: str) -> list[RecordOrError]:
     return [item async for item in Sources(sources)]
 
 
@@ -52,33 +52,33 @@ async def refused(*sources: str, target: str | None = None) -> str:
     return str(caught.value)
 
 
-def gets_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def set_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-# ---- what a source stands for ----
+# ---- which files a source means ----
 
 
-async def test_what_a_file_holds_is_told_by_its_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_suffix_of_a_file_decides_how_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     write("a.md", "# One\n\nx")
     write("b.TXT", "x")
     write("c.jsonl", '{"id": "j", "text": "x"}')
     write("d.ndjson", '{"id": "n", "text": "x"}')
     write("e.csv", "id,text\nc,x")
     write("LICENSE", "# no heading")
-    gets_standard_input(monkeypatch, b'{"id": "s", "text": "x"}\n')
+    set_standard_input(monkeypatch, b'{"id": "s", "text": "x"}\n')
     found = await ids("a.md", "b.TXT", "c.jsonl", "d.ndjson", "e.csv", "LICENSE", "-")
     assert found == ["a.md#one-1", "b.TXT#1", "j", "n", "c", "LICENSE#1", "s"]
 
 
-async def test_a_folder_is_searched_in_order_and_what_is_hidden_or_no_text_is_left_out() -> None:
+async def test_a_folder_is_searched_in_order_without_hidden_and_other_files() -> None:
     for name in ("b.md", "a.md", "sub/c.txt", "sub/deep/d.rst", ".hidden.md", ".git/e.md", "image.png", "x.json"):
         write(f"docs/{name}", "x")
     expected = ["docs/a.md#top-1", "docs/b.md#top-1", "docs/sub/c.txt#1", "docs/sub/deep/d.rst#1"]
     assert await ids("docs") == await ids("docs/") == await ids("./docs") == expected
 
 
-async def test_ids_begin_with_the_path_as_it_was_given(tmp_path: Path) -> None:
+async def test_ids_start_with_the_path_as_it_was_given(tmp_path: Path) -> None:
     write("docs/a.txt")
     assert await ids(".") == ["docs/a.txt#1"]
     assert await ids("docs/../docs/a.txt") == ["docs/../docs/a.txt#1"]
@@ -96,7 +96,7 @@ async def test_ids_begin_with_the_path_as_it_was_given(tmp_path: Path) -> None:
         ("docs/.*.md", ["docs/.h.md"]),
     ],
 )
-async def test_a_quoted_glob_is_expanded_as_a_shell_would(pattern: str, expected: list[str]) -> None:
+async def test_a_quoted_glob_is_expanded_as_by_a_shell(pattern: str, expected: list[str]) -> None:
     for name in ("a.md", "b.md", "sub/c.md", "x.py", ".h.md", ".git/g.md"):
         write(f"docs/{name}", "x")
     assert [id.partition("#")[0] for id in await ids(pattern)] == expected
@@ -108,25 +108,25 @@ async def test_a_file_whose_name_looks_like_a_glob_is_a_file() -> None:
     assert await ids("a[1].txt") == ["a[1].txt#1"]
 
 
-async def test_links_to_files_are_read_and_links_to_folders_are_not_followed() -> None:
+async def test_in_a_folder_links_to_files_are_read_but_links_to_folders_are_not_followed() -> None:
     write("docs/a.txt")
     os.symlink("..", "docs/loop")
     os.symlink("a.txt", "docs/b.txt")
     assert await ids("docs") == await ids("docs/**/*.txt") == ["docs/a.txt#1", "docs/b.txt#1"]
 
 
-async def test_a_link_that_is_named_is_followed() -> None:
+async def test_a_link_to_a_folder_that_is_named_as_source_is_followed() -> None:
     write("real/a.txt")
     os.symlink("real", "docs")
     assert await ids("docs") == ["docs/a.txt#1"]
 
 
-async def test_a_source_named_twice_is_read_once() -> None:
+async def test_a_source_that_is_named_twice_is_read_once() -> None:
     write("a.txt")
     assert await ids("a.txt", "a.txt") == ["a.txt#1"]
 
 
-async def test_an_empty_file_has_no_records_and_an_empty_folder_is_told() -> None:
+async def test_an_empty_file_has_no_records_and_an_empty_folder_is_reported() -> None:
     write("a.jsonl", "")
     write("b.md", "\n")
     write("pictures/x.png")
@@ -135,25 +135,25 @@ async def test_an_empty_file_has_no_records_and_an_empty_folder_is_told() -> Non
     assert sources.empty_folders == ["pictures"]
 
 
-# ---- wrong use: before anything is read ----
+# ---- wrong sources are refused before anything is read ----
 
 
 @pytest.mark.parametrize("source", ["nowhere.md", "docs/*.md", "nowhere/", "a\0b", "x" * 5_000])
-async def test_an_unknown_source_is_refused_by_name(source: str) -> None:
+async def test_an_unknown_source_is_refused_with_its_name(source: str) -> None:
     write("docs/a.txt")
     assert await refused("docs", source) == f"no such file or folder, and nothing matches: {source}"
 
 
-async def test_an_address_that_is_no_source_is_not_shown_with_its_password() -> None:
+async def test_the_message_for_an_address_as_source_does_not_show_its_password() -> None:
     assert "hunter2" not in await refused("postgresql://me:hunter2@host/db")
 
 
-async def test_a_link_that_leads_to_itself_is_refused() -> None:
+async def test_a_link_to_itself_is_refused() -> None:
     os.symlink("loop", "loop")
     assert (await refused("loop")).startswith("loop: ")
 
 
-async def test_a_target_among_the_sources_is_refused_however_it_is_named(tmp_path: Path) -> None:
+async def test_a_target_among_the_sources_is_refused_under_each_of_its_names(tmp_path: Path) -> None:
     write("docs/out.txt")
     os.symlink("docs/out.txt", "alias")
     for target in ("docs/out.txt", "./docs/out.txt", str(tmp_path / "docs" / "out.txt"), "alias"):
@@ -161,7 +161,7 @@ async def test_a_target_among_the_sources_is_refused_however_it_is_named(tmp_pat
     await Sources(["docs"]).check("new.db")
 
 
-async def test_a_missing_splitter_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_splitter_is_reported_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "semantic_text_splitter", None)
     write("a.jsonl", "")
     await Sources(["a.jsonl"]).check()
@@ -172,7 +172,7 @@ async def test_a_missing_splitter_is_told_before_anything_is_read(monkeypatch: p
 # ---- broken files fail alone ----
 
 
-async def test_a_broken_line_is_named_by_file_and_number() -> None:
+async def test_a_broken_line_is_reported_with_its_file_and_number() -> None:
     write("docs/a.jsonl", '{"id": 1, "text": "a"}\n\n{oops\n')
     write("docs/b.jsonl", '{"id": 2, "text": "b"}\n')
     first, error, last = await items("docs")
@@ -187,10 +187,12 @@ async def test_a_broken_line_is_named_by_file_and_number() -> None:
         ("a.md", "\ufeffhello".encode("utf-16-le"), "a.md is UTF-16; convert it to UTF-8"),
         ("a.json", b"[]", "a.json is one JSON document; write one object a line, and name it .jsonl"),
         ("a.txt", b"caf\xe9", "a.txt line 1: has 0xe9 at byte 4, which is not UTF-8; not read on from there"),
-        ("a.pdf", b"%PDF\0", "a.pdf line 1: has a NUL at byte 5, so it is no text; not read on from there"),
+        ("a.pdf", b"%PDF\0", "a.pdf line 1: has a NUL at byte 5, so it is not text; not read on from there"),
     ],
 )
-async def test_a_file_that_cannot_be_read_on_fails_once_by_name(name: str, content: bytes, message: str) -> None:
+async def test_a_file_that_cannot_be_read_to_its_end_fails_once_with_its_name(
+    name: str, content: bytes, message: str
+) -> None:
     write(name, content)
     write("z.txt")
     error, last = await items(name, "z.txt")
@@ -206,7 +208,7 @@ async def test_a_file_in_a_folder_that_cannot_be_opened_fails_alone() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-async def test_a_file_whose_name_is_no_utf_8_fails_alone() -> None:
+async def test_a_file_whose_name_is_not_utf_8_fails_alone() -> None:
     write(os.fsdecode(b"docs/caf\xe9.txt"))
     error = await only_error("docs")
     assert str(error) == "docs/caf?.txt: the name of the file is not UTF-8"
@@ -222,13 +224,13 @@ async def test_a_folder_that_cannot_be_searched_is_a_failure(monkeypatch: pytest
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", denied)  # root, who may run this, is never denied
+    monkeypatch.setattr(os, "scandir", denied)  # root is never denied, and may run this test
     first, error = await items("docs")
     assert isinstance(first, Record)
     assert str(error) == "docs/sub: Permission denied"
 
 
-async def test_a_read_error_in_the_middle_fails_that_file_and_keeps_what_came_before(
+async def test_a_read_error_fails_that_file_but_keeps_its_earlier_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failing(io.BytesIO):
@@ -245,10 +247,10 @@ async def test_a_read_error_in_the_middle_fails_that_file_and_keeps_what_came_be
     assert str(error) == "standard input: Input/output error"
 
 
-# ---- how it is read ----
+# ---- reading ----
 
 
-async def test_the_number_of_records_is_estimated_and_in_the_end_exact() -> None:
+async def test_the_number_of_records_is_estimated_and_exact_at_the_end() -> None:
     line = b'{"id": 10000, "text": "%s"}\n' % (b"x" * 1_000)
     write("a.jsonl", line * 1_000)
     sources = Sources(["a.jsonl"])
@@ -262,9 +264,9 @@ async def test_the_number_of_records_is_estimated_and_in_the_end_exact() -> None
     assert sources.expected() == 1_000
 
 
-async def test_of_a_pipe_nobody_knows_how_much_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_records_in_a_pipe_is_unknown_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     write("a.txt")
-    gets_standard_input(monkeypatch, b'{"id": 1, "text": "a"}')
+    set_standard_input(monkeypatch, b'{"id": 1, "text": "a"}')
     sources = Sources(["a.txt", "-"])
     expected = [sources.expected() async for _ in sources]
     assert expected == [None, None]
@@ -292,7 +294,7 @@ async def test_a_large_file_is_read_in_little_memory() -> None:
     assert peak < 8e6  # of 41 MB
 
 
-async def test_a_reader_that_is_cancelled_while_it_waits_leaves_when_the_pipe_ends(
+async def test_a_cancelled_reader_closes_its_file_when_the_waiting_thread_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, answer, closed = asyncio.Event(), threading.Event(), threading.Event()
@@ -305,7 +307,9 @@ async def test_a_reader_that_is_cancelled_while_it_waits_leaves_when_the_pipe_en
             return b'{"id": 1, "text": "a"}\n'
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe()))
-    monkeypatch.setattr("asyncembed.sources.files.Sources._file_items", _noting_its_end(Sources._file_items, closed))
+    monkeypatch.setattr(
+        "asyncembed.sources.files.Sources._file_records", _noting_its_end(Sources._file_records, closed)
+    )
     reading = asyncio.create_task(items("-"))
     await asked.wait()
     reading.cancel()
@@ -326,7 +330,7 @@ def _noting_its_end(function, end):  # type: ignore[no-untyped-def]
     return wrapped
 
 
-async def test_a_reader_that_leaves_early_closes_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_that_stops_early_closes_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
 
     def noted(path: str) -> Any:
@@ -342,7 +346,7 @@ async def test_a_reader_that_leaves_early_closes_its_file(monkeypatch: pytest.Mo
     assert opened[0].closed
 
 
-async def test_what_goes_wrong_in_the_reading_thread_reaches_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_in_the_reading_thread_reaches_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     write("a.txt")
 
     def broken(*_: object) -> object:
@@ -353,7 +357,7 @@ async def test_what_goes_wrong_in_the_reading_thread_reaches_the_reader(monkeypa
         await items("a.txt")
 
 
-async def test_a_pipe_in_a_folder_is_left_where_it_is() -> None:
+async def test_a_pipe_in_a_folder_is_not_read() -> None:
     write("docs/b.txt")
     os.mkfifo("docs/a.txt")
     assert await ids("docs") == ["docs/b.txt#1"]

@@ -1,4 +1,4 @@
-"""Lines, JSON Lines and CSV: what is good is read, what is broken costs itself alone and is named by its line."""
+"""Lines, JSON Lines and CSV: good records are read, a broken one fails alone and is named by its line."""
 
 from __future__ import annotations
 
@@ -14,26 +14,34 @@ from itertools import chain, repeat
 import pytest
 
 from asyncembed.errors import ConfigError, InputError, InvalidRecordError, InvalidTextError, WrongTypeError
-from asyncembed.sources.formats import MAX_LINE_BYTES, Fields, Item, csv_items, json_items, line_blocks, text_lines
+from asyncembed.sources.formats import (
+    MAX_LINE_BYTES,
+    Fields,
+    RecordOrError,
+    csv_records,
+    json_records,
+    line_blocks,
+    text_lines,
+)
 from asyncembed.types import Record
 
 
-def parsed(kind: str, data: bytes, fields: Fields = Fields(), block: int = 7) -> list[Item]:  # noqa: B008 - frozen
-    """Parse the bytes, read in tiny blocks, as a pipe may hand them over."""
+def parsed(kind: str, data: bytes, fields: Fields = Fields(), block: int = 7) -> list[RecordOrError]:  # noqa: B008 - frozen
+    """Parse the bytes, read in tiny blocks as from a pipe."""
     file = io.BytesIO(data)
     blocks = line_blocks(lambda: file.read(block))
-    items = {"json": json_items, "csv": csv_items}[kind](blocks, "x", fields)
+    items = {"json": json_records, "csv": csv_records}[kind](blocks, "x", fields)
     return [item for item in items if item is not None]
 
 
-def told(items: Iterable[Item]) -> list[str]:
+def summary(items: Iterable[RecordOrError]) -> list[str]:
     """Ids of records, and the first words of errors: `line 3`."""
     return [
         str(item.id) if isinstance(item, Record) else " ".join(str(item).split(":")[0].split()[1:]) for item in items
     ]
 
 
-def only(items: list[Item]) -> InputError:
+def only(items: list[RecordOrError]) -> InputError:
     (item,) = items
     assert isinstance(item, InputError)
     return item
@@ -43,32 +51,32 @@ def only(items: list[Item]) -> InputError:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_lines_are_those_between_newlines_however_they_are_read(seed: int) -> None:
+def test_lines_end_at_newlines_whatever_the_size_of_a_read(seed: int) -> None:
     rng = random.Random(seed)
     data = bytes(rng.choice(b"ab\r\n\x0b\x0c") for _ in range(rng.randint(1, 200)))
     file = io.BytesIO(data)
     blocks = list(line_blocks(lambda: file.read(rng.randint(1, 20))))
     expected = data.split(b"\n")
     if not expected[-1]:
-        expected.pop()  # the last newline ends a line and begins none
+        expected.pop()  # the last newline ends a line and starts none
     assert [line for block in blocks for line in block] == list(enumerate(expected, start=1))
 
 
 @pytest.mark.parametrize("block", [1, 1_000])
-def test_a_byte_order_mark_is_no_part_of_the_first_line(block: int) -> None:
+def test_a_byte_order_mark_is_removed_from_the_first_line_only(block: int) -> None:
     file = io.BytesIO(b"\xef\xbb\xbfa\n\xef\xbb\xbfb")
     lines = [line for lines in line_blocks(lambda: file.read(block)) for line in lines]
     assert lines == [(1, b"a"), (2, b"\xef\xbb\xbfb")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_told_by_its_mark(encoding: str) -> None:
+def test_utf_16_is_recognised_by_its_byte_order_mark(encoding: str) -> None:
     file = io.BytesIO("\ufeffhello\nyou".encode(encoding))
     with pytest.raises(InvalidRecordError, match="is UTF-16; convert it to UTF-8"):
         list(line_blocks(lambda: file.read(5)))
 
 
-def test_a_line_that_is_too_long_is_passed_over_in_little_memory() -> None:
+def test_a_line_that_is_too_long_is_skipped_in_little_memory() -> None:
     pieces = chain(repeat(b"x" * 65_536, 2 * MAX_LINE_BYTES // 65_536), [b"y\nz"])
     lines = []
     tracemalloc.start()
@@ -83,7 +91,7 @@ def test_a_line_that_is_too_long_is_passed_over_in_little_memory() -> None:
 
 
 @pytest.mark.parametrize(("size", "kept"), [(MAX_LINE_BYTES, True), (MAX_LINE_BYTES + 1, False)])
-def test_the_bound_of_a_line_is_exact(size: int, kept: bool) -> None:
+def test_the_limit_of_a_line_is_exact(size: int, kept: bool) -> None:
     file = io.BytesIO(b"x" * size + b"\nnext")
     (first, second) = [line for lines in line_blocks(lambda: file.read(262_144)) for line in lines]
     assert (first[1] is not None) == kept
@@ -94,11 +102,11 @@ def test_the_bound_of_a_line_is_exact(size: int, kept: bool) -> None:
     ("raw", "problem"),
     [
         (b"caf\xe9", "has 0xe9 at byte 4, which is not UTF-8"),
-        (b"a\0b", "has a NUL at byte 2, so it is no text"),
+        (b"a\0b", "has a NUL at byte 2, so it is not text"),
         ("é\u2028".encode(), None),
     ],
 )
-def test_a_line_that_is_no_text_says_at_which_byte(raw: bytes, problem: str | None) -> None:
+def test_a_line_that_is_not_text_has_a_problem_that_names_the_byte(raw: bytes, problem: str | None) -> None:
     (line,) = text_lines(iter([[(1, raw)]]))
     assert line.problem == problem
 
@@ -106,17 +114,17 @@ def test_a_line_that_is_no_text_says_at_which_byte(raw: bytes, problem: str | No
 # ---- JSON Lines ----
 
 
-def test_a_json_object_is_a_record_and_its_other_fields_are_metadata() -> None:
+def test_fields_of_a_json_object_beside_id_and_text_are_metadata() -> None:
     (record,) = parsed("json", b'{"id": 7, "text": "hi", "tag": "a", "n": [1, 2]}')
     assert record == Record(7, "hi", {"tag": "a", "n": [1, 2]})
 
 
-def test_a_field_called_metadata_is_spread() -> None:
+def test_a_field_called_metadata_is_merged_into_the_metadata() -> None:
     (record,) = parsed("json", b'{"id": "a", "text": "hi", "metadata": {"tag": 1}, "n": 2}')
     assert record == Record("a", "hi", {"tag": 1, "n": 2})
 
 
-def test_the_names_of_id_and_text_can_be_chosen() -> None:
+def test_the_fields_for_id_and_text_can_be_chosen() -> None:
     (record,) = parsed("json", b'{"id": 1, "key": "k", "text": "no", "body": "yes"}', Fields("key", "body"))
     assert record == Record("k", "yes", {"id": 1, "text": "no"})
 
@@ -130,18 +138,18 @@ def test_the_names_of_id_and_text_can_be_chosen() -> None:
         ('{"id": 1, "title": "T", "content": "C", "text": "X"}', "X"),
     ],
 )
-def test_title_and_content_are_joined_where_there_is_no_text(line: str, text: str) -> None:
+def test_title_and_content_are_joined_if_there_is_no_text(line: str, text: str) -> None:
     (record,) = parsed("json", line.encode())
     assert isinstance(record, Record)
     assert record.text == text
 
 
-def test_blank_lines_are_passed_over_and_counted() -> None:
+def test_blank_lines_are_skipped_but_counted() -> None:
     data = b'{"id": 1, "text": "a"}\n\n  \r\n{"id": 2, "text": "b"}\r\nx\n'
-    assert told(parsed("json", data)) == ["1", "2", "line 5"]
+    assert summary(parsed("json", data)) == ["1", "2", "line 5"]
 
 
-def test_a_line_separator_inside_a_string_ends_no_line() -> None:
+def test_a_line_separator_inside_a_string_does_not_end_the_line() -> None:
     (record,) = parsed("json", '{"id": 1, "text": "a\u2028b\x85c"}'.encode())
     assert record == Record(1, "a\u2028b\x85c")
 
@@ -180,11 +188,11 @@ def test_a_line_separator_inside_a_string_ends_no_line() -> None:
 def test_a_broken_json_line_fails_alone(line: bytes) -> None:
     good = b'{"id": %d, "text": "a"}'
     found = parsed("json", b"\n".join([good % 1, line, good % 3]), block=262_144)
-    assert told(found) == ["1", "line 2", "3"]
+    assert summary(found) == ["1", "line 2", "3"]
 
 
 def test_a_cut_off_last_line_fails_alone() -> None:
-    assert told(parsed("json", b'{"id": 1, "text": "a"}\n{"id": 2, "te')) == ["1", "line 2"]
+    assert summary(parsed("json", b'{"id": 1, "text": "a"}\n{"id": 2, "te')) == ["1", "line 2"]
 
 
 @pytest.mark.parametrize(
@@ -203,40 +211,38 @@ def test_a_cut_off_last_line_fails_alone() -> None:
         ('{"id": 5, "text": ""}', InvalidTextError, 'x line 1: field "text" is empty'),
     ],
 )
-def test_errors_name_line_field_and_column_and_show_nothing_of_the_line(
-    line: str, kind: type[InputError], message: str
-) -> None:
+def test_errors_name_line_field_and_column_but_quote_nothing(line: str, kind: type[InputError], message: str) -> None:
     error = only(parsed("json", line.encode()))
     assert type(error) is kind
     assert str(error) == message
 
 
-def test_an_error_carries_the_id_where_it_is_known() -> None:
+def test_an_error_has_the_id_of_its_record_if_it_is_known() -> None:
     assert only(parsed("json", b'{"id": "a-17"}')).record_id == "a-17"
     assert only(parsed("json", b'{"text": "t"}')).record_id is None
 
 
-def test_a_pipe_that_pauses_gets_what_it_sent_worked_on() -> None:
+def test_complete_lines_of_a_pipe_are_parsed_before_it_is_read_again() -> None:
     sent = iter([b'{"id": 1, "text": "a"}\n{"id"', b': 2, "text": "b"}\n', b""])
-    items = json_items(line_blocks(lambda: next(sent)), "x", Fields())
+    items = json_records(line_blocks(lambda: next(sent)), "x", Fields())
     assert next(items) == Record(1, "a")
-    assert next(items) is None  # before the pipe is asked again
+    assert next(items) is None  # before the pipe is read again
 
 
 # ---- CSV ----
 
 
-def test_a_row_is_a_record_and_its_other_columns_are_metadata() -> None:
+def test_columns_beside_id_and_text_are_metadata() -> None:
     (record,) = parsed("csv", b"id,tag,text\n7,a,hi\n")
     assert record == Record("7", "hi", {"tag": "a"})
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_the_csv_module_writes_is_read(seed: int) -> None:
+def test_all_output_of_the_csv_module_can_be_read(seed: int) -> None:
     rng = random.Random(seed)
     texts = ["".join(rng.choice('ab ,"\n\r\u2028é') for _ in range(rng.randint(1, 30))) for _ in range(50)]
     out = io.StringIO(newline="")
-    # with "\n" for a line end, the writer takes a lone "\r" for a letter, and quotes it only if told to
+    # with "\n" as the line end, the writer treats a lone "\r" as a letter, and quotes it only on request
     style = rng.choice([{"lineterminator": "\n", "quoting": csv.QUOTE_ALL}, {"lineterminator": "\r\n"}])
     rows = csv.writer(out, **style)
     rows.writerow(["id", "text"])
@@ -245,19 +251,19 @@ def test_whatever_the_csv_module_writes_is_read(seed: int) -> None:
     assert parsed("csv", out.getvalue().encode(), block=rng.randint(1, 50)) == expected
 
 
-def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter() -> None:
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_change_nothing_in_csv() -> None:
     data = b"\xef\xbb\xbfid,text\r\n\r\n1,a\r\n\r\n2,b"
     assert parsed("csv", data) == [Record("1", "a"), Record("2", "b")]
 
 
-def test_a_field_over_the_csv_modules_limit_is_read_and_the_limit_left_alone() -> None:
+def test_a_field_over_the_csv_modules_limit_is_read_without_changing_the_limit() -> None:
     limit = csv.field_size_limit()
     text = "x" * (limit + 10)
     assert parsed("csv", f"id,text\n1,{text}\n".encode(), block=65_536) == [Record("1", text)]
     assert csv.field_size_limit() == limit
 
 
-def test_two_threads_with_wide_fields_leave_the_limit_alone() -> None:
+def test_threads_that_read_wide_fields_at_once_do_not_change_the_limit() -> None:
     limit = csv.field_size_limit()
     data = b"id,text\n" + b"".join(b"%d,%s\n" % (n, b"x" * (limit + 1)) for n in range(5))
     results: list[int] = []
@@ -280,20 +286,20 @@ def test_two_threads_with_wide_fields_leave_the_limit_alone() -> None:
         (b'2,"b"c', "x line 3: ',' expected after '\"'"),
         (b"2,caf\xe9", "x line 3: has 0xe9 at byte 6, which is not UTF-8"),
         (b'2,"b\nb\xe9"', "x line 3 to 4: has 0xe9 at byte 2, which is not UTF-8"),
-        (b"2,a\0b", "x line 3: has a NUL at byte 4, so it is no text"),
+        (b"2,a\0b", "x line 3: has a NUL at byte 4, so it is not text"),
         (b"2,b\rc", "x line 3: new-line character seen in unquoted field"),
         (b",b", 'x line 3: field "id" is empty; an id is a str or an int'),
         (b"2,", 'x line 3: field "text" is empty'),
     ],
 )
-def test_a_broken_row_fails_alone_and_is_named_by_its_lines(row: bytes, message: str) -> None:
+def test_a_broken_row_fails_alone_with_the_numbers_of_its_lines(row: bytes, message: str) -> None:
     first, error, last = parsed("csv", b"id,text\n1,a\n" + row + b"\n3,c\n")
     assert first == Record("1", "a")
     assert str(error) == message
     assert last == Record("3", "c")
 
 
-def test_a_quote_that_closes_in_a_later_row_costs_the_rows_between() -> None:
+def test_a_quote_that_is_closed_in_a_later_row_costs_the_rows_between() -> None:
     data = b'id,text\n1,a\n2,"b\n3,c\n4,"d"\n5,e\n'
     first, error, last = parsed("csv", data)
     assert first == Record("1", "a")
@@ -301,12 +307,12 @@ def test_a_quote_that_closes_in_a_later_row_costs_the_rows_between() -> None:
     assert last == Record("5", "e")
 
 
-def raised(data: bytes) -> tuple[list[Item], str]:
+def raised(data: bytes) -> tuple[list[RecordOrError], str]:
     file = io.BytesIO(data)
-    found: list[Item] = []
+    found: list[RecordOrError] = []
     with pytest.raises(InvalidRecordError) as caught:
-        for item in csv_items(line_blocks(lambda: file.read(262_144)), "x", Fields()):
-            found.append(item)  # noqa: PERF402 - what came before the error is wanted
+        for item in csv_records(line_blocks(lambda: file.read(262_144)), "x", Fields()):
+            found.append(item)  # noqa: PERF402 - records before the error are kept
     return found, str(caught.value)
 
 
@@ -317,13 +323,13 @@ def raised(data: bytes) -> tuple[list[Item], str]:
         pytest.param(b"3,cccccccccc\n" * (MAX_LINE_BYTES // 12), id="for longer than a row may be"),
     ],
 )
-def test_a_quote_that_is_never_closed_ends_the_file_and_what_came_before_stands(rest: bytes) -> None:
+def test_a_quote_that_is_never_closed_ends_the_file_but_keeps_earlier_rows(rest: bytes) -> None:
     found, message = raised(b'id,text\n1,a\n2,"b\n' + rest)
     assert found == [Record("1", "a")]
     assert message == "line 3: a quote is opened and not closed; not read on from there"
 
 
-def test_a_line_too_long_for_memory_ends_the_file() -> None:
+def test_a_line_of_csv_that_is_too_long_ends_the_file() -> None:
     found, message = raised(b"id,text\n1,a\n2," + b"x" * MAX_LINE_BYTES + b"\n3,c\n")
     assert found == [Record("1", "a")]
     assert message == "line 3: is longer than 16,777,216 bytes; not read on from there"
@@ -332,13 +338,13 @@ def test_a_line_too_long_for_memory_ends_the_file() -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"key,text", 'line 1: the header has no "id" among its 2 columns (they are parted by commas)'),
-        (b"id;text", 'line 1: the header has no "id" among its 1 columns (they are parted by commas)'),
+        (b"key,text", 'line 1: the header has no "id" among its 2 columns (they are separated by commas)'),
+        (b"id;text", 'line 1: the header has no "id" among its 1 columns (they are separated by commas)'),
         (b"id,text,text", "line 1: the header names one of its 3 columns twice"),
         (b"id,t\xe9xt", "line 1: has 0xe9 at byte 5, which is not UTF-8"),
     ],
 )
-def test_a_header_that_cannot_be_used_fails_once_not_once_a_row(header: bytes, message: str) -> None:
+def test_an_unusable_header_fails_once_and_not_for_every_row(header: bytes, message: str) -> None:
     assert raised(header + b"\n1,a\n2,b\n") == ([], message)
 
 
@@ -347,19 +353,19 @@ def test_a_missing_text_column_is_named() -> None:
         parsed("csv", b"id,body\n1,a\n")
 
 
-def test_id_and_text_are_two_fields() -> None:
+def test_one_field_for_both_id_and_text_is_refused() -> None:
     with pytest.raises(ConfigError, match='both "text"'):
         Fields("text", "text")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"id,text\n"])
-def test_a_csv_file_of_nothing_has_no_records(data: bytes) -> None:
+def test_an_empty_csv_file_has_no_records(data: bytes) -> None:
     assert parsed("csv", data) == []
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
 @pytest.mark.parametrize("seed", range(30))
-def test_random_bytes_never_raise_anything_but_our_errors(kind: str, seed: int) -> None:
+def test_random_bytes_raise_only_our_errors(kind: str, seed: int) -> None:
     rng = random.Random(seed)
     good = {"json": json.dumps({"id": 1, "text": "a"}).encode() + b"\n", "csv": b'id,text\n1,"a\nb"\n'}[kind]
     data = bytearray(good * 5)

@@ -1,11 +1,11 @@
-"""`records`: what records may come as, and slices of any source."""
+"""`records`: values to records, and any source in chunks."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from asyncembed.errors import InputError, InvalidRecordError
-from asyncembed.sources.records import as_record, in_slices
+from asyncembed.sources.records import IDLE, as_record, in_chunks
 from asyncembed.types import Record
 
 NUMBER = uuid.uuid4()
 
 
 class AsyncpgRecord:
-    """As asyncpg's: it has keys and items, and is no Mapping."""
+    """Like asyncpg's: it has keys and items, but is not a Mapping."""
 
     def __init__(self, **fields: Any) -> None:
         self._fields = fields
@@ -48,7 +48,7 @@ class AsyncpgRecord:
         pytest.param(AsyncpgRecord(id=1, text="t"), Record(1, "t"), id="asyncpg's record"),
     ],
 )
-def test_a_record_may_come_as(value: object, record: Record) -> None:
+def test_all_forms_of_a_record_are_accepted(value: object, record: Record) -> None:
     assert as_record(value) == record
     assert type(as_record(value).id) is type(record.id)
 
@@ -70,22 +70,22 @@ def test_a_record_may_come_as(value: object, record: Record) -> None:
         pytest.param((1 << 14_000, "t"), "14001 bits", id="a number that has no str"),
     ],
 )
-def test_what_is_no_record_is_said(value: object, words: str) -> None:
+def test_a_value_that_is_not_a_record_is_refused_with_the_reason(value: object, words: str) -> None:
     with pytest.raises(InputError) as caught:
         as_record(value)
     assert words in str(caught.value)
 
 
-def test_a_source_may_hand_over_an_error_for_what_it_could_not_read() -> None:
+def test_an_error_that_a_source_yields_for_an_unreadable_record_is_raised() -> None:
     error = InvalidRecordError("line 3 is broken")
     with pytest.raises(InvalidRecordError) as caught:
         as_record(error)
     assert caught.value is error
 
 
-async def slices(source: Any, most: int = 3) -> list[list[Any]]:
-    async with aclosing(in_slices(source, most)) as some:
-        return [slice_ async for slice_ in some]
+async def chunks_of(source: Any, most: int = 3) -> list[Sequence[Any]]:
+    async with aclosing(in_chunks(source, most)) as chunks:
+        return [chunk async for chunk in chunks]
 
 
 async def numbers(count: int) -> AsyncIterator[int]:
@@ -94,14 +94,14 @@ async def numbers(count: int) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
-async def test_slices_hold_everything_in_order(count: int) -> None:
+async def test_chunks_hold_all_items_in_order(count: int) -> None:
     for source in (list(range(count)), iter(range(count)), numbers(count)):
-        found = await slices(source)
-        assert [item for slice_ in found for item in slice_] == list(range(count))
-        assert all(len(slice_) <= 3 for slice_ in found)
+        found = await chunks_of(source)
+        assert [item for chunk in found for item in chunk] == list(range(count))
+        assert all(len(chunk) <= 3 for chunk in found)
 
 
-async def test_what_came_before_an_error_is_handed_over_first() -> None:
+async def test_items_before_an_error_are_yielded_first() -> None:
     def broken() -> Iterator[int]:
         yield from range(4)
         raise KeyError("broken")
@@ -113,13 +113,13 @@ async def test_what_came_before_an_error_is_handed_over_first() -> None:
     for source in (broken(), broken_too()):
         seen: list[int] = []
         with pytest.raises(KeyError):
-            async for some in in_slices(source, 3):
-                seen.extend(some)
+            async for chunk in in_chunks(source, 3):
+                seen.extend(chunk)
         assert seen == [0, 1, 2, 3]
 
 
 @pytest.mark.virtual_time
-async def test_an_async_source_is_read_one_slice_ahead_and_no_more() -> None:
+async def test_an_async_source_is_read_at_most_one_chunk_ahead() -> None:
     read: list[int] = []
 
     async def source() -> AsyncIterator[int]:
@@ -127,24 +127,26 @@ async def test_an_async_source_is_read_one_slice_ahead_and_no_more() -> None:
             read.append(number)
             yield number
 
-    async with aclosing(in_slices(source(), 3)) as some:
-        await anext(some)
+    async with aclosing(in_chunks(source(), 3)) as chunks:
+        await anext(chunks)
         await asyncio.sleep(10)
         assert len(read) <= 2 * 3
 
 
 @pytest.mark.virtual_time
-async def test_silence_is_told_once_and_then_waited_out() -> None:
+async def test_an_idle_source_is_reported_once_however_long_it_is_silent() -> None:
     async def source() -> AsyncIterator[str]:
         yield "a"
         await asyncio.sleep(60)
         yield "b"
 
-    assert await slices(source()) == [["a"], [], ["b"]]
+    first, idle, last = await chunks_of(source())
+    assert (first, last) == (["a"], ["b"])
+    assert idle is IDLE
 
 
 @pytest.mark.virtual_time
-async def test_closing_the_slices_closes_the_source() -> None:
+async def test_closing_the_chunks_closes_the_source() -> None:
     closed = False
 
     async def source() -> AsyncIterator[int]:
@@ -155,14 +157,14 @@ async def test_closing_the_slices_closes_the_source() -> None:
         finally:
             closed = True
 
-    async with aclosing(in_slices(source(), 3)) as some:
-        await anext(some)
+    async with aclosing(in_chunks(source(), 3)) as chunks:
+        await anext(chunks)
     assert closed
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 @pytest.mark.virtual_time
-async def test_closing_the_slices_closes_the_iterator_of_an_iterable_too() -> None:
+async def test_closing_the_chunks_closes_the_iterator_of_an_iterable() -> None:
     closed: list[bool] = []
 
     class Pages:
@@ -173,24 +175,24 @@ async def test_closing_the_slices_closes_the_iterator_of_an_iterable_too() -> No
             finally:
                 closed.append(True)
 
-    async with aclosing(in_slices(Pages(), 3)) as some:
-        await anext(some)
-        await asyncio.sleep(10)  # it is one slice ahead, and waits there
+    async with aclosing(in_chunks(Pages(), 3)) as chunks:
+        await anext(chunks)
+        await asyncio.sleep(10)  # the reader is one chunk ahead, and waits
     assert closed == [True]
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_an_error_of_a_source_that_nobody_reads_any_more_is_no_lost_one() -> None:
+async def test_an_error_of_a_source_that_is_not_read_to_its_end_is_not_logged_as_lost() -> None:
     lost: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
 
     async def source() -> AsyncIterator[int]:
         yield 1
         yield 2
-        raise KeyError("after what was wanted")
+        raise KeyError("after the last item that was read")
 
-    async with aclosing(in_slices(source(), 1)) as some:
-        await anext(some)
+    async with aclosing(in_chunks(source(), 1)) as chunks:
+        await anext(chunks)
         for _ in range(10):
             await asyncio.sleep(0)
     gc.collect()

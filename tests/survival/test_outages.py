@@ -16,7 +16,7 @@ from asyncembed import Embedder, PostgresSink, Row, SinkBusyError, SinkError, SQ
 from asyncembed.errors import FatalProviderError
 from asyncembed.testing import Disconnect, EmbeddingServer, outage, script
 from bench.kills import DIMENSIONS, MODEL, Job, Store, inputs_of, records
-from tests.cli.test_cli import process
+from tests.cli.processes import process
 from tests.stores import OpenStore, told
 
 BATCH, CONCURRENCY, COUNT = 50, 4, 1_000

@@ -13,7 +13,7 @@ import pytest
 
 from asyncembed.testing import EmbeddingServer, script
 from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, start, text_of
-from tests.cli.test_cli import Held, process
+from tests.cli.processes import Held, process
 from tests.stores import told
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -47,7 +47,7 @@ def test_a_signal_stores_what_is_under_way_and_the_same_command_does_the_rest(
             held.wait()
             child.send_signal(number)
             assert child.stderr is not None
-            assert child.stderr.readline().startswith("asyncembed: finishing what is under way")
+            assert child.stderr.readline().startswith("asyncembed: finishing the requests under way")
             held.released.set()
             out, _ = child.communicate(timeout=30)
     finally:
