@@ -25,7 +25,7 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 
-from asyncembed.testing.rate_limits import Rates
+from asyncembed.testing.rate_limits import ServerRateLimits
 
 # The API's limit of inputs a request (API reference, embeddings.create), so the longest answer there can be.
 MAX_INPUTS = 2_048
@@ -157,7 +157,7 @@ class Desk:
     def forget(self) -> None:
         """Begin anew: nothing came, and the bucket is full."""
         self.stats = Stats()
-        self._rates = Rates(None, self._tokens_per_minute, self._burst_s)
+        self._rates = ServerRateLimits(None, self._tokens_per_minute, self._burst_s)
 
     def prepared(self, *, floats: bool) -> Prepared:
         """Return the answers in one format; numbers are prepared when somebody asks for them first."""

@@ -18,7 +18,7 @@ import pybase64
 from ..types import Vectors
 from .faults import Fault
 from .http import Wire
-from .replies import JSON, Answer, Reply, write_vectors
+from .replies import JSON, Answer, ServerReply, write_vectors
 from .vectors import as_base64, embeddings_of
 
 # A drip every twentieth of a second is slow to no read timeout.
@@ -31,7 +31,7 @@ class WrongCount(Fault):
 
     by: int = -1
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         count = max(0, len(reply.embeddings) + self.by)
         extra = count - len(reply.embeddings)
         return replace(
@@ -47,7 +47,7 @@ class Shuffled(Fault):
 
     seed: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         order = list(range(len(reply.embeddings)))
         Random(self.seed).shuffle(order)
         return replace(
@@ -61,7 +61,7 @@ class Shuffled(Fault):
 class DuplicateIndex(Fault):
     """The last item has the index of the first one. A reply of one item says it is the second."""
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         first = reply.indices[0] if len(reply.indices) > 1 else 1
         return replace(reply, indices=(*reply.indices[:-1], first))
 
@@ -72,7 +72,7 @@ class MissingIndex(Fault):
 
     everywhere: bool = False
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         missing = len(reply.indices) if self.everywhere else 1
         return replace(reply, indices=(None,) * missing + reply.indices[missing:])
 
@@ -88,11 +88,11 @@ class ForeignVector(Fault):
     raw: bytes = b"null"
     row: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         return _with_row(reply, self.row, self.raw)
 
 
-def _with_row(reply: Reply, row: int, raw: bytes) -> Reply:
+def _with_row(reply: ServerReply, row: int, raw: bytes) -> ServerReply:
     rows = list(reply.embeddings)
     rows[row % len(rows)] = raw
     return replace(reply, embeddings=tuple(rows))
@@ -105,7 +105,7 @@ class NaNVector(Fault):
     value: float = math.nan
     row: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         if reply.base64:
             vector = np.full((1, reply.dimensions), 0.02, np.float32)
             vector[0, 0] = self.value
@@ -122,7 +122,7 @@ class WrongDimensions(Fault):
     dimensions: int
     row: int | None = None
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         return _rewritten(reply, write_vectors(_vectors(reply, self.dimensions), base64=reply.base64), self.row)
 
 
@@ -132,7 +132,7 @@ class OtherEncoding(Fault):
 
     row: int | None = None
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         written = write_vectors(_vectors(reply, reply.dimensions), base64=not reply.base64)
         return _rewritten(reply, written, self.row)
 
@@ -141,16 +141,16 @@ class OtherEncoding(Fault):
 class Float64(Fault):
     """Base64 of float64, twice the numbers to who reads float32: vLLM 0.5.3 (vllm issue 5734)."""
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         rows = _vectors(reply, reply.dimensions).astype("<f8")
         return _rewritten(reply, [b'"%b"' % pybase64.b64encode(row.tobytes()) for row in rows], None)
 
 
-def _vectors(reply: Reply, dimensions: int) -> Vectors:
-    return embeddings_of(reply.question.texts, dimensions, reply.question.model)
+def _vectors(reply: ServerReply, dimensions: int) -> Vectors:
+    return embeddings_of(reply.request.texts, dimensions, reply.request.model)
 
 
-def _rewritten(reply: Reply, written: list[bytes], row: int | None) -> Reply:
+def _rewritten(reply: ServerReply, written: list[bytes], row: int | None) -> ServerReply:
     """Return the reply with all items, or that in place `row`, written anew; `written` is in the texts' order."""
     order = [place if index is None else index for place, index in enumerate(reply.indices)]
     if row is None:
@@ -168,7 +168,7 @@ class Beside(Fault):
     values: Mapping[str, object] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         others = {**reply.others, **self.values}
         return replace(reply, others={name: others[name] for name in others if name not in self.without})
 

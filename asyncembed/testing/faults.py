@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from .dialects import INVALID_INPUT, OPENAI, Wording
 from .http import Wire
 from .rate_limits import Exceeded
-from .replies import JSON, Answer, Reply, error_answer, rate_error, wrong_key
+from .replies import JSON, Answer, ServerReply, error_answer, rate_error, wrong_key
 
 
 class Fault:
@@ -28,7 +28,7 @@ class Fault:
         """Return what is answered in place of vectors; None to embed."""
         return None
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         """Return the reply that is sent in place of the right one."""
         return reply
 
@@ -146,7 +146,7 @@ class TooManyTokens(Fault):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerError(Fault):
+class ServerFault(Fault):
     """500 and its like, in OpenAI's JSON."""
 
     status: int = 500

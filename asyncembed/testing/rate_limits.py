@@ -9,7 +9,7 @@ Unit: TypeAlias = Literal["requests", "tokens"]
 
 
 @dataclass(slots=True)
-class Bucket:
+class TokenBucket:
     """One rate.
 
     Args:
@@ -58,7 +58,7 @@ class Exceeded:
     wait_s: float | None
 
 
-class Rates:
+class ServerRateLimits:
     """The rates of one server.
 
     Args:
@@ -73,7 +73,7 @@ class Rates:
     ) -> None:
         given: dict[Unit, float | None] = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {
-            unit: Bucket(rate, rate * burst_s / 60, filled) for unit, rate in given.items() if rate is not None
+            unit: TokenBucket(rate, rate * burst_s / 60, filled) for unit, rate in given.items() if rate is not None
         }
 
     def take(self, unit: Unit, amount: int, now_s: float) -> Exceeded | None:

@@ -1,6 +1,6 @@
 """From the bytes of a request to the bytes of an answer. Pure: no socket, no clock.
 
-`read_question` understands a request, `check` refuses what the API refuses, in its order and words, and
+`parse_request` understands a request, `check` refuses what the API refuses, in its order and words, and
 `reply_to` makes the vectors.
 """
 
@@ -35,7 +35,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=lambda: JSON)
 
 
-class RefusedError(Exception):
+class RefusedRequestError(Exception):
     """The request gets this error instead of vectors. After `wait_s` seconds it would not, if that is a number."""
 
     def __init__(self, error: Wording, wait_s: float | None = None) -> None:
@@ -45,7 +45,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ParsedRequest:
     """A request that could be read.
 
     Attributes:
@@ -98,7 +98,7 @@ _TOO_MANY_DIMENSIONS = Wording(
 _NO_BASE64 = Wording(400, "base64 encoding is not currently supported")
 
 
-def read_question(body: bytes, count_tokens: CountTokens, model: str | None = None) -> Question:
+def parse_request(body: bytes, count_tokens: CountTokens, model: str | None = None) -> ParsedRequest:
     """Understand a body.
 
     Args:
@@ -107,25 +107,25 @@ def read_question(body: bytes, count_tokens: CountTokens, model: str | None = No
         model: What the path says; the body's own word is preferred.
 
     Raises:
-        RefusedError: It is no JSON, or its values are of the wrong kind.
+        RefusedRequestError: It is no JSON, or its values are of the wrong kind.
     """
     try:
         asked = jiter.from_json(body)
     except (ValueError, RecursionError):
-        raise RefusedError(_NO_JSON) from None
+        raise RefusedRequestError(_NO_JSON) from None
     if not isinstance(asked, dict):
-        raise RefusedError(_NO_JSON)
+        raise RefusedRequestError(_NO_JSON)
     model = asked.get("model", model)
     if not isinstance(model, str) or not model:
-        raise RefusedError(_NO_MODEL)
+        raise RefusedRequestError(_NO_MODEL)
     dimensions = asked.get("dimensions")
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise RefusedError(_invalid("dimensions"))
+        raise RefusedRequestError(_invalid("dimensions"))
     encoding = asked.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
-        raise RefusedError(_invalid("encoding_format"))
+        raise RefusedRequestError(_invalid("encoding_format"))
     texts, counts, estimates = _inputs(asked.get("input"), count_tokens)
-    return Question(model, texts, counts, estimates, dimensions, encoding == "base64")
+    return ParsedRequest(model, texts, counts, estimates, dimensions, encoding == "base64")
 
 
 def _invalid(name: str) -> Wording:
@@ -136,13 +136,13 @@ def _inputs(given: Any, count_tokens: CountTokens) -> tuple[tuple[str, ...], tup
     if isinstance(given, str) or _are_ids(given):
         given = [given]
     if not isinstance(given, list):
-        raise RefusedError(INVALID_INPUT)
+        raise RefusedRequestError(INVALID_INPUT)
     if all(isinstance(text, str) for text in given):
         return tuple(given), tuple(count_tokens(given)), tuple(estimate_tokens(given))
     if all(_are_ids(ids) for ids in given):
         counts = tuple(len(ids) for ids in given)
         return tuple(json.dumps(ids) for ids in given), counts, counts
-    raise RefusedError(INVALID_INPUT)
+    raise RefusedRequestError(INVALID_INPUT)
 
 
 def estimate_tokens(texts: Sequence[str]) -> list[int]:
@@ -155,55 +155,55 @@ def _are_ids(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(number) is int for number in given)
 
 
-def check(question: Question, dialect: Dialect, size: int, models: Sequence[str] | None) -> None:
+def check(request: ParsedRequest, dialect: Dialect, size: int, models: Sequence[str] | None) -> None:
     """Refuse what the API refuses: model, number of inputs, empty ones, long ones, their sum, then the options.
 
     Args:
-        question: What was asked.
+        request: What was asked.
         dialect: Limits and wordings.
         size: The dimensions of the model's own vectors.
         models: The models there are; None for any.
 
     Raises:
-        RefusedError: With the first of these reasons that holds.
+        RefusedRequestError: With the first of these reasons that holds.
     """
-    if models is not None and question.model not in models:
-        raise RefusedError(_UNKNOWN_MODEL.fill(model=question.model))
-    if len(question.texts) > dialect.max_inputs:
-        raise RefusedError(_sized(dialect.too_many, question, len(question.texts), dialect.max_inputs))
-    if not question.texts or not all(question.texts):
-        raise RefusedError(INVALID_INPUT)
-    _check_tokens(question, dialect)
-    if question.base64 and not dialect.base64:
-        raise RefusedError(_NO_BASE64)
-    if question.dimensions is not None and dialect.shortens:
-        if not lookup(question.model).shortens:
-            raise RefusedError(_NO_DIMENSIONS)
-        if question.dimensions > size:
-            raise RefusedError(_TOO_MANY_DIMENSIONS.fill(got=question.dimensions, limit=size))
+    if models is not None and request.model not in models:
+        raise RefusedRequestError(_UNKNOWN_MODEL.fill(model=request.model))
+    if len(request.texts) > dialect.max_inputs:
+        raise RefusedRequestError(_sized(dialect.too_many, request, len(request.texts), dialect.max_inputs))
+    if not request.texts or not all(request.texts):
+        raise RefusedRequestError(INVALID_INPUT)
+    _check_tokens(request, dialect)
+    if request.base64 and not dialect.base64:
+        raise RefusedRequestError(_NO_BASE64)
+    if request.dimensions is not None and dialect.shortens:
+        if not lookup(request.model).shortens:
+            raise RefusedRequestError(_NO_DIMENSIONS)
+        if request.dimensions > size:
+            raise RefusedRequestError(_TOO_MANY_DIMENSIONS.fill(got=request.dimensions, limit=size))
 
 
-def _check_tokens(question: Question, dialect: Dialect) -> None:
+def _check_tokens(request: ParsedRequest, dialect: Dialect) -> None:
     each = dialect.max_tokens_per_input
     if each is not None:
-        for index, tokens in enumerate(question.counts):
+        for index, tokens in enumerate(request.counts):
             if tokens > each:
-                raise RefusedError(_sized(dialect.too_long, question, tokens, each, index))
+                raise RefusedRequestError(_sized(dialect.too_long, request, tokens, each, index))
     most = dialect.max_tokens_per_request
-    if most is not None and question.weight > most:
-        raise RefusedError(_sized(dialect.too_large, question, question.weight, most))
+    if most is not None and request.weight > most:
+        raise RefusedRequestError(_sized(dialect.too_large, request, request.weight, most))
 
 
-def _sized(wording: Wording, question: Question, got: int, limit: int, index: int = 0) -> Wording:
-    return wording.fill(got=got, limit=limit, index=index, model=question.model)
+def _sized(wording: Wording, request: ParsedRequest, got: int, limit: int, index: int = 0) -> Wording:
+    return wording.fill(got=got, limit=limit, index=index, model=request.model)
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ServerReply:
     """A reply before it becomes bytes; faults alter it with `dataclasses.replace`.
 
     Attributes:
-        question: What it answers.
+        request: What it answers.
         dimensions: Of its vectors.
         base64: Whether they are written as base64.
         embeddings: Each vector as it stands in the JSON: a string of base64, an array of numbers, or anything else.
@@ -211,7 +211,7 @@ class Reply:
         others: What stands beside `data`: `object`, `model`, `usage`.
     """
 
-    question: Question
+    request: ParsedRequest
     dimensions: int
     base64: bool
     embeddings: tuple[bytes, ...] = field(repr=False)
@@ -231,17 +231,17 @@ class Reply:
         return b"".join(parts)
 
 
-def reply_to(question: Question, dialect: Dialect, size: int) -> Reply:
+def reply_to(request: ParsedRequest, dialect: Dialect, size: int) -> ServerReply:
     """Make the vectors: of the model's own `size`, or of the dimensions that were asked for."""
-    dimensions = question.dimensions if question.dimensions and dialect.shortens else size
-    base64 = question.base64 if dialect.encoding is None else dialect.encoding == "base64"
-    written = write_vectors(embeddings_of(question.texts, dimensions, question.model), base64=base64)
-    others: Json = {"object": "list", "model": question.model}
+    dimensions = request.dimensions if request.dimensions and dialect.shortens else size
+    base64 = request.base64 if dialect.encoding is None else dialect.encoding == "base64"
+    written = write_vectors(embeddings_of(request.texts, dimensions, request.model), base64=base64)
+    others: Json = {"object": "list", "model": request.model}
     if dialect.usage:
-        others["usage"] = {"prompt_tokens": question.tokens, "total_tokens": question.tokens}
+        others["usage"] = {"prompt_tokens": request.tokens, "total_tokens": request.tokens}
     order = range(len(written))[:: -1 if dialect.shuffles else 1]
-    return Reply(
-        question,
+    return ServerReply(
+        request,
         dimensions,
         base64,
         embeddings=tuple(written[index] for index in order),

@@ -52,7 +52,7 @@ class LoggedRequest:
         return max(self.tokens, self.estimated_tokens)
 
 
-class Log:
+class RequestLog:
     """The requests of one server, and which of them are being answered."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from .bad_responses import Disconnect, NaNVector, Reset, Shuffled, TruncatedJSON, WrongCount
-from .faults import Fault, HTMLError, InvalidInput, Overloaded, RateLimited, ServerError
+from .faults import Fault, HTMLError, InvalidInput, Overloaded, RateLimited, ServerFault
 from .request_log import LoggedRequest
 
 Schedule: TypeAlias = Callable[[LoggedRequest], Fault | None]
@@ -19,7 +19,7 @@ Schedule: TypeAlias = Callable[[LoggedRequest], Fault | None]
 # Faults that pass by themselves: a client that retries gets through all of them.
 PASSING: tuple[Fault, ...] = (
     RateLimited(0.05, {"retry-after-ms": "50"}),
-    ServerError(500),
+    ServerFault(500),
     HTMLError(502),
     Overloaded(),
     Disconnect("before"),

@@ -16,11 +16,11 @@ from ..batching.tokens import load_counter
 from .dialects import OPENAI, Dialect, Wording
 from .faults import Fault
 from .http import MAX_HEAD_BYTES, BadHTTPError, ClientLeftError, HTTPRequest, Wire
-from .rate_limits import Rates
-from .replies import Answer, CountTokens, Question, RefusedError, error_answer, estimate_tokens
-from .request_log import Log, LoggedRequest
+from .rate_limits import ServerRateLimits
+from .replies import Answer, CountTokens, ParsedRequest, RefusedRequestError, error_answer, estimate_tokens
+from .request_log import LoggedRequest, RequestLog
 from .schedules import Schedule, script
-from .service import Desk
+from .service import EmbeddingService
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -92,8 +92,8 @@ class EmbeddingServer:
             max_tokens_per_input=max_tokens_per_input or dialect.max_tokens_per_input,
             max_tokens_per_request=max_tokens_per_request or dialect.max_tokens_per_request,
         )
-        rates = Rates(requests_per_minute, tokens_per_minute, burst_s, filled)
-        self._desk = Desk(dialect, dimensions, models, api_key, rates)
+        rates = ServerRateLimits(requests_per_minute, tokens_per_minute, burst_s, filled)
+        self._service = EmbeddingService(dialect, dimensions, models, api_key, rates)
         self.host = host
         self.port = port
         self.faults: Schedule = faults if callable(faults) else script(faults)
@@ -102,7 +102,7 @@ class EmbeddingServer:
         self._latency_per_token_s = latency_per_token_s
         self._count_tokens = count_tokens
         self._keep_texts = keep_texts
-        self._log = Log()
+        self._log = RequestLog()
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
@@ -267,12 +267,12 @@ class EmbeddingServer:
         begun_s = time.monotonic()
         assert self._count_tokens is not None
         large = len(http.body) > _SMALL_BODY_BYTES
-        read = await self._run(large, self._desk.read, http, self._count_tokens)
-        request = self._logged(http, read, begun_s)
+        parsed = await self._run(large, self._service.read, http, self._count_tokens)
+        request = self._logged(http, parsed, begun_s)
         fault = request.fault or _NO_FAULT
         wire.on_answer = partial(self._log.answered, request.number)
         try:
-            answer = await self._answer(wire, http, read, fault, request.number)
+            answer = await self._answer(wire, http, parsed, fault, request.number)
             headers = {
                 "x-request-id": f"req_{request.number:032x}",
                 "openai-processing-ms": str(round((time.monotonic() - begun_s) * 1000)),
@@ -282,40 +282,40 @@ class EmbeddingServer:
         finally:
             self._log.end(request.number)
 
-    def _logged(self, http: HTTPRequest, read: Question | Wording, now_s: float) -> LoggedRequest:
+    def _logged(self, http: HTTPRequest, parsed: ParsedRequest | Wording, now_s: float) -> LoggedRequest:
         request = LoggedRequest(self._log.next_number(), now_s, http.path, http.headers)
-        if isinstance(read, Question):
+        if isinstance(parsed, ParsedRequest):
             request = replace(
                 request,
-                model=read.model,
-                texts=read.texts,
-                inputs=len(read.texts),
-                tokens=read.tokens,
-                estimated_tokens=read.estimated_tokens,
-                dimensions=read.dimensions,
-                base64=read.base64,
+                model=parsed.model,
+                texts=parsed.texts,
+                inputs=len(parsed.texts),
+                tokens=parsed.tokens,
+                estimated_tokens=parsed.estimated_tokens,
+                dimensions=parsed.dimensions,
+                base64=parsed.base64,
             )
         request = replace(request, fault=self.faults(request))
         self._log.begin(request if self._keep_texts else replace(request, texts=()))
         return request
 
     async def _answer(
-        self, wire: Wire, http: HTTPRequest, read: Question | Wording, fault: Fault, number: int
+        self, wire: Wire, http: HTTPRequest, parsed: ParsedRequest | Wording, fault: Fault, number: int
     ) -> Answer:
         other = await self._run(fault is not _NO_FAULT, fault.answer)
         if other is not None:
             return other
         try:
-            question = self._desk.admit(http, read, time.monotonic())
-        except RefusedError as refused:
-            answer = self._desk.refuse(refused)
+            admitted = self._service.admit(http, parsed, time.monotonic())
+        except RefusedRequestError as refused:
+            answer = self._service.refuse(refused)
         else:
-            latency_s = self._latency_s + self._latency_per_token_s * question.tokens
+            latency_s = self._latency_s + self._latency_per_token_s * admitted.tokens
             if latency_s > 0:
                 await wire.sleep(latency_s)
-            answer = await self._run(len(question.texts) > _FEW_TEXTS, self._desk.answer, question, fault)
-            self._log.change(number, billed_tokens=question.tokens)
-        return replace(answer, headers={**self._desk.headers(time.monotonic()), **answer.headers})
+            answer = await self._run(len(admitted.texts) > _FEW_TEXTS, self._service.answer, admitted, fault)
+            self._log.change(number, billed_tokens=admitted.tokens)
+        return replace(answer, headers={**self._service.headers(time.monotonic()), **answer.headers})
 
     async def _run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if not large:

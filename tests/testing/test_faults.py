@@ -49,7 +49,7 @@ from asyncembed.testing import (
     RateLimited,
     Redirect,
     Reset,
-    ServerError,
+    ServerFault,
     Shuffled,
     SlowDown,
     Status,
@@ -81,8 +81,8 @@ REQUEST = request_bytes({"model": "m", "input": TEXTS, "dimensions": 8})
         (Forbidden(), 403, "request_forbidden", "unsupported_country_region_territory", "not supported"),
         (InvalidInput(), 400, "invalid_request_error", None, "'$.input' is invalid"),
         (TooManyTokens(9), 400, *["max_tokens_per_request"] * 2, "Requested 9 tokens, max 300000 tokens per request"),
-        (ServerError(), 500, "server_error", None, "The server had an error"),
-        (ServerError(522), 522, "server_error", None, "The server had an error"),
+        (ServerFault(), 500, "server_error", None, "The server had an error"),
+        (ServerFault(522), 522, "server_error", None, "The server had an error"),
         (Overloaded(), 503, "service_unavailable_error", "server_is_overloaded", "overloaded"),
         (UnsupportedValue(), 500, "api_error", None, "unsupported value: NaN"),
         (Status(418, message="tea", type="t", code="c"), 418, "t", "c", "tea"),
@@ -131,7 +131,7 @@ async def test_headers_and_bodies_come_as_they_were_given(
 
 
 async def test_a_fault_comes_before_limits_keys_and_rates() -> None:
-    async with EmbeddingServer(faults=[ServerError()], api_key="k", requests_per_minute=1) as server:
+    async with EmbeddingServer(faults=[ServerFault()], api_key="k", requests_per_minute=1) as server:
         assert (await ask(server, "")).status == 500
         assert (await ask(server, "a", "authorization: Bearer k")).status == 200
 

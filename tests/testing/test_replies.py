@@ -24,7 +24,7 @@ from asyncembed.testing import (
     Dialect,
     embedding_of,
 )
-from asyncembed.testing.replies import Question, RefusedError, check, error_answer, read_question, reply_to
+from asyncembed.testing.replies import ParsedRequest, RefusedRequestError, check, error_answer, parse_request, reply_to
 
 MODEL = "text-embedding-3-small"
 INVALID = "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."
@@ -35,13 +35,13 @@ def words(texts: Sequence[str]) -> list[int]:
     return [text.count(" ") + 1 for text in texts]
 
 
-def question(texts: object, model: object = MODEL, **options: object) -> Question:
-    return read_question(json.dumps({"model": model, "input": texts, **options}).encode(), words)
+def question(texts: object, model: object = MODEL, **options: object) -> ParsedRequest:
+    return parse_request(json.dumps({"model": model, "input": texts, **options}).encode(), words)
 
 
 def refusal(texts: object, dialect: Dialect = OPENAI, models: Sequence[str] | None = None, **options: object) -> Any:
     """Return status and error of what the request gets; fails if it is not refused."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(RefusedRequestError) as caught:
         check(question(texts, **options), dialect, 1_536, models)  # type: ignore[arg-type]
     answer = error_answer(caught.value.error, dialect)
     return answer.status, json.loads(answer.body)
@@ -113,8 +113,8 @@ def test_what_is_no_text_or_empty_is_invalid_input(texts: object) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b'{"input": "\\ud800"}', b"[" * 100_000])
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(RefusedError, match="could not parse the JSON body") as caught:
-        read_question(body, words)
+    with pytest.raises(RefusedRequestError, match="could not parse the JSON body") as caught:
+        parse_request(body, words)
     assert caught.value.error.status == 400
 
 

@@ -11,7 +11,7 @@ from asyncembed.testing import (
     LoggedRequest,
     QuotaExceeded,
     Schedule,
-    ServerError,
+    ServerFault,
     SlowDown,
     UnsupportedValue,
     every,
@@ -37,12 +37,12 @@ def test_a_script_gives_each_request_its_line_and_then_the_rest() -> None:
 
 
 def test_every_third_request_fails() -> None:
-    assert run(every(3, ServerError()), 7) == [None, None, ServerError(), None, None, ServerError(), None]
+    assert run(every(3, ServerFault()), 7) == [None, None, ServerFault(), None, None, ServerFault(), None]
 
 
 def test_every_zeroth_request_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="n is 0"):
-        every(0, ServerError())
+        every(0, ServerFault())
 
 
 def test_a_mix_depends_on_its_seed_and_on_nothing_else() -> None:
@@ -66,7 +66,7 @@ def test_a_poisonous_text_spoils_the_request_that_holds_it() -> None:
 
 
 def test_an_outage_begins_with_a_request_and_ends_with_the_clock() -> None:
-    down = ServerError(503)
+    down = ServerFault(503)
     assert run(outage(2.5, down), 5) == [down, down, down, None, None]
     assert run(outage(2.0, down, after=1), 5) == [None, down, down, None, None]
 

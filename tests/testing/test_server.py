@@ -15,7 +15,7 @@ from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
 
 from asyncembed.batching.tokens import ByteBound
 from asyncembed.testing import EmbeddingServer as Server
-from asyncembed.testing import Fault, Hang, LoggedRequest, Schedule, ServerError, embedding_of, script
+from asyncembed.testing import Fault, Hang, LoggedRequest, Schedule, ServerFault, embedding_of, script
 
 from .raw import ask, everything, exchange, read_reply, request_bytes
 
@@ -161,7 +161,7 @@ async def test_a_megabyte_goes_in_and_seventeen_come_out() -> None:
 
 
 async def test_the_log_tells_what_was_asked_and_what_was_answered() -> None:
-    async with Server(faults=[None, ServerError()]) as server:
+    async with Server(faults=[None, ServerFault()]) as server:
         await ask(server, ["some words", "é"], "x-team: blue", encoding_format="base64", dimensions=9)
         await ask(server, "a")
         first, second = server.requests
@@ -169,7 +169,7 @@ async def test_the_log_tells_what_was_asked_and_what_was_answered() -> None:
         assert (first.texts, first.inputs) == (("some words", "é"), 2)
         assert (first.tokens, first.estimated_tokens, first.billed_tokens) == (3, 4, 3)  # ⌈10/4⌉ + ⌈2/4⌉
         assert (first.dimensions, first.base64, first.headers["x-team"]) == (9, True, "blue")
-        assert (second.fault, second.status, second.billed_tokens) == (ServerError(), 500, 0)
+        assert (second.fault, second.status, second.billed_tokens) == (ServerFault(), 500, 0)
         assert second.time_s >= first.time_s
         assert server.total_tokens == 3
         assert repr(server).endswith(": 2 requests, 0 in flight>")
@@ -194,7 +194,7 @@ async def test_neither_texts_nor_headers_show_in_the_repr_of_a_log() -> None:
 
 async def test_texts_are_not_kept_if_so_told_but_schedules_see_them() -> None:
     def schedule(request: LoggedRequest) -> Fault | None:
-        return ServerError() if "bad" in request.texts else None
+        return ServerFault() if "bad" in request.texts else None
 
     async with Server(keep_texts=False, faults=schedule) as server:
         assert (await ask(server, ["bad"])).status == 500
@@ -297,7 +297,7 @@ async def test_tokens_that_were_refused_are_not_used() -> None:
 async def test_the_faults_can_be_replaced_while_it_runs() -> None:
     async with Server() as server:
         assert (await ask(server, "a")).status == 200
-        server.faults = script([ServerError(503)])
+        server.faults = script([ServerFault(503)])
         assert (await ask(server, "a")).status == 503
 
 
