@@ -27,23 +27,23 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 class _JumpingSelector(selectors.DefaultSelector):
     """Never waits: advances the loop's clock to the next timer instead."""
 
-    jump: Callable[[float], None]
+    advance: Callable[[float], None]
 
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
         if not ready:
             if timeout is None:
                 raise RuntimeError("deadlock: no timer is set and no task is ready to run")
-            self.jump(timeout)
+            self.advance(timeout)
         return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop that never sleeps but advances its clock. For code without sockets; work for threads runs in the loop."""
+    """A loop that never sleeps but advances its clock. For code without sockets; run_in_executor runs in the loop."""
 
     def __init__(self) -> None:
         selector = _JumpingSelector()
-        selector.jump = self._jump
+        selector.advance = self.advance
         super().__init__(selector)
         self._now = 1_000.0
 
@@ -51,7 +51,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now += 1e-9  # if the clock stood still between timers, a loop that polls it would never end
         return self._now
 
-    def _jump(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self._now += seconds
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Decides what a request gets. Told the time, waits for nothing."""
+"""Decides how a request is answered. It never waits; `now_s` is passed in."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class EmbeddingService:
     """The rules of one server.
 
     Attributes:
-        dialect: Limits, wordings and shapes.
-        dimensions: The size of the vectors of every model; None for what is known of each.
-        models: The models there are; None for any.
-        api_key: The key that is asked for; None for any.
-        rates: What is granted.
+        dialect: Limits, wordings and shapes of replies.
+        dimensions: The size of all vectors; None for each model's own.
+        models: The models that exist; None accepts any.
+        api_key: The only valid key; None accepts any.
+        rates: The rate limits.
     """
 
     dialect: Dialect
@@ -54,7 +54,7 @@ class EmbeddingService:
     rates: ServerRateLimits
 
     def read(self, http: HTTPRequest, count_tokens: CountTokens) -> ParsedRequest | Wording:
-        """Understand a request, or say why not. Blocks for some milliseconds if it is large."""
+        """Parse a request; return the error if it cannot be parsed. Blocks for some milliseconds if it is large."""
         path = _PATH.fullmatch(http.path)
         try:
             return parse_request(http.body, count_tokens, path and path["model"])
@@ -62,13 +62,13 @@ class EmbeddingService:
             return refused.error
 
     def admit(self, http: HTTPRequest, parsed: ParsedRequest | Wording, now_s: float) -> ParsedRequest:
-        """Return the request if it may be answered, having taken what it costs.
+        """Check a request, and take its cost from the rate limits.
 
-        In the API's order: address, key, requests per minute, the request itself, tokens per minute. So a refused
-        request counts as a request, and its tokens do not count.
+        The order is the API's: path, key, requests per minute, the request itself, tokens per minute. So a refused
+        request counts as a request, but its tokens do not count.
 
         Raises:
-            RefusedRequestError: It may not.
+            RefusedRequestError: With the error to answer.
         """
         _check_address(http)
         self._check_key(http)
@@ -80,11 +80,11 @@ class EmbeddingService:
         return parsed
 
     def answer(self, request: ParsedRequest, fault: Fault) -> Answer:
-        """Make the vectors, altered by the fault. Blocks for some milliseconds if there are many."""
+        """Return the vectors, altered by the fault. Blocks for some milliseconds if there are many."""
         return Answer(200, fault.alter(reply_to(request, self.dialect, self._size(request))).encode(), JSON)
 
     def refuse(self, refused: RefusedRequestError) -> Answer:
-        """Put a refusal into words."""
+        """Return the answer for a refused request."""
         headers: dict[str, str] = {}
         if refused.wait_s is not None and self.dialect.retry_after:
             headers["retry-after-ms"] = str(math.ceil(refused.wait_s * 1000))
@@ -92,7 +92,7 @@ class EmbeddingService:
         return error_answer(refused.error, self.dialect, headers)
 
     def headers(self, now_s: float) -> dict[str, str]:
-        """Return the headers about the rates, if there are rates and the dialect tells them."""
+        """Return the rate limit headers, if the dialect sends them."""
         return self.rates.headers(now_s) if self.dialect.rate_headers else {}
 
     def _size(self, request: ParsedRequest) -> int:
