@@ -1,4 +1,4 @@
-"""The bench itself: its server answers rightly, its clients measure, its tables say what was measured."""
+"""The benchmarks themselves: the server's answers, the clients' measurements, and the tables."""
 
 from __future__ import annotations
 
@@ -152,9 +152,9 @@ def test_a_client_is_measured_in_its_own_process(client: str, job: Job) -> None:
 
 
 def test_a_client_that_fails_reports_its_error(job: Job) -> None:
-    told = measure(replace(job, client="openai-raw", expected_dimensions=1_536))  # the server has 256
-    assert isinstance(told, str)
-    assert "ValueError" in told
+    error = measure(replace(job, client="openai-raw", expected_dimensions=1_536))  # the server has 256
+    assert isinstance(error, str)
+    assert "ValueError" in error
 
 
 def test_an_import_is_measured_alone(job: Job) -> None:
