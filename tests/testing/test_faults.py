@@ -1,4 +1,4 @@
-"""Every fault does on the wire what its docstring says, and the request after it is answered well."""
+"""Every fault sends the bytes that its docstring describes, and the next request is answered correctly."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TEXTS = ["a", "b", "c", "d"]
 REQUEST = request_bytes({"model": "m", "input": TEXTS, "dimensions": 8})
 
 
-# ---- another answer ----
+# ---- other answers in place of vectors ----
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ async def test_the_openai_sdk_raises_the_matching_errors() -> None:
                 await client.embeddings.create(model="m", input="a")
 
 
-# ---- something wrong with the vectors ----
+# ---- altered vectors ----
 
 
 async def altered(fault: Fault, encoding: str = "float") -> dict[str, Any]:
     async with EmbeddingServer(faults=[fault]) as server:
         reply = await ask(server, TEXTS, dimensions=8, encoding_format=encoding)
         assert reply.status == 200
-        assert server.total_tokens == 4  # it was embedded and is billed, whatever is wrong with it
+        assert server.total_tokens == 4  # an altered reply is billed
         return dict(reply.json())
 
 
@@ -242,12 +242,12 @@ async def test_the_keys_beside_the_data_can_be_wrong_or_missing() -> None:
     assert "usage" not in await altered(Beside(without=("usage",)))
 
 
-# ---- something wrong with the delivery ----
+# ---- disturbed delivery ----
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of an answer over a connection that the server ended."""
+    """The part of an answer that arrived before the server closed the connection."""
 
     promised: int
     body: bytes
@@ -415,4 +415,4 @@ async def test_a_users_own_fault_is_a_subclass_with_one_method() -> None:
 
     async with EmbeddingServer(faults=[Teapot(), Fault()]) as server:
         assert (await ask(server, "a")).status == 418
-        assert (await ask(server, "a")).status == 200  # the base does nothing
+        assert (await ask(server, "a")).status == 200  # the base class changes nothing

@@ -1,4 +1,4 @@
-"""Buckets and durations, on a clock of the test's own."""
+"""Token buckets and durations, with times passed in by the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_a_bucket_starts_full_and_refills_continuously() -> None:
     assert bucket.take(1, 100.0) == pytest.approx(1)  # one a second
     assert bucket.take(1, 100.5) == pytest.approx(0.5)  # a refusal takes nothing
     assert bucket.take(1, 101.0) == 0
-    assert bucket.level(1_000.0) == 10  # and never more
+    assert bucket.level(1_000.0) == 10  # the capacity is never exceeded
 
 
 def test_the_wait_of_a_bucket_is_exactly_long_enough() -> None:

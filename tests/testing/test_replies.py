@@ -1,4 +1,4 @@
-"""What a request is refused for, in which order and in which words; and the reply it gets else. No socket."""
+"""The reasons, order and messages of refusals, and the replies to good requests. No socket."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INVALID = "'$.input' is invalid. Please check the API reference: https://platfor
 
 
 def words(texts: Sequence[str]) -> list[int]:
-    """A word is a token: so tests can choose tokens and bytes separately."""
+    """Count a word as a token, so that tests can choose tokens and bytes separately."""
     return [text.count(" ") + 1 for text in texts]
 
 
@@ -40,7 +40,7 @@ def question(texts: object, model: object = MODEL, **options: object) -> ParsedR
 
 
 def refusal(texts: object, dialect: Dialect = OPENAI, models: Sequence[str] | None = None, **options: object) -> Any:
-    """Return status and error of what the request gets; fails if it is not refused."""
+    """Return status and body of the refusal; fail if the request is accepted."""
     with pytest.raises(RefusedRequestError) as caught:
         check(question(texts, **options), dialect, 1_536, models)  # type: ignore[arg-type]
     answer = error_answer(caught.value.error, dialect)
@@ -48,7 +48,7 @@ def refusal(texts: object, dialect: Dialect = OPENAI, models: Sequence[str] | No
 
 
 def accept(texts: object, dialect: Dialect = OPENAI, **options: object) -> dict[str, Any]:
-    """Return the reply; fails if the request is refused."""
+    """Return the reply; fail if the request is refused."""
     asked = question(texts, **options)
     check(asked, dialect, 1_536, None)
     return dict(json.loads(reply_to(asked, dialect, 1_536).encode()))

@@ -1,4 +1,4 @@
-"""Which request meets which fault."""
+"""Schedules give faults to the right requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from asyncembed.testing import (
 
 
 def run(schedule: Schedule, count: int, *texts: str, step_s: float = 1.0) -> list[Fault | None]:
-    """Ask for requests 1 to count, `step_s` apart, all with the same texts."""
+    """Return the faults of requests 1 to `count`, `step_s` apart, all with the same texts."""
     requests = [
         LoggedRequest(number, number * step_s, "/v1/embeddings", {}, texts=texts) for number in range(1, count + 1)
     ]

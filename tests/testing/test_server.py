@@ -1,4 +1,4 @@
-"""The server over real sockets: HTTP, keys, the log, rates, latency, and its end."""
+"""The server over real sockets: HTTP, keys, the log, rate limits, latency, and closing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_the_openai_sdk_understands_the_answers() -> None:
             assert reply.usage.total_tokens == 2
             assert raw.headers["openai-processing-ms"].isdigit()
             assert raw.headers["x-request-id"].startswith("req_")
-            if options != {"encoding_format": "base64"}:  # which the SDK hands out undecoded
+            if options != {"encoding_format": "base64"}:  # the SDK returns base64 undecoded
                 rows = np.array([item.embedding for item in reply.data], np.float32)
                 assert np.array_equal(rows, [embedding_of(text, dimensions=64) for text in "ab"])
 
@@ -221,7 +221,7 @@ async def test_requests_in_flight_are_never_counted_too_high() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(5):
                 group.create_task(four_times())
-        # a request is over before its client can send the next, so five callers are never seen as six
+        # a request ends before its client can send the next one, so five callers are never counted as six
         assert server.max_in_flight == 5
         assert server.in_flight == 0
 
@@ -236,7 +236,7 @@ async def test_a_request_whose_client_disconnects_is_no_longer_in_flight() -> No
         assert server.total_tokens == 0
 
 
-# ---- latency and rates ----
+# ---- latency and rate limits ----
 
 
 async def test_latency_has_a_fixed_part_and_a_part_per_token() -> None:
@@ -301,7 +301,7 @@ async def test_the_faults_can_be_replaced_while_the_server_runs() -> None:
         assert (await ask(server, "a")).status == 503
 
 
-# ---- the end ----
+# ---- closing ----
 
 
 async def test_closing_ends_hanging_half_read_and_idle_connections() -> None:
@@ -315,7 +315,7 @@ async def test_closing_ends_hanging_half_read_and_idle_connections() -> None:
         await server.until(lambda: server.in_flight == 2)
         assert server.connections == 5
     for reader, writer in connections:
-        with suppress(ConnectionResetError):  # the end comes, in one way or the other
+        with suppress(ConnectionResetError):  # the connection ends by a close or by a reset
             await reader.read()
         writer.close()
     assert (threading.active_count(), len(asyncio.all_tasks())) == before

@@ -1,4 +1,4 @@
-"""Vectors are a function of text, model and size alone, and both spellings of them are exact."""
+"""Vectors depend only on text, model and size, and both encodings are exact."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_another_process_computes_the_same_bytes() -> None:
 
 
 def test_the_vectors_do_not_change_between_releases() -> None:
-    # Written down once: stored vectors of a user's fixtures must still match after an upgrade.
+    # Fixed values: vectors stored in a user's fixtures must still match after an upgrade.
     expected = [-0.01578576, -0.51040614, 0.41569158, 0.7524544, -0.01578576]
     np.testing.assert_allclose(embedding_of("hello", dimensions=5), expected, atol=1e-7)
 
