@@ -119,7 +119,7 @@ SCENARIOS = {
         expected_dimensions=256,
     ),
     "floats": Scenario(
-        "bulk, from a server that answers in numbers whatever is asked for",
+        "bulk, from a server that always answers in numbers",
         ("floor", "asyncembed", *_FAST_PEERS),
         ("--floats",),
         most_texts=dict.fromkeys(_BY_SDK, 2_048),

@@ -269,7 +269,7 @@ async def serve(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dimensions", type=int, default=1_536)
-    parser.add_argument("--floats", action="store_true", help="answer with numbers even if base64 is asked for")
+    parser.add_argument("--floats", action="store_true", help="answer with numbers even if base64 is requested")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before any answer")
     parser.add_argument("--tokens-per-minute", type=float, help="default: no limit")
     parser.add_argument("--burst", type=float, default=1.0, help="seconds of tokens that a burst may use")

@@ -19,6 +19,7 @@ DRIVER = shutil.which("chromedriver")
 _FLAGS = (
     "--headless",
     "--no-sandbox",  # so that it also runs as root; it opens only our own page
+    "--disable-dev-shm-usage",  # containers often have a small /dev/shm, in which Chromium crashes
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",

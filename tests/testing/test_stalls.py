@@ -17,7 +17,7 @@ async def test_the_longest_block_of_the_loop_is_measured() -> None:
     async with watch_loop() as stalls:
         for blocked_s in (2.0, 5.0, 3.0):
             await asyncio.sleep(1)
-            loop.advance(blocked_s)  # as if this task had blocked the loop for so long
+            loop.advance(blocked_s)  # as if this task had blocked the loop for that time
         await asyncio.sleep(1)
     assert stalls.longest_s == pytest.approx(5, abs=0.002)
 
