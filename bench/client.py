@@ -1,9 +1,9 @@
-"""One library, one measurement, one line of JSON; in a process of its own.
+"""Measures one client in this process and prints the result as one line of JSON.
 
     python -m bench.client '{"client": "openai", "base_url": …}'     (see `job.Job`)
 
-The process has one event loop. A warm-up with other texts opens connections and loads what is loaded late; then the
-server's count is set to zero and the call is measured.
+The process has one event loop. A warm-up with other texts opens connections and triggers lazy imports. Then the
+server's counts are reset and the call is measured.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from importlib.metadata import version
 from typing import Any
 
 from bench.clients import CLIENTS
-from bench.gauges import read_off
+from bench.gauges import measure_call
 from bench.importing import load
 from bench.job import Job, Measured
 
-# None is a text that is measured, so that no cache of a client helps it there; and enough of them that nobody gets
-# away without whatever it counts tokens with.
-WARM_UP = [f"Text {number} to warm up with, of so many words, " * 15 for number in range(256)]
+# No text here is measured, so that no cache helps a client. They are enough for every client to load its tokenizer.
+WARM_UP = [f"Text {number} to warm up with, of a few words, " * 15 for number in range(256)]
 
 
 def stats(base_url: str, method: str = "GET") -> dict[str, int]:
-    """Read the server's count; with DELETE, set it to zero."""
+    """Read the server's counts; with DELETE, reset them."""
     request = urllib.request.Request(base_url.removesuffix("/v1") + "/stats", method=method)
     with urllib.request.urlopen(request) as answer:
         found: dict[str, int] = json.load(answer)
@@ -35,17 +34,17 @@ def stats(base_url: str, method: str = "GET") -> dict[str, int]:
 
 
 def check(rows: Any, count: int, dimensions: int | None) -> None:
-    """Look at some of the rows; only count them if they are no vectors.
+    """Check the number of rows, and some of the rows unless `dimensions` is None.
 
     Raises:
-        ValueError: Rows are missing, or one is no vector of this size and of length 1.
+        ValueError: Rows are missing, or a row is not a vector of this size and of length 1.
     """
     if len(rows) != count:
         raise ValueError(f"{count} texts have {len(rows)} rows")
     for index in range(0, count if dimensions else 0, max(1, count // 97)):
         row = [float(number) for number in rows[index]]
         if len(row) != dimensions or abs(sum(number * number for number in row) - 1) > 1e-3:
-            raise ValueError(f"row {index} is no vector of {dimensions} numbers")
+            raise ValueError(f"row {index} is not a unit vector of {dimensions} numbers")
 
 
 async def measure(job: Job, import_s: float) -> Measured:
@@ -56,7 +55,7 @@ async def measure(job: Job, import_s: float) -> Measured:
         given = texts if client.is_lazy else list(texts)
         if job.base_url:
             await asyncio.to_thread(stats, job.base_url, "DELETE")
-        reading = await read_off(lambda: embed(given))
+        reading = await measure_call(lambda: embed(given))
     check(reading.result, job.count, job.expected_dimensions if client.gives_vectors else None)
     counted = await asyncio.to_thread(stats, job.base_url) if job.base_url else {}
     return Measured(

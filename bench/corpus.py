@@ -1,4 +1,4 @@
-"""Texts to measure with: the same in every run, on every machine."""
+"""The texts of the benchmarks, the same in every run and on every machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _WORDS = [
 
 
 def sections(count: int, characters: int = 550, seed: int = 1) -> list[str]:
-    """Return so many different texts of about so many characters each, no two of the same length by design."""
+    """Return `count` different texts with lengths between half and one and a half times `characters`."""
     dice = random.Random(seed)
     texts = []
     for number in range(count):

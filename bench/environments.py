@@ -1,4 +1,4 @@
-"""Where each client runs: this environment, or one of its own, made from its file in `bench/peers`."""
+"""The virtual environments of the clients: the current one, or one made from a file in `bench/peers`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".bench"
 REQUIREMENTS = ROOT / "bench" / "peers"
-# The name under which tiktoken looks for cl100k_base: the SHA-1 of the address it would download it from (its load.py).
+# The file in which tiktoken looks for cl100k_base: the SHA-1 of the download address (tiktoken/load.py).
 _VOCABULARY = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
 
 
 def python_of(environment: str) -> Path:
-    """Return the interpreter of an environment, which may not be there yet; "" is this one."""
+    """Return the Python executable of an environment, which may not exist yet; "" is the current environment."""
     return CACHE / environment / "bin" / "python" if environment else Path(sys.executable)
 
 
@@ -32,7 +32,7 @@ def _stamp(environment: str) -> Path:
 
 
 def prepare() -> None:
-    """Make the environments that are missing; one that cannot be made is told of and left out."""
+    """Make the missing environments; report those that cannot be made."""
     for requirements in sorted(REQUIREMENTS.glob("*.txt")):
         environment = requirements.stem
         if is_ready(environment):
@@ -43,7 +43,7 @@ def prepare() -> None:
         if subprocess.run(pip).returncode == 0:
             _stamp(environment).touch()
         else:
-            print(f"{environment}: cannot be installed, so it does not take part", file=sys.stderr, flush=True)
+            print(f"{environment}: cannot be installed, so it is not measured", file=sys.stderr, flush=True)
 
 
 @cache
@@ -52,12 +52,12 @@ def variables() -> dict[str, str]:
     return {
         **os.environ,
         "TIKTOKEN_CACHE_DIR": str(_vocabulary_folder()),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import asks the network for prices
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import downloads prices
     }
 
 
 def _vocabulary_folder() -> Path:
-    """Return where tiktoken finds its vocabulary: from `quicktok` (extra `dev`), else downloaded."""
+    """Return the folder of tiktoken's vocabulary: made from `quicktok` (extra `dev`), else tiktoken downloads it."""
     folder = CACHE / "tiktoken"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _VOCABULARY

@@ -1,4 +1,4 @@
-"""What a process needs: time on the CPU, memory, and turns of its event loop. Only the standard library."""
+"""Measures CPU time, memory and stalls of the event loop, with the standard library only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Ticks this far apart cost the loop nothing, and a stall is known to within one of them.
+# Ticks at this interval cost almost nothing; a stall is measured to within one of them.
 _TICK_S = 0.001
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass(slots=True)
 class Reading:
-    """What was read off between the beginning and the end."""
+    """The measurements of one call."""
 
     result: Any = None
     seconds: float = 0.0
@@ -29,10 +29,10 @@ class Reading:
     stall_ms: float = 0.0
 
 
-async def read_off(work: Callable[[], Awaitable[Any]]) -> Reading:
-    """Do the work and measure it."""
+async def measure_call(work: Callable[[], Awaitable[Any]]) -> Reading:
+    """Await the work and measure it."""
     reading = Reading()
-    _forget_peak()
+    _reset_peak()
     reading.start_mb = memory_mb("VmRSS")
     async with _watch_loop(reading):
         cpu_began, began = time.process_time(), time.perf_counter()
@@ -42,14 +42,14 @@ async def read_off(work: Callable[[], Awaitable[Any]]) -> Reading:
     return reading
 
 
-def _forget_peak() -> None:
-    """Let the kernel count the peak from here; elsewhere than on Linux it counts from the start of the process."""
+def _reset_peak() -> None:
+    """Reset the peak memory to the current value (Linux); elsewhere the peak is that of the whole process."""
     if _STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
 
 
 def memory_mb(name: str) -> float:
-    """Return VmRSS or VmHWM. Not ru_maxrss where it can be helped: it begins at what the parent had."""
+    """Return VmRSS or VmHWM; on other systems than Linux ru_maxrss, which starts at the parent's value."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) / 1024
@@ -58,7 +58,7 @@ def memory_mb(name: str) -> float:
 
 @asynccontextmanager
 async def _watch_loop(reading: Reading) -> AsyncIterator[None]:
-    """As `asyncembed.testing.watch_loop`, which the environments of the other clients do not have."""
+    """Like `asyncembed.testing.watch_loop`, which is not installed in the environments of the other clients."""
     ticking = asyncio.create_task(_tick(reading))
     await asyncio.sleep(_TICK_S)
     try:

@@ -1,11 +1,11 @@
-"""The headline: one call per text against `Embedder`, on the same server with the same latency.
+"""The headline of the README: one call per text against `Embedder`, with the same server and latency.
 
-    python -m bench.headline                     all of it, about 18 minutes
+    python -m bench.headline                     everything, about 18 minutes
     python -m bench.headline --sections 1000     a minute
     python -m bench.headline --picture docs/headline.png
 
-Every figure is measured, none is extrapolated. The server is `asyncembed.testing` in a process of its own; both sides
-use the same SDK and the same texts. Prints a table in Markdown, and one line of JSON with --json.
+Every figure is measured, none is extrapolated. The server is `asyncembed.testing` in a separate process. All ways use
+the same SDK and the same texts. Prints a table in Markdown, and one line of JSON with --json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL = "text-embedding-3-small"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured way to embed so many sections."""
+    """The measurement of one way to embed all sections."""
 
     way: str
     sections: int
@@ -37,7 +37,7 @@ class Row:
 
 
 async def one_by_one(texts: list[str], base_url: str) -> int:
-    """As in the first example of everybody's documentation."""
+    """One call after the other, as in the first example of most documentation."""
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=base_url, api_key="none") as client:
@@ -47,7 +47,7 @@ async def one_by_one(texts: list[str], base_url: str) -> int:
 
 
 async def eight_at_once(texts: list[str], base_url: str) -> int:
-    """One call per text still, but eight of them under way."""
+    """One call per text, eight at once."""
     from openai import AsyncOpenAI
 
     slots = asyncio.Semaphore(8)
@@ -84,7 +84,7 @@ def measure(count: int, base_url: str) -> list[Row]:
     texts = sections(count)
     rows: list[Row] = []
     for way, run in WAYS.items():
-        asyncio.run(run(sections(16, seed=2), base_url))  # imports, connections and vocabulary are not what is measured
+        asyncio.run(run(sections(16, seed=2), base_url))  # warm-up: imports, connections, vocabulary
         began = time.perf_counter()
         requests = asyncio.run(run(texts, base_url))
         seconds = time.perf_counter() - began
@@ -126,8 +126,8 @@ def draw(rows: list[Row], latency_s: float, path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=int, nargs="+", default=[1_000, 19_207])
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds the server takes for any request")
-    parser.add_argument("--picture", help="where to draw it")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds that the server takes for each request")
+    parser.add_argument("--picture", help="the file to draw it into")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with serving("asyncembed.testing", "--latency", options.latency) as base_url:

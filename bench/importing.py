@@ -1,8 +1,8 @@
-"""How long an import takes, in a process that has imported nothing yet.
+"""Measures an import in a process that has imported nothing yet.
 
     python -m bench.importing asyncembed asyncembed:Embedder asyncembed
 
-The arguments are the client's name, its `imports`, and the distribution that has its version.
+The arguments are the client's name, its `imports`, and the distribution whose version is reported.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import time
 
 
 def load(imports: str) -> float:
-    """Import `module:name,module`, the names too, since many packages load a part when it is asked for.
-
-    Returns:
-        The seconds it took.
-    """
+    """Import `module:name,module` and return the seconds. Names are resolved, too: many packages load them lazily."""
     began = time.perf_counter()
     for one in imports.split(","):
         module, _, name = one.partition(":")

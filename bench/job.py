@@ -1,4 +1,4 @@
-"""One measurement: what `run` asks of a process of its own, and what that answers, in one line of JSON each."""
+"""One measurement: the job that `run` gives to a process, and the result, each as one line of JSON."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process is to do. Paths, sizes and limits, no objects: it travels as JSON.
+    """The job of one process. Only plain values, since it is passed as JSON.
 
     Attributes:
-        client: A name of `clients.CLIENTS`.
-        base_url: The server's, or "" where no server is needed.
-        texts: A file with one text a line.
-        count: How many texts; more than the file has are made of its lines and a number.
-        model: What the server is asked for.
-        dimensions: The size to ask for; None for the model's own, which is then `expected_dimensions`.
-        batch: Texts a request, for clients that have to be told; None for what suits the client best.
-        concurrency: Requests under way at once, where that can be set.
-        target: Where records are stored, as for `open_sink`; "" for nowhere.
-        floats: Whether answers have numbers, where the client makes them itself.
+        client: A name in `clients.CLIENTS`.
+        base_url: The server's, or "" if none is needed.
+        texts: A file with one text per line.
+        count: The number of texts; further texts are made of the file's lines and a number.
+        model: The requested model.
+        dimensions: The requested size; None for the model's own, which is then `expected_dimensions`.
+        batch: Texts per request, for clients that need this; None for the client's best.
+        concurrency: Requests at once, where that can be set.
+        target: The store, as for `open_sink`; "" for none.
+        floats: Whether replies have numbers instead of base64, for jobs that make the replies themselves.
     """
 
     client: str
@@ -51,7 +51,7 @@ class Job:
 
 
 class Texts(Sequence[str]):
-    """So many texts, made of some lines as they are asked for: half a million need no memory."""
+    """A sequence of `count` texts, made of the lines when they are read, so that half a million need no memory."""
 
     def __init__(self, lines: list[str], count: int) -> None:
         self._lines = lines
@@ -71,18 +71,18 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one process saw. What it cannot know is None.
+    """The result of one process. Unknown values are None.
 
     Attributes:
-        version: The library's.
-        seconds: From just before the call to the result in hand; imports and the warm-up are outside.
+        version: The version of the library.
+        seconds: From just before the call until its result; imports and warm-up are not included.
         cpu_s: CPU seconds of this process in that time, all threads.
-        import_s: The import of the library.
+        import_s: Seconds to import the library.
         start_mb: Resident memory just before the call, texts and library included.
-        peak_mb: The most of it during the call.
-        stall_ms: The longest time for which nothing else could run on the event loop.
-        requests: What the server counted; `refusals` of them got a 429.
-        tokens: What the server charged for what it answered.
+        peak_mb: The largest resident memory during the call.
+        stall_ms: The longest time for which no other task could run on the event loop.
+        requests: Requests that the server counted; `refusals` of them got a 429.
+        tokens: Tokens that the server charged for its answers.
     """
 
     client: str
@@ -103,7 +103,7 @@ class Measured:
 
 
 Embed: TypeAlias = Callable[[Sequence[str]], Awaitable[Any]]
-"""Embeds texts and returns their vectors in order: anything with a length and rows."""
+"""Embeds texts and returns their vectors in order, as anything with a length and rows."""
 
 Open: TypeAlias = Callable[[Job], AbstractAsyncContextManager[Embed]]
-"""Opens a client as its documents say."""
+"""Opens a client as its documentation says."""

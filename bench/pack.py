@@ -1,6 +1,6 @@
-"""Items a second, and requests over the least possible, for several mixtures of lengths and numbers of open batches.
+"""Measures packing: texts per second, and requests above the minimum, for several mixtures of lengths.
 
-    python bench/pack.py [--quick]
+    python -m bench.pack [--quick]
 
 Prints a table, then one line of JSON.
 """
@@ -24,7 +24,7 @@ MIXTURES: dict[str, Callable[[random.Random], int]] = {
     "sections": lambda rng: min(8_192, int(rng.lognormvariate(5.0, 1.0)) + 1),
     "long ones among short": lambda rng: rng.randint(4_000, 8_192) if rng.random() < 0.1 else rng.randint(10, 200),
 }
-# The API's limit, and one of a smaller server, where a batch holds few texts and gaps cost more.
+# The API's limit, and the limit of a smaller server, where a batch holds few texts and gaps cost more.
 BUDGETS = (MAX_TOKENS_PER_REQUEST, 20_000)
 
 

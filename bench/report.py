@@ -1,4 +1,4 @@
-"""Medians, ratios, tables in Markdown, and the picture."""
+"""Medians, ratios, tables in Markdown, and the chart."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bench.scenarios import OURS, Scenario
 
 
 def machine() -> str:
-    """Say what was measured on."""
+    """Describe this machine in one line."""
     return f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One figure of each client."""
+    """One column of a table."""
 
     title: str
     write: Callable[[float], str]
@@ -30,15 +30,15 @@ class Column:
 
 @dataclass(slots=True)
 class Table:
-    """All that was measured in one scenario."""
+    """All measurements of one scenario."""
 
     scenario: Scenario
     rounds: dict[str, list[Measured]] = field(default_factory=dict)
-    complaints: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
     def add(self, client: str, measured: Measured | str) -> None:
         if isinstance(measured, str):
-            self.complaints[client] = measured
+            self.errors[client] = measured
         else:
             self.rounds.setdefault(client, []).append(measured)
 
@@ -47,7 +47,7 @@ class Table:
             yield from rounds
 
     def median(self, client: str, value: Callable[[Measured], float | None]) -> float | None:
-        """Return the median over the rounds; None if the client is not there or does not know."""
+        """Return the median over the rounds; None if there is no value."""
         values = [found for one in self.rounds.get(client, ()) if (found := value(one)) is not None]
         return statistics.median(values) if values else None
 
@@ -71,7 +71,7 @@ class Table:
         return None if self.scenario.imports_only else 1 / self.seconds_per_text(client)
 
     def title_of(self, client: str) -> str:
-        """Return its name, with a version if it is somebody else's: `Name 1.2, how it is used`."""
+        """Return the client's title, for peers with the version: `Name 1.2, how it is used`."""
         name, comma, how = CLIENTS[client].title.partition(",")
         version = self.rounds[client][0].version
         return name + (f" {version}" if CLIENTS[client].is_peer else "") + comma + how
@@ -88,7 +88,7 @@ class Table:
             values = (column.value(self, name) for column in columns)
             cells = ["" if v is None else c.write(v) for v, c in zip(values, columns, strict=True)]
             lines.append(f"| {self.title_of(name)} | {' | '.join(cells)} |")
-        lines += [f"\n{CLIENTS[name].title} failed: {told}" for name, told in self.complaints.items()]
+        lines += [f"\n{CLIENTS[name].title} failed: {error}" for name, error in self.errors.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -128,7 +128,7 @@ COLUMNS = (
 
 
 def draw(tables: Sequence[Table], path: Path) -> None:
-    """Draw a panel of bars for each table: seconds for all its texts, on a log scale."""
+    """Draw a panel of bars for each table: seconds for all texts, on a log scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,14 +145,14 @@ def draw(tables: Sequence[Table], path: Path) -> None:
         colors = ["#2a6fdb" if name in OURS else "#444a52" if name == "floor" else "#b7bcc4" for name in names]
         bars = axes.barh([table.title_of(name).replace("**", "") for name in names], seconds, color=colors)
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())  # the bars have their numbers
+        axes.xaxis.set_minor_formatter(NullFormatter())  # the bars are labelled
         axes.set_xlim(min(seconds) / 2, max(seconds) * 3)
         axes.bar_label(bars, [f" {value:,.2f} s" for value in seconds], fontsize=8)
         axes.tick_params(labelsize=8)
         axes.set_title(table.scenario.title, fontsize=9, loc="left")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("seconds (log scale); of clients that were given fewer texts, in proportion", fontsize=8)
+    panels[-1, 0].set_xlabel("seconds (log scale), extrapolated for clients that were given fewer texts", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,10 +1,10 @@
-"""Rounds of all clients in turn, then medians and ratios in a table for each scenario.
+"""Measures all clients in turn, round after round, and prints a table of medians and ratios for each scenario.
 
     python -m bench.run --prepare                 make the peers' environments, once
     python -m bench.run --quick                   less of everything, one round
     python -m bench.run --only bulk,rates --rounds 5 --json results.json --picture results.png
 
-The tables go to the standard output; what is being measured is told on the standard error.
+The tables are printed to the standard output, the progress to the standard error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from bench.job import Job, Measured
 from bench.report import Table, draw, machine
 from bench.scenarios import SCENARIOS, Scenario
 
-# Longer than the slowest client takes for the most it is given; who hangs is told of and left out.
+# Longer than the slowest client needs for its largest job; a client that hangs is reported and left out.
 _TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What a scenario's processes find: the server, a file of texts, a PostgreSQL; "" for what there is not."""
+    """The addresses for a scenario's processes: server, file of texts, PostgreSQL; "" for those that are not needed."""
 
     base_url: str
     texts: Path
@@ -55,16 +55,16 @@ def server(options: Sequence[str] | None) -> Iterator[str]:
 
 
 def measure(job: Job, *, imports_only: bool = False) -> Measured | str:
-    """Run one client in a process of its own; return what it measured, or the last line of its complaint."""
+    """Run one client in a separate process; return its result, or the last line of its error."""
     client = CLIENTS[job.client]
-    what = (
+    arguments = (
         ["bench.importing", job.client, client.imports, client.distribution]
         if imports_only
         else ["bench.client", job.to_json()]
     )
     try:
         done = subprocess.run(
-            [environments.python_of(client.environment), "-m", *what],
+            [environments.python_of(client.environment), "-m", *arguments],
             capture_output=True,
             text=True,
             cwd=environments.ROOT,
@@ -96,7 +96,7 @@ def job_of(scenario: Scenario, client: str, places: Places, *, quick: bool) -> J
 
 @contextmanager
 def places_of(scenario: Scenario, folder: Path) -> Iterator[Places]:
-    """Start what the scenario needs, and write its texts."""
+    """Start the servers of the scenario and write its texts."""
     texts = folder / f"{scenario.characters}.txt"
     if not texts.exists():
         texts.write_text("\n".join(sections(scenario.lines, scenario.characters)))
@@ -114,18 +114,18 @@ def _postgres() -> Iterator[str]:
 
 
 def run(scenario: Scenario, clients: Sequence[str], rounds: int, folder: Path, *, quick: bool) -> Table:
-    """Measure all clients in turn, round after round, so that whatever else the machine does hits all of them."""
+    """Measure all clients in turn, round after round, so that other load on the machine affects all of them."""
     table = Table(scenario)
     with places_of(scenario, folder) as places:
         for number in range(1 if scenario.is_slow else rounds):
             for client in clients:
-                if client in table.complaints:  # who failed once is left out, so that rounds stay side by side
+                if client in table.errors:  # a client that failed is left out, so that rounds stay comparable
                     continue
                 job = job_of(scenario, client, places, quick=quick)
                 measured = measure(job, imports_only=scenario.imports_only)
                 table.add(client, measured)
-                told = measured if isinstance(measured, str) else f"{measured.seconds:.2f} s"
-                print(f"{scenario.title}; round {number + 1}: {client}: {told}", file=sys.stderr, flush=True)
+                outcome = measured if isinstance(measured, str) else f"{measured.seconds:.2f} s"
+                print(f"{scenario.title}; round {number + 1}: {client}: {outcome}", file=sys.stderr, flush=True)
     return table
 
 
@@ -143,13 +143,13 @@ def takes_part(scenario: Scenario, wanted: Sequence[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", action="store_true", help="make the peers' environments in .bench, and end")
+    parser.add_argument("--prepare", action="store_true", help="make the peers' environments in .bench, then exit")
     parser.add_argument("--quick", action="store_true", help="less of everything, and one round")
     parser.add_argument("--only", default=",".join(SCENARIOS), help=f"scenarios, of {', '.join(SCENARIOS)}")
     parser.add_argument("--clients", default="", help=f"clients, of {', '.join(CLIENTS)}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write every single measurement")
-    parser.add_argument("--picture", type=Path, help="where to draw the seconds")
+    parser.add_argument("--json", type=Path, help="the file for all measurements")
+    parser.add_argument("--picture", type=Path, help="the file for the chart")
     options = parser.parse_args()
     if options.prepare:
         environments.prepare()

@@ -1,4 +1,4 @@
-"""What is measured: how much of what, against which server, by which clients."""
+"""The scenarios: how many texts of which kind, which server, which clients."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PEERS = (
     "haystack",
     "litellm",
 )
-# These take minutes where others take seconds, so they take part in the first scenario only.
+# These need minutes where others need seconds, so they are measured in the first scenario only.
 _HOPELESS = ("haystack", "litellm")
 _FAST_PEERS = tuple(name for name in PEERS if name not in _HOPELESS)
-# The SDK's way with numbers takes 80 s for 20,000 texts of 1,536 dimensions; these all go that way.
+# The SDK needs 80 s for 20,000 vectors of 1,536 numbers; all of these use it.
 _BY_SDK = ("openai", "openaivec", "llama-index", "langchain", "langchain-unchecked")
 _SAME_IMPORT = ("openai-raw", "baseten-arrays", "langchain-unchecked")
 
@@ -34,20 +34,20 @@ class Scenario:
 
     Attributes:
         title: What the table is about.
-        clients: Names of `clients.CLIENTS`.
-        floor, ours: Those of them that the others are compared with.
-        server: Options of `server`; None if none is needed.
-        count: How many texts, `quick_count` of them with --quick.
-        characters: Of each, on average; from half to one and a half of it.
-        lines: How many different ones are written; more are made of these and a number.
-        batch: Texts a request for all clients; None for what each chooses, or the most the API takes.
-        batches: The same for single clients, where `clients.chunks.MAX_INPUTS` is not their best.
-        most_texts: Clients that are given no more texts than this, because they would take minutes.
-        ideal_s: The least seconds there can be, of what was measured; None if the floor tells.
-        floats: Whether answers that the client makes itself have numbers.
-        imports_only: Whether nothing but the import is measured.
-        needs_postgres: Whether there has to be a PostgreSQL.
-        is_slow: Whether one round is enough, because it takes minutes and is more about memory than seconds.
+        clients: Names in `clients.CLIENTS`.
+        floor, ours: The two clients with which the others are compared.
+        server: Options of `server`; None if no server is needed.
+        count: The number of texts; `quick_count` with --quick.
+        characters: The average length of a text; lengths range from half to one and a half times this.
+        lines: The number of different texts; further ones are made of these and a number.
+        batch: Texts per request for all clients; None for each client's choice, or the API's limit.
+        batches: The same for single clients whose best is not `clients.chunks.MAX_INPUTS`.
+        most_texts: A limit of texts for clients that would take minutes.
+        ideal_s: Computes the shortest possible time from a measurement; None to compare with the floor only.
+        floats: Whether replies have numbers, for clients that make the replies themselves.
+        imports_only: Whether only the import is measured.
+        needs_postgres: Whether a PostgreSQL is started.
+        is_slow: Whether one round is enough, because the scenario takes minutes and measures memory more than time.
     """
 
     title: str
@@ -87,12 +87,12 @@ _ANSWER_S = 0.05
 
 
 def _latency_bound(measured: Measured) -> float:
-    """Return how long whole rounds of eight requests take."""
+    """Return the seconds of complete rounds of eight requests."""
     return -(-(measured.requests or 0) // _CONCURRENCY) * _LATENCY_S
 
 
 def _rate_bound(measured: Measured) -> float:
-    """Return how long it takes what the bucket did not hold to flow, and the last answer to come."""
+    """Return the seconds in which the bucket refills all tokens beyond its burst, plus the last answer's latency."""
     return (measured.tokens or 0) / (_TOKENS_PER_MINUTE / 60) - _BURST_S + _ANSWER_S
 
 
@@ -119,7 +119,7 @@ SCENARIOS = {
         expected_dimensions=256,
     ),
     "floats": Scenario(
-        "bulk, from a server that answers in numbers whatever is asked for",
+        "bulk, from a server that always answers in numbers",
         ("floor", "asyncembed", *_FAST_PEERS),
         ("--floats",),
         most_texts=dict.fromkeys(_BY_SDK, 2_048),

@@ -1,13 +1,12 @@
-"""A server that is never the bottleneck: every answer is prepared before it starts, and leaves without being copied.
+"""The benchmark server, fast enough never to be the bottleneck: all answers are prepared, and sent without a copy.
 
     python -m bench.server --dimensions 1536 [--floats] [--latency 0.3] [--tokens-per-minute 6000000]
 
-It prints its base URL in one line. `POST /v1/embeddings` answers any body with as many vectors as it has inputs, the
-same ones every time: item i is item i of `items()`, whatever the text. `GET /stats` tells what came, `DELETE /stats`
-forgets it.
+It prints its base URL in one line. `POST /v1/embeddings` answers with one vector per input, the same ones every time:
+item i is item i of `items()`, whatever the text. `GET /stats` returns the counts, `DELETE /stats` resets them.
 
-The items of the longest answer lie one after the other in a file that the kernel keeps in memory, so an answer of n
-vectors is the beginning of that file, and `sendfile` has the kernel send it.
+The items of the longest answer are in a file that the kernel keeps in memory. An answer of n vectors is the beginning
+of that file, which `sendfile` lets the kernel send.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 
-from asyncembed.testing.rate_limits import Rates
+from asyncembed.testing.rate_limits import ServerRateLimits
 
-# The API's limit of inputs a request (API reference, embeddings.create), so the longest answer there can be.
+# The API's limit of inputs per request (API reference, embeddings.create), so also the size of the longest answer.
 MAX_INPUTS = 2_048
-# Different vectors among them: enough to notice one in the wrong place, few enough to write as numbers in a second.
+# Different vectors: enough to notice one in the wrong place, few enough to format as numbers in a second.
 _DIFFERENT = 256
-# Of the corpus in cl100k_base. So a text costs as much in ids as in bytes, and who sends ids is no faster for that.
+# The corpus' average in cl100k_base. Token ids are charged like the bytes of their text, so sending ids gains nothing.
 _BYTES_A_TOKEN = 6.1
 _INPUT = re.compile(rb'"input"\s*:\s*(?=("|\[\s*.))', re.DOTALL)
 _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -58,9 +57,9 @@ def vectors(dimensions: int) -> npt.NDArray[np.float32]:
 
 
 def items(dimensions: int, *, floats: bool) -> Iterator[bytes]:
-    """Yield the items of the longest answer, each but the first with the comma before it."""
+    """Yield the items of the longest answer, each except the first with a comma before it."""
     rows = vectors(dimensions)
-    if floats:  # as the API does: every digit of the float64 that is nearest to the float32
+    if floats:  # like the API: all digits of the float64 that is equal to the float32
         texts = [json.dumps(row.tolist(), separators=(",", ":")).encode() for row in rows]
     else:
         texts = [b'"' + base64.b64encode(row.astype("<f4").tobytes()) + b'"' for row in rows]
@@ -71,7 +70,7 @@ def items(dimensions: int, *, floats: bool) -> Iterator[bytes]:
 
 
 class Prepared:
-    """The items in a file, and where each of them ends."""
+    """The items in a file, and the offset at which each of them ends."""
 
     def __init__(self, dimensions: int, *, floats: bool) -> None:
         self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server runs
@@ -84,7 +83,7 @@ class Prepared:
 
 @dataclass(slots=True)
 class Stats:
-    """What came since the last `DELETE /stats`; `inputs` and `tokens` of what was answered."""
+    """The counts since the last `DELETE /stats`; `inputs` and `tokens` count only answered requests."""
 
     requests: int = 0
     refusals: int = 0
@@ -94,12 +93,12 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a body asks for, as far as the answer depends on it.
+    """The parts of a request that its answer depends on.
 
     Attributes:
-        inputs: How many texts, or lists of token ids.
-        tokens: What it is charged: UTF-8 bytes / 4 of texts, as the API's limiter does; the same for their ids.
-        base64: Whether it asks for `encoding_format: base64`.
+        inputs: The number of texts, or of lists of token ids.
+        tokens: The charge: UTF-8 bytes / 4 of the texts, as by the API's limiter; about the same for their token ids.
+        base64: Whether `encoding_format` is base64.
     """
 
     inputs: int
@@ -108,12 +107,12 @@ class Asked:
 
 
 def read_body(body: bytes) -> Asked:
-    """Return what a JSON body asks for, without parsing it: a megabyte takes a millisecond.
+    """Read a JSON body without parsing it: a megabyte takes a millisecond.
 
-    What follows the input is taken to hold no `]`, as is true of a model, a number of dimensions and a format.
+    The part after the input must contain no `]`, which holds for model, dimensions and format.
 
     Raises:
-        ValueError: There is no `input`, or it is neither text nor token ids, nor a list of them.
+        ValueError: There is no `input`, or it is not a text, token ids, or a list of them.
     """
     found = _INPUT.search(body)
     if found is None:
@@ -136,14 +135,14 @@ def read_body(body: bytes) -> Asked:
 
 
 def _quotes(part: bytes) -> int:
-    """Count the quotes that begin or end a text."""
-    if b"\\" in part:  # first the escaped backslashes, so that one before a closing quote escapes nothing
+    """Count the quotes that open or close a text."""
+    if b"\\" in part:  # remove escaped backslashes first, so that one before a closing quote escapes nothing
         part = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     return part.count(b'"')
 
 
-class Desk:
-    """What all connections share: the answers, the rates, and the count of what came."""
+class Service:
+    """The state shared by all connections: answers, rate limits and counts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._latency_s: float = options.latency
@@ -152,15 +151,15 @@ class Desk:
         self._by_format = {True: Prepared(options.dimensions, floats=True)} if options.floats else {}
         self._dimensions: int = options.dimensions
         self._only_floats: bool = options.floats
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Begin anew: nothing came, and the bucket is full."""
+    def reset(self) -> None:
+        """Reset the counts and refill the bucket."""
         self.stats = Stats()
-        self._rates = Rates(None, self._tokens_per_minute, self._burst_s)
+        self._rates = ServerRateLimits(None, self._tokens_per_minute, self._burst_s)
 
     def prepared(self, *, floats: bool) -> Prepared:
-        """Return the answers in one format; numbers are prepared when somebody asks for them first."""
+        """Return the answers in one format; numbers are prepared at the first request for them."""
         floats = floats or self._only_floats
         if floats not in self._by_format:
             self._by_format[floats] = Prepared(self._dimensions, floats=floats)
@@ -171,51 +170,51 @@ class Desk:
         now = asyncio.get_running_loop().time()
         asked = read_body(body)
         if not 1 <= asked.inputs <= MAX_INPUTS:
-            raise ValueError(f"{asked.inputs} inputs; at most {MAX_INPUTS} are taken")
+            raise ValueError(f"{asked.inputs} inputs; the limit is {MAX_INPUTS}")
         self.stats.requests += 1
         exceeded = self._rates.take("tokens", asked.tokens, now)
-        told = "".join(f"{name}: {value}\r\n" for name, value in self._rates.headers(now).items())
+        headers = "".join(f"{name}: {value}\r\n" for name, value in self._rates.headers(now).items())
         if exceeded is not None:
             self.stats.refusals += 1
             wait_s = exceeded.wait_s or 60.0
-            told += f"retry-after-ms: {wait_s * 1000:.0f}\r\nretry-after: {max(1, round(wait_s))}\r\n"
-            transport.write(_head(b"429 Too Many Requests", len(_REFUSAL), told) + _REFUSAL)
+            headers += f"retry-after-ms: {wait_s * 1000:.0f}\r\nretry-after: {max(1, round(wait_s))}\r\n"
+            transport.write(_head(b"429 Too Many Requests", len(_REFUSAL), headers) + _REFUSAL)
             return
         self.stats.inputs += asked.inputs
         self.stats.tokens += asked.tokens
-        await self._send(transport, self.prepared(floats=not asked.base64), asked, told)
+        await self._send(transport, self.prepared(floats=not asked.base64), asked, headers)
 
-    async def _send(self, transport: asyncio.Transport, prepared: Prepared, asked: Asked, told: str) -> None:
+    async def _send(self, transport: asyncio.Transport, prepared: Prepared, asked: Asked, headers: str) -> None:
         if self._latency_s:
             await asyncio.sleep(self._latency_s)
         suffix = _SUFFIX % (asked.tokens, asked.tokens)
         length = prepared.ends[asked.inputs]
-        transport.write(_head(b"200 OK", len(_PREFIX) + length + len(suffix), told) + _PREFIX)
-        # without sendfile, asyncio would read through the one position of the file that all connections share
+        transport.write(_head(b"200 OK", len(_PREFIX) + length + len(suffix), headers) + _PREFIX)
+        # no fallback: without sendfile, asyncio would use the file's position, which all connections share
         await asyncio.get_running_loop().sendfile(transport, prepared.file, 0, length, fallback=False)
         transport.write(suffix)
 
-    def tell(self, transport: asyncio.Transport) -> None:
+    def send_stats(self, transport: asyncio.Transport) -> None:
         body = json.dumps(asdict(self.stats)).encode()
         transport.write(_head(b"200 OK", len(body), "") + body)
 
 
-def _head(status: bytes, length: int, told: str) -> bytes:
+def _head(status: bytes, length: int, headers: str) -> bytes:
     return b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (
         status,
         length,
-        told.encode(),
+        headers.encode(),
     )
 
 
 class Connection(asyncio.Protocol):
-    """One connection: one request at a time, each with a content-length, as every client here sends them."""
+    """One connection. Handles one request at a time, each with a content-length, as all clients here send them."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, service: Service) -> None:
+        self._service = service
         self._received = bytearray()
         self._expected: int | None = None
-        """The length of the request that is coming, head and body; None until its head is whole."""
+        """The length of the current request, head and body; None until its head is complete."""
         self._answering: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -245,23 +244,23 @@ class Connection(asyncio.Protocol):
             self._answering = asyncio.ensure_future(self._answer(body))
             return
         if line.startswith(b"DELETE "):
-            self._desk.forget()
-        self._desk.tell(self._transport)
+            self._service.reset()
+        self._service.send_stats(self._transport)
 
     async def _answer(self, body: bytes) -> None:
         try:
-            await self._desk.answer(self._transport, body)
+            await self._service.answer(self._transport, body)
         except ValueError as error:
-            told = json.dumps({"error": {"message": str(error), "type": "invalid_request_error"}}).encode()
-            self._transport.write(_head(b"400 Bad Request", len(told), "") + told)
-        except ConnectionError:  # the client has left
+            refusal = json.dumps({"error": {"message": str(error), "type": "invalid_request_error"}}).encode()
+            self._transport.write(_head(b"400 Bad Request", len(refusal), "") + refusal)
+        except ConnectionError:  # the client has disconnected
             self._transport.abort()
 
 
 async def serve(options: argparse.Namespace) -> None:
-    desk = Desk(options)
-    desk.prepared(floats=False)
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(desk), "127.0.0.1", 0)
+    service = Service(options)
+    service.prepared(floats=False)
+    server = await asyncio.get_running_loop().create_server(lambda: Connection(service), "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     async with server:
         await server.serve_forever()
@@ -270,10 +269,10 @@ async def serve(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dimensions", type=int, default=1_536)
-    parser.add_argument("--floats", action="store_true", help="answer with numbers even if base64 is asked for")
+    parser.add_argument("--floats", action="store_true", help="answer with numbers even if base64 is requested")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before any answer")
     parser.add_argument("--tokens-per-minute", type=float, help="default: no limit")
-    parser.add_argument("--burst", type=float, default=1.0, help="how many seconds of tokens may come at once")
+    parser.add_argument("--burst", type=float, default=1.0, help="seconds of tokens that a burst may use")
     asyncio.run(serve(parser.parse_args()))
 
 

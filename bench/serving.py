@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as something is measured."""
+"""Runs a server in a separate process while something is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def serving(module: str, *options: object) -> Iterator[str]:
-    """Start `python -m module` with the options; yield the address that it prints first."""
+    """Start `python -m module` with the options; yield the address that it prints in its first line."""
     command = [sys.executable, "-m", module, *map(str, options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -1,10 +1,10 @@
-"""A web app's load: thousands of single calls at once, and a lone one; `embed_one` against `AsyncOpenAI`.
+"""The load of a web app: thousands of single calls at once, and one at a time; `embed_one` against `AsyncOpenAI`.
 
     python -m bench.web                 about a minute
     python -m bench.web --quick
 
-Both sides are in one process and take turns: the same texts, the same server with a latency of 20 ms in a process of
-its own. Prints two tables in Markdown, and one line of JSON with --json.
+Both clients run in this process, in turn, with the same texts. The server has a latency of 20 ms and its own process.
+Prints two tables in Markdown, and one line of JSON with --json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Ask = Callable[[str], Awaitable[object]]
 
 @dataclass
 class Way:
-    """What one client did: calls a second in each round, and seconds of each call."""
+    """The measurements of one client: calls per second in each round, and seconds of each call."""
 
     name: str
     rates: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Way:
 
 
 async def crowd(way: Way, ask: Ask, texts: list[str]) -> None:
-    """All at once, as a web app's handlers do."""
+    """Make all calls at once, as the handlers of a web app do."""
 
     async def call(text: str) -> None:
         began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Programs to start from; see README.md here. Each runs with one command, without a key."""
+"""Example programs; see README.md. Each runs with one command, without an API key."""

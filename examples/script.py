@@ -1,8 +1,8 @@
-"""Store some notes, change one, run again, and search: no key, no network.
+"""Stores some notes, changes one, runs again, and searches. Needs no API key and no network.
 
     python -m examples.script
 
-The second run embeds the changed note alone.
+The second run embeds only the changed note.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOTES = [
 
 
 async def main(file: Path) -> None:
-    """Store the notes in an SQLite file and find one of them."""
+    """Store the notes in an SQLite file and search for one of them."""
     async with Embedder("local") as embedder, SQLiteSink(file) as sink:
         print("to do:      ", await embedder.plan(NOTES))
         print("first run:  ", await ingest(NOTES, embedder, sink))

@@ -1,4 +1,4 @@
-"""README and docs: every Python block runs as it stands, and what they say of each other is true."""
+"""README, CONTRIBUTING and docs: every Python block runs unchanged, and every link leads to a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import pytest
 from asyncembed.testing import EmbeddingServer
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "bench/README.md",
+    ROOT / "examples/README.md",
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -27,7 +32,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         for block in BLOCK.finditer(text):
-            lines_before = text[: block.start(1)].count("\n")  # so that an error names the page's own line
+            lines_before = text[: block.start(1)].count("\n")  # so that a traceback has the line number of the page
             exec(compile("\n" * lines_before + block[1], str(page), "exec"), namespace)
 
 
@@ -36,7 +41,13 @@ def test_code_comes_before_line_25_of_the_readme() -> None:
     assert lines.index("```python") < 24
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_existing_files(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_contributing_lists_every_package_and_flat_module() -> None:
+    listed = re.findall(r"^  (\w+)(?:/|\.py)  ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    paths = [path for path in (ROOT / "asyncembed").iterdir() if path.is_dir() or path.suffix == ".py"]
+    assert sorted(listed) == sorted(path.stem for path in paths if not path.stem.startswith("__"))

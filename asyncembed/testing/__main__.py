@@ -1,4 +1,4 @@
-"""`python -m asyncembed.testing`: the stand-in as a process of its own, for programs in any language."""
+"""`python -m asyncembed.testing`: runs the test server as a separate process, for programs in any language."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from .server import EmbeddingServer
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m asyncembed.testing",
-        description="Answer like OpenAI's embeddings API on the loopback. Prints the base URL when it is ready; "
-        "Ctrl-C or SIGTERM ends it.",
+        description="A local server that answers like OpenAI's embeddings API. Prints its base URL when it is ready. "
+        "Ctrl-C or SIGTERM stops it.",
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="any free one by default")
-    parser.add_argument("--dialect", choices=sorted(DIALECTS), default="openai", help="which kind of server to be")
-    parser.add_argument("--dimensions", type=int, help="of the vectors of every model")
-    parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds until an answer begins")
-    parser.add_argument("--latency-per-token", type=float, default=0.0, metavar="S", help="and for each token")
-    parser.add_argument("--max-inputs", type=int, metavar="N", help="inputs a request may hold")
+    parser.add_argument("--port", type=int, default=0, help="default: any free port")
+    parser.add_argument("--dialect", choices=sorted(DIALECTS), default="openai", help="which server to imitate")
+    parser.add_argument("--dimensions", type=int, help="size of all vectors; default: the model's own")
+    parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds before each answer")
+    parser.add_argument(
+        "--latency-per-token", type=float, default=0.0, metavar="S", help="further seconds for each token"
+    )
+    parser.add_argument("--max-inputs", type=int, metavar="N", help="limit of inputs per request")
     parser.add_argument("--requests-per-minute", type=float, metavar="N")
     parser.add_argument("--tokens-per-minute", type=float, metavar="N")
-    parser.add_argument("--burst", type=float, default=60.0, metavar="S", help="seconds of these rates at once")
-    parser.add_argument("--filled", type=float, default=1.0, metavar="P", help="share of that which is there at first")
-    parser.add_argument("--fault-rate", type=float, default=0.0, metavar="P", help="share of requests that go wrong")
-    parser.add_argument("--seed", type=int, default=0, help="which of them, and how")
+    parser.add_argument(
+        "--burst", type=float, default=60.0, metavar="S", help="seconds of these rates that a burst may use"
+    )
+    parser.add_argument("--filled", type=float, default=1.0, metavar="P", help="how full the rate limits start, 0 to 1")
+    parser.add_argument(
+        "--fault-rate", type=float, default=0.0, metavar="P", help="share of requests that fail, 0 to 1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses which requests fail, and how")
     return parser
 
 
@@ -39,7 +45,7 @@ async def _run(options: argparse.Namespace) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        # not the loop's own add_signal_handler: Windows has none
+        # not loop.add_signal_handler, which Windows does not support
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(ended.set))
     server = EmbeddingServer(
         host=options.host,
@@ -62,7 +68,7 @@ async def _run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run until a signal ends it."""
+    """Run the server until SIGINT or SIGTERM."""
     options = _parser().parse_args(argv)
     try:
         asyncio.run(_run(options))

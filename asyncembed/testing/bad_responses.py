@@ -1,4 +1,4 @@
-"""Faults of the other two kinds: replies with something wrong in them, and answers that do not arrive whole."""
+"""Faults that alter the vectors of a reply (`alter`) or its delivery (`send`)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import pybase64
 from ..types import Vectors
 from .faults import Fault
 from .http import Wire
-from .replies import JSON, Answer, Reply, write_vectors
+from .replies import JSON, Answer, ServerReply, write_vectors
 from .vectors import as_base64, embeddings_of
 
-# A drip every twentieth of a second is slow to no read timeout.
+# A drip every twentieth of a second triggers no read timeout.
 _DRIPS_PER_S = 20
 
 
 @dataclass(frozen=True, slots=True)
 class WrongCount(Fault):
-    """So many items more (the last one again) or, if negative, fewer than texts."""
+    """`by` items more than texts (the last item is repeated), or fewer if negative."""
 
     by: int = -1
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         count = max(0, len(reply.embeddings) + self.by)
         extra = count - len(reply.embeddings)
         return replace(
@@ -43,11 +43,11 @@ class WrongCount(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Shuffled(Fault):
-    """Another order, the indices right: no fault at all, for who reads them."""
+    """Items in another order, with correct indices. Harmless to a client that reads the indices."""
 
     seed: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         order = list(range(len(reply.embeddings)))
         Random(self.seed).shuffle(order)
         return replace(
@@ -59,40 +59,40 @@ class Shuffled(Fault):
 
 @dataclass(frozen=True, slots=True)
 class DuplicateIndex(Fault):
-    """The last item has the index of the first one. A reply of one item says it is the second."""
+    """The last item has the index of the first. In a reply of one item the index is 1 instead of 0."""
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         first = reply.indices[0] if len(reply.indices) > 1 else 1
         return replace(reply, indices=(*reply.indices[:-1], first))
 
 
 @dataclass(frozen=True, slots=True)
 class MissingIndex(Fault):
-    """The first item does not say its index; or none does, which leaves only the order to go by."""
+    """The first item has no index; with `everywhere` no item has one, so that only the order is left."""
 
     everywhere: bool = False
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         missing = len(reply.indices) if self.everywhere else 1
         return replace(reply, indices=(None,) * missing + reply.indices[missing:])
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignVector(Fault):
-    """The embedding of one row is these bytes of JSON.
+    """The embedding of one row is replaced by these bytes of JSON, null by default.
 
-    The default is null; `b"[]"`, `b'""'`, `b'"%%%%"'` (no base64), `b'"AAA="'` (two bytes), `b'["a"]'`,
-    `b"[NaN]"` and `b"[1e999]"` have all been seen or are close to what was.
+    `b"[]"`, `b'""'`, `b'"%%%%"'` (not base64), `b'"AAA="'` (two bytes), `b'["a"]'`, `b"[NaN]"` and `b"[1e999]"` were
+    all seen, or are close to what was.
     """
 
     raw: bytes = b"null"
     row: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         return _with_row(reply, self.row, self.raw)
 
 
-def _with_row(reply: Reply, row: int, raw: bytes) -> Reply:
+def _with_row(reply: ServerReply, row: int, raw: bytes) -> ServerReply:
     rows = list(reply.embeddings)
     rows[row % len(rows)] = raw
     return replace(reply, embeddings=tuple(rows))
@@ -100,58 +100,58 @@ def _with_row(reply: Reply, row: int, raw: bytes) -> Reply:
 
 @dataclass(frozen=True, slots=True)
 class NaNVector(Fault):
-    """One number of one row is NaN, or `value`; in base64 or spelled out, as the reply is."""
+    """One number of one row is NaN, or `value`, in the encoding of the reply."""
 
     value: float = math.nan
     row: int = 0
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         if reply.base64:
             vector = np.full((1, reply.dimensions), 0.02, np.float32)
             vector[0, 0] = self.value
             return _with_row(reply, self.row, as_base64(vector)[0])
-        # json writes what JSON does not know, NaN and Infinity, as most servers' languages do
+        # json writes NaN and Infinity, which JSON does not have, as most servers' languages do
         numbers = json.dumps([self.value] + [0.02] * (reply.dimensions - 1))
         return _with_row(reply, self.row, numbers.encode())
 
 
 @dataclass(frozen=True, slots=True)
 class WrongDimensions(Fault):
-    """All vectors, or only that of `row`, have another size than the model's."""
+    """All vectors, or only the vector of `row`, have another size than the model's."""
 
     dimensions: int
     row: int | None = None
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         return _rewritten(reply, write_vectors(_vectors(reply, self.dimensions), base64=reply.base64), self.row)
 
 
 @dataclass(frozen=True, slots=True)
 class OtherEncoding(Fault):
-    """Numbers to who asked for base64, and base64 to who asked for numbers; for all vectors, or that of `row`."""
+    """Numbers where base64 was requested, and base64 where numbers were; for all vectors, or only for `row`."""
 
     row: int | None = None
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         written = write_vectors(_vectors(reply, reply.dimensions), base64=not reply.base64)
         return _rewritten(reply, written, self.row)
 
 
 @dataclass(frozen=True, slots=True)
 class Float64(Fault):
-    """Base64 of float64, twice the numbers to who reads float32: vLLM 0.5.3 (vllm issue 5734)."""
+    """Base64 of float64, which a reader of float32 takes for twice as many numbers: vLLM 0.5.3 (vllm issue 5734)."""
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         rows = _vectors(reply, reply.dimensions).astype("<f8")
         return _rewritten(reply, [b'"%b"' % pybase64.b64encode(row.tobytes()) for row in rows], None)
 
 
-def _vectors(reply: Reply, dimensions: int) -> Vectors:
-    return embeddings_of(reply.question.texts, dimensions, reply.question.model)
+def _vectors(reply: ServerReply, dimensions: int) -> Vectors:
+    return embeddings_of(reply.request.texts, dimensions, reply.request.model)
 
 
-def _rewritten(reply: Reply, written: list[bytes], row: int | None) -> Reply:
-    """Return the reply with all items, or that in place `row`, written anew; `written` is in the texts' order."""
+def _rewritten(reply: ServerReply, written: list[bytes], row: int | None) -> ServerReply:
+    """Return the reply with all vectors, or the one at position `row`, replaced; `written` is in the texts' order."""
     order = [place if index is None else index for place, index in enumerate(reply.indices)]
     if row is None:
         return replace(reply, embeddings=tuple(written[index] for index in order))
@@ -160,22 +160,22 @@ def _rewritten(reply: Reply, written: list[bytes], row: int | None) -> Reply:
 
 @dataclass(frozen=True, slots=True)
 class Beside(Fault):
-    """Other values beside the data: `Beside({"usage": None})`, `Beside({"model": "another"})`.
+    """Other values for the keys beside `data`: `Beside({"usage": None})`, `Beside({"model": "another"})`.
 
-    A name in `without` is left out.
+    The keys in `without` are left out.
     """
 
     values: Mapping[str, object] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
-    def alter(self, reply: Reply) -> Reply:
+    def alter(self, reply: ServerReply) -> ServerReply:
         others = {**reply.others, **self.values}
         return replace(reply, others={name: others[name] for name in others if name not in self.without})
 
 
 @dataclass(frozen=True, slots=True)
 class Late(Fault):
-    """The right answer, `seconds` late: a model that is loaded first."""
+    """The correct answer, `seconds` late, as from a server that must load the model first."""
 
     seconds: float
 
@@ -186,7 +186,7 @@ class Late(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Hang(Fault):
-    """Silence until the client leaves; before the answer, or in the middle of its body."""
+    """No more bytes until the client disconnects: before the answer, or after half of its body."""
 
     when: Literal["before", "mid-body"] = "before"
 
@@ -198,7 +198,7 @@ class Hang(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Drip(Fault):
-    """The right answer, a few bytes at a time: every single wait is short, the whole is long."""
+    """The correct answer, a few bytes at a time: each wait is short, the sum of them is long."""
 
     bytes_per_s: float = 200.0
 
@@ -214,8 +214,10 @@ class Drip(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Disconnect(Fault):
-    """The connection is closed: before a byte is sent, in the middle of the body, or after a whole answer that
-    promised to keep it open: then the next request on it meets a dead connection, and is not in the log.
+    """The connection is closed before a byte is sent, after half of the body, or after the whole answer.
+
+    With "after", the answer promises to keep the connection open. It is reset when the next request arrives, and that
+    request is not logged.
     """
 
     when: Literal["before", "mid-body", "after"] = "before"
@@ -233,7 +235,7 @@ class Disconnect(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Reset(Fault):
-    """The connection is reset (RST): before a byte is sent, or in the middle of the body."""
+    """The connection is reset (RST) before a byte is sent, or after half of the body."""
 
     when: Literal["before", "mid-body"] = "before"
 
@@ -245,11 +247,11 @@ class Reset(Fault):
 
 @dataclass(frozen=True, slots=True)
 class CutBody(Fault):
-    """Only the first bytes of the body, under a head that promises all of them.
+    """Only the first bytes of the body, after a head that announces all of them.
 
     Args:
-        size_bytes: How many; None for half of them.
-        chunked: Sent in chunks, of which the last one is missing.
+        size_bytes: How many bytes are sent; None for half of them.
+        chunked: Send chunks, without the last one.
     """
 
     size_bytes: int | None = None
@@ -269,7 +271,7 @@ def _half(answer: Answer) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class TruncatedJSON(Fault):
-    """Correct HTTP around a JSON that ends too early."""
+    """Correct HTTP around JSON that ends too early."""
 
     size_bytes: int | None = None
 
@@ -279,7 +281,7 @@ class TruncatedJSON(Fault):
 
 @dataclass(frozen=True, slots=True)
 class BrokenGzip(Fault):
-    """`content-encoding: gzip`, and a body that is cut in its middle, or (if `corrupt`) damaged there."""
+    """`content-encoding: gzip`, and a body that ends in the middle, or is damaged there if `corrupt`."""
 
     corrupt: bool = False
 
@@ -312,7 +314,7 @@ def _packed_blanks(size_bytes: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Flood(Fault):
-    """The right head, and then blanks without an end, in chunks, for as long as the client takes them."""
+    """The correct head, then an endless body of blanks in chunks, until the client disconnects."""
 
     async def send(self, wire: Wire, answer: Answer) -> None:
         chunk = b"10000\r\n%b\r\n" % (b" " * 0x10000)
@@ -323,7 +325,7 @@ class Flood(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Interim(Fault):
-    """An informational answer (100, 103 Early Hints) before the right one."""
+    """An informational response (100, 103 Early Hints) before the correct one."""
 
     status: int = 103
 
@@ -334,7 +336,7 @@ class Interim(Fault):
 
 @dataclass(frozen=True, slots=True)
 class HugeHeader(Fault):
-    """The right answer under a header of `size_bytes`."""
+    """The correct answer with a header of `size_bytes`."""
 
     size_bytes: int = 1_000_000
 
@@ -344,7 +346,7 @@ class HugeHeader(Fault):
 
 @dataclass(frozen=True, slots=True)
 class NotHTTP(Fault):
-    """Bytes that are no HTTP, and the end."""
+    """Bytes that are not HTTP, then the end of the connection."""
 
     raw: bytes = b"SSH-2.0-OpenSSH_9.6\r\n"
 

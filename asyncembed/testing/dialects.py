@@ -1,6 +1,6 @@
-"""How servers that speak OpenAI's protocol differ: limits, wordings, shapes of replies. Values only.
+"""The servers that can be imitated: their limits, error messages and shapes of replies. Values only.
 
-Sources are the error messages quoted in public issue threads, each named beside its value, read 2026-08 to 2026-11.
+Sources are error messages quoted in public issue threads, named beside each value, read 2026-08 to 2026-11.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """A refusal: its status, its message with `{got}`, `{limit}`, `{index}` and `{model}` to fill in, its codes."""
+    """An error: status, message with `{got}`, `{limit}`, `{index}` and `{model}` as placeholders, type, code, param."""
 
     status: int
     message: str
@@ -25,7 +25,7 @@ class Wording:
     param: str | None = None
 
     def fill(self, **values: object) -> Wording:
-        """Return the wording with the values put into its message."""
+        """Return the wording with its placeholders filled in."""
         return replace(self, message=self.message.format(**values))
 
 
@@ -35,7 +35,7 @@ def openai_body(error: Wording) -> Json:
 
 
 def vllm_body(error: Wording) -> Json:
-    """No `error` around it, and the status as its code: what vLLM sent before 0.10 (vllm issue 6174)."""
+    """vLLM's body before 0.10: no `error` key around it, and the status as code (vllm issue 6174)."""
     return {
         "object": "error",
         "message": error.message,
@@ -46,35 +46,35 @@ def vllm_body(error: Wording) -> Json:
 
 
 def tei_body(error: Wording) -> Json:
-    """Text Embeddings Inference on `/v1/embeddings` (coze-studio issue 455)."""
+    """The body of Text Embeddings Inference on `/v1/embeddings` (coze-studio issue 455)."""
     return {"message": error.message, "code": error.status, "type": error.type}
 
 
 def fastapi_body(error: Wording) -> Json:
-    """FastAPI's own validation error: a list, and no word of an `error` (litellm issue 32528)."""
+    """FastAPI's validation error: a list under `detail`, without an `error` key (litellm issue 32528)."""
     return {"detail": [{"type": error.type, "loc": ["body", "input"], "msg": error.message}]}
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one kind of server answers. `dataclasses.replace` makes your own from one of these.
+    """How one kind of server answers. Make your own from one of these with `dataclasses.replace`.
 
     Attributes:
-        max_inputs: Inputs a request may hold.
-        max_tokens_per_input: Tokens an input may have; None for no limit.
-        max_tokens_per_request: Tokens the inputs may have together, counted and as bytes / 4; None for no limit.
-        too_many: What more inputs get.
-        too_long: What a longer input gets.
-        too_large: What a heavier request gets.
-        error_body: Puts a refusal into JSON.
-        encoding: What vectors are sent as, whatever was asked for; None sends what was asked for.
-        base64: Whether base64 is known here; if not, asking for it is refused.
+        max_inputs: Limit of inputs per request.
+        max_tokens_per_input: Limit of tokens per input; None for no limit.
+        max_tokens_per_request: Limit for all inputs together, in tokens and in bytes / 4; None for no limit.
+        too_many: The error for too many inputs.
+        too_long: The error for an input that is too long.
+        too_large: The error for a request with too many tokens.
+        error_body: Makes the JSON of an error.
+        encoding: The encoding of all vectors; None sends the encoding that was requested.
+        base64: Whether base64 is supported; if not, a request for it is refused.
         shortens: Whether `dimensions` is obeyed; if not, it is ignored.
-        index: Whether the items of a reply say where they belong.
-        usage: Whether a reply tells the tokens.
-        shuffles: Whether the items of a reply come in another order than the inputs.
-        rate_headers: Whether `x-ratelimit-…` are sent.
-        retry_after: Whether a 429 says how long to wait in `retry-after-ms` and `retry-after`.
+        index: Whether the items of a reply have an `index`.
+        usage: Whether a reply has `usage`.
+        shuffles: Whether the items of a reply are in another order than the inputs.
+        rate_headers: Whether `x-ratelimit-…` headers are sent.
+        retry_after: Whether a 429 has `retry-after-ms` and `retry-after` headers.
     """
 
     max_inputs: int
@@ -125,7 +125,7 @@ OPENAI_2026 = replace(
     too_large=Wording(400, "Invalid 'input': maximum request size is {limit} tokens per request."),
 )
 
-# The cap was once 1 and 16, and is 2,048 (azure-openai-proxy issue 7).
+# The limit of inputs was once 1, then 16, and is 2,048 (azure-openai-proxy issue 7).
 AZURE = replace(
     OPENAI,
     too_many=Wording(400, "Too many inputs. The max number of inputs is {limit}.", type=None),
@@ -161,7 +161,7 @@ TEI = Dialect(
     retry_after=False,
 )
 
-# vllm issues 6174 and 26248: refuses base64, wraps no error.
+# vllm issues 6174 and 26248: refuses base64, and its error body has no `error` key.
 OLD_VLLM = Dialect(
     max_inputs=MAX_INPUTS,
     max_tokens_per_input=8_192,
@@ -227,4 +227,4 @@ DIALECTS: Mapping[str, Dialect] = {
     "dashscope": DASHSCOPE,
     "lm-studio": LM_STUDIO,
 }
-"""By name, for the command line."""
+"""All dialects by name, for the command line."""

@@ -1,10 +1,10 @@
-"""What can go wrong, as values: here the answers that are sent in place of vectors; in `damage` the others.
+"""Faults as values: here those that answer something else in place of vectors; `bad_responses` has the others.
 
-A fault is of one of three kinds, by the one method it has of its own:
+A fault overrides one of three methods:
 
 - `answer`: something else is answered: an error, a redirect, nonsense. Nothing is embedded or billed.
-- `alter`: the vectors are made and billed, and something is wrong with them.
-- `send`: the answer is right, and is not delivered as it should be.
+- `alter`: the vectors are made and billed, then altered.
+- `send`: the answer is correct, but not delivered as it should be.
 
 Your own fault is a subclass of `Fault` with one of these methods.
 """
@@ -18,18 +18,18 @@ from dataclasses import dataclass, field, replace
 from .dialects import INVALID_INPUT, OPENAI, Wording
 from .http import Wire
 from .rate_limits import Exceeded
-from .replies import JSON, Answer, Reply, error_answer, rate_error, wrong_key
+from .replies import JSON, Answer, ServerReply, error_answer, rate_error, wrong_key
 
 
 class Fault:
-    """The base of all faults: does nothing, so that a subclass says only what it does."""
+    """The base class of all faults. By itself it changes nothing."""
 
     def answer(self) -> Answer | None:
-        """Return what is answered in place of vectors; None to embed."""
+        """Return the answer that replaces the vectors; None to embed as usual."""
         return None
 
-    def alter(self, reply: Reply) -> Reply:
-        """Return the reply that is sent in place of the right one."""
+    def alter(self, reply: ServerReply) -> ServerReply:
+        """Return the reply to send in place of the correct one."""
         return reply
 
     async def send(self, wire: Wire, answer: Answer) -> None:
@@ -39,11 +39,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Status(Fault):
-    """An error answer of your own making.
+    """Any HTTP answer.
 
     Args:
         status: The HTTP status.
-        headers: Sent as they are.
+        headers: Sent unchanged.
         body: Text, bytes, or a mapping that becomes JSON; None for an error body of OpenAI's shape.
         message: For that error body, as are `type` and `code`.
     """
@@ -70,7 +70,7 @@ def _error(wording: Wording, headers: Mapping[str, str] | None = None) -> Answer
 
 @dataclass(frozen=True, slots=True)
 class RateLimited(Fault):
-    """429, too fast. The message says for how long, and so may headers.
+    """429 because of a rate limit. The message names the wait; headers may name it, too.
 
     Args:
         wait_s: Seconds in the message.
@@ -87,7 +87,7 @@ class RateLimited(Fault):
 
 @dataclass(frozen=True, slots=True)
 class SlowDown(Fault):
-    """429: traffic grew too fast, though it is within the limits."""
+    """429 `slow_down`: traffic grew too fast, though it is within the limits."""
 
     def answer(self) -> Answer:
         message = "Your traffic has increased too quickly. Please slow down your request rate and ramp up gradually."
@@ -120,7 +120,7 @@ class InvalidKey(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Forbidden(Fault):
-    """403: not from this country."""
+    """403: the country is not supported."""
 
     def answer(self) -> Answer:
         message = "Country, region, or territory not supported"
@@ -129,7 +129,7 @@ class Forbidden(Fault):
 
 @dataclass(frozen=True, slots=True)
 class InvalidInput(Fault):
-    """400 for the whole request without a word about which input it is."""
+    """400 for the whole request. It does not name the bad input."""
 
     def answer(self) -> Answer:
         return _error(INVALID_INPUT)
@@ -137,7 +137,7 @@ class InvalidInput(Fault):
 
 @dataclass(frozen=True, slots=True)
 class TooManyTokens(Fault):
-    """400 `max_tokens_per_request`: the server counts otherwise than you."""
+    """400 `max_tokens_per_request`: the server counts tokens differently from the client."""
 
     requested: int = 416_735
 
@@ -146,8 +146,8 @@ class TooManyTokens(Fault):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerError(Fault):
-    """500 and its like, in OpenAI's JSON."""
+class ServerFault(Fault):
+    """500, or another 5xx status, with OpenAI's JSON error."""
 
     status: int = 500
 
@@ -158,7 +158,7 @@ class ServerError(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Overloaded(Fault):
-    """503 `server_is_overloaded`. `retry_after` is the header's text; None leaves it out."""
+    """503 `server_is_overloaded`. `retry_after` is the header's value; None leaves the header out."""
 
     retry_after: str | None = None
 
@@ -174,7 +174,7 @@ class Overloaded(Fault):
 
 @dataclass(frozen=True, slots=True)
 class UnsupportedValue(Fault):
-    """500 `unsupported value: NaN`: what Ollama says to particular texts, every time (ollama issue 15582)."""
+    """500 `unsupported value: NaN`, which Ollama answers to particular texts, every time (ollama issue 15582)."""
 
     def answer(self) -> Answer:
         return _error(Wording(500, "failed to encode response: json: unsupported value: NaN", "api_error"))
@@ -182,7 +182,7 @@ class UnsupportedValue(Fault):
 
 @dataclass(frozen=True, slots=True)
 class HTMLError(Fault):
-    """A page from a proxy in front of the API: 502, 413, 520 to 529, or even 200."""
+    """An HTML page from a proxy in front of the API: 502, 413, 520 to 529, or even 200."""
 
     status: int = 502
 
@@ -193,7 +193,7 @@ class HTMLError(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Redirect(Fault):
-    """A redirect, which a careful client does not follow: it would send texts and key elsewhere."""
+    """A redirect. A careful client does not follow it: that would send texts and API key elsewhere."""
 
     url: str
     status: int = 307
@@ -204,7 +204,7 @@ class Redirect(Fault):
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody200(Fault):
-    """200 OK, and an error in the body."""
+    """200 OK with an error in the body."""
 
     def answer(self) -> Answer:
         return replace(_error(Wording(500, "upstream failed", "server_error")), status=200)
@@ -212,7 +212,7 @@ class ErrorBody200(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Garbage(Fault):
-    """200 OK and any bytes: `b""`, `b"null"`, `b"[]"`, `b"[" * 100_000`, half a JSON, text that is no UTF-8."""
+    """200 OK with any bytes: `b""`, `b"null"`, `b"[]"`, `b"[" * 100_000`, half a JSON document, invalid UTF-8."""
 
     body: bytes = b"\xff\xfe not JSON"
     content_type: str = "application/json"

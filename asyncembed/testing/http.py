@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 as a client of embeddings needs, over asyncio's streams; and all ways to break it."""
+"""HTTP/1.1 over asyncio's streams: as much as clients of the API need, and the ways in which faults break it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from http import HTTPStatus
 
 from .replies import Answer
 
-# What one request's head may have; h11 and nginx stop at 16 and 32 KiB, so nobody sends more.
+# The limit for a request's head. h11 and nginx stop at 16 and 32 KiB, so no client sends more.
 MAX_HEAD_BYTES = 64 * 1024
-# Handed to the transport at once: it copies what the socket does not take, so megabytes are handed over in slices.
+# Bytes per write. The transport copies what the socket does not take at once, so a large body is written in slices.
 _SLICE_BYTES = 256 * 1024
 
 
 class BadHTTPError(Exception):
-    """What came is no HTTP/1.1 request. `status` is what it gets before the connection is closed."""
+    """Not a valid HTTP/1.1 request. `status` is answered, then the connection is closed."""
 
     def __init__(self, status: int) -> None:
         super().__init__(HTTPStatus(status).phrase)
@@ -33,7 +33,7 @@ class ClientLeftError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HTTPRequest:
-    """One request. The headers' names are in lower case; of a repeated one the last value counts."""
+    """One request. Names of headers are in lower case; the last value of a repeated header counts."""
 
     method: str
     target: str
@@ -47,12 +47,12 @@ class HTTPRequest:
 
 
 class Wire:
-    """One connection, as the server and its faults see it.
+    """One connection: reads requests, and sends answers in the ways that faults need.
 
     Args:
-        reader: What the client sends.
-        writer: What it gets.
-        max_body_bytes: What is longer is refused with 413; None for no limit.
+        reader: Bytes from the client.
+        writer: Bytes to the client.
+        max_body_bytes: A longer body is refused with 413; None for no limit.
     """
 
     def __init__(self, reader: StreamReader, writer: StreamWriter, max_body_bytes: int | None = None) -> None:
@@ -62,14 +62,14 @@ class Wire:
         self.closing = False
         """Whether the connection ends after this answer."""
         self.on_answer: Callable[[int], None] | None = None
-        """Called with the status before the last bytes of an answer leave, so that who has it finds it in the log."""
+        """Called with the status before the last bytes are sent, so that the log has it when the client does."""
 
     async def read(self) -> HTTPRequest | None:
-        """Return the next request, None if the client has closed between requests.
+        """Return the next request; None if the client closed the connection between requests.
 
         Raises:
-            BadHTTPError: It is none.
-            asyncio.IncompleteReadError: The client left in the middle of it.
+            BadHTTPError: The bytes are not a valid request.
+            asyncio.IncompleteReadError: The client disconnected in the middle of a request.
         """
         try:
             head = await self._read_until(b"\r\n\r\n")
@@ -116,7 +116,7 @@ class Wire:
             raise BadHTTPError(413)
 
     def head(self, answer: Answer, *, chunked: bool = False) -> bytes:
-        """Return status line and headers, ending with the empty line; `chunked` in place of the body's length."""
+        """Return status line and headers, up to the empty line; with `chunked`, the body's length is not announced."""
         headers = dict(answer.headers)
         if chunked:
             headers["transfer-encoding"] = "chunked"
@@ -129,7 +129,7 @@ class Wire:
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     async def send(self, answer: Answer) -> None:
-        """Send a whole, correct answer."""
+        """Send a complete, correct answer."""
         head, body = self.head(answer), memoryview(answer.body)
         last = max(0, len(body) - 1) // _SLICE_BYTES * _SLICE_BYTES
         for start in range(0, last, _SLICE_BYTES):
@@ -138,69 +138,69 @@ class Wire:
         await self.write_last(head + bytes(body[last:]), answer.status)
 
     async def write(self, data: bytes) -> None:
-        """Send raw bytes; wait while the client does not take them."""
+        """Send raw bytes, and wait until the client takes them."""
         self._writer.write(data)
         await self._writer.drain()
 
     async def write_last(self, data: bytes, status: int) -> None:
-        """Send the raw bytes that complete an answer of this status: it counts as answered."""
+        """Send the raw bytes that complete an answer; the request counts as answered with this status."""
         if self.on_answer is not None:
             self.on_answer(status)
         await self.write(data)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait as a server does that is at work, unless the client leaves.
+        """Wait for `seconds`, as a server does while it computes.
 
         Raises:
-            ClientLeftError: It left.
+            ClientLeftError: The client disconnected meanwhile.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                # If it comes this early, this answer is the last one here; a client that pipelines sends the
-                # others again (RFC 9112, 9.3.2).
+                # If the next request comes this early, this answer is the last one on the connection. A client that
+                # pipelines sends the other requests again (RFC 9112, 9.3.2).
                 await self.until_next_request()
                 await asyncio.sleep(seconds)
 
     async def until_next_request(self) -> None:
-        """Wait until the client begins its next request, whose first byte is lost. The connection is of no use then.
+        """Wait for the first byte of the next request. That byte is lost, so the connection must be closed afterwards.
 
         Raises:
-            ClientLeftError: It left.
+            ClientLeftError: The client disconnected instead.
         """
         if not await self._reader.read(1):
             raise ClientLeftError
         self.closing = True
 
     async def until_client_leaves(self) -> None:
-        """Wait for as long as it takes, then raise ClientLeftError."""
+        """Wait until the client disconnects, then raise ClientLeftError."""
         while await self._reader.read(_SLICE_BYTES):
             pass
         raise ClientLeftError
 
     def close(self) -> None:
-        """End the connection after what was written: the client reads it, and then the end."""
+        """Close the connection after this answer; everything written is still delivered."""
         self.closing = True
 
     def reset(self) -> None:
-        """End the connection with a RST: the client gets "connection reset by peer"."""
+        """Close the connection with a RST: the client gets "connection reset by peer"."""
         self.closing = True
         sock = self._writer.get_extra_info("socket")
-        # lingering for zero seconds is how a socket is told to reset (socket(7), SO_LINGER)
+        # lingering for zero seconds makes the socket send a RST (socket(7), SO_LINGER)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.abort()
 
     def abort(self) -> None:
-        """Close the socket now; what was not sent yet is dropped."""
+        """Close the socket now and drop unsent bytes."""
         self.closing = True
         transport = self._writer.transport
-        # one that has closed by itself is left alone: CPython 3.11 fails when it is aborted then
+        # CPython 3.11 fails if a transport that has closed by itself is aborted
         if not transport.is_closing() or transport.get_write_buffer_size():
             transport.abort()
 
     async def aclose(self) -> None:
-        """Send what is left, close, and wait for that."""
+        """Send the remaining bytes, close the connection, and wait until it is closed."""
         self._writer.close()
-        with suppress(OSError):  # the client was faster, and ruder
+        with suppress(OSError):  # the client has reset the connection
             await self._writer.wait_closed()
 
 

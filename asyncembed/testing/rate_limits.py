@@ -1,4 +1,4 @@
-"""Request and token rates: buckets that refill all the time, and the headers that tell of them. Told the time; pure."""
+"""The server's rate limits: token buckets that refill continuously, and their headers. Pure: `now_s` is passed in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Unit: TypeAlias = Literal["requests", "tokens"]
 
 
 @dataclass(slots=True)
-class Bucket:
-    """One rate.
+class TokenBucket:
+    """One rate limit.
 
     Args:
-        per_minute: How much flows in a minute.
+        per_minute: How much is refilled in a minute.
         capacity: How much the bucket holds.
-        filled: The share of that which is in it at the start, from 0 to 1.
+        filled: How full it starts, from 0 to 1.
     """
 
     per_minute: float
@@ -25,17 +25,17 @@ class Bucket:
     _seen_s: float | None = field(default=None, init=False)
 
     def level(self, now_s: float) -> float:
-        """Return how much is in it; `now_s` never goes back."""
+        """Return how much is available; `now_s` must not decrease between calls."""
         if self._seen_s is None:
             self._level = self.capacity * self.filled
         else:
-            flown = (now_s - self._seen_s) * self.per_minute / 60
-            self._level = min(self.capacity, self._level + flown)
+            refilled = (now_s - self._seen_s) * self.per_minute / 60
+            self._level = min(self.capacity, self._level + refilled)
         self._seen_s = now_s
         return self._level
 
     def take(self, amount: float, now_s: float) -> float:
-        """Take the amount and return 0.0, or take nothing and return the seconds until it is there."""
+        """Take the amount and return 0.0, or take nothing and return the seconds until the amount is available."""
         missing = amount - self.level(now_s)
         if missing > 0:
             return missing * 60 / self.per_minute
@@ -43,13 +43,13 @@ class Bucket:
         return 0.0
 
     def full_in_s(self, now_s: float) -> float:
-        """Return the seconds until the bucket is full, if nothing more is taken."""
+        """Return the seconds until the bucket is full again."""
         return (self.capacity - self.level(now_s)) * 60 / self.per_minute
 
 
 @dataclass(frozen=True, slots=True)
 class Exceeded:
-    """A rate that a request would exceed. `wait_s` is None if no wait helps: it is more than the bucket holds."""
+    """A rate limit that a request would exceed. `wait_s` is None if the request needs more than the bucket holds."""
 
     unit: Unit
     limit: int
@@ -58,14 +58,14 @@ class Exceeded:
     wait_s: float | None
 
 
-class Rates:
-    """The rates of one server.
+class ServerRateLimits:
+    """The rate limits of one server.
 
     Args:
-        requests_per_minute: None for no such rate.
-        tokens_per_minute: None for no such rate.
-        burst_s: How many seconds of flow a bucket holds.
-        filled: How full the buckets are when the first request comes, from 0 to 1.
+        requests_per_minute: None for no such limit.
+        tokens_per_minute: None for no such limit.
+        burst_s: A bucket holds the refill of this many seconds.
+        filled: How full the buckets are when the first request arrives, from 0 to 1.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Rates:
     ) -> None:
         given: dict[Unit, float | None] = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {
-            unit: Bucket(rate, rate * burst_s / 60, filled) for unit, rate in given.items() if rate is not None
+            unit: TokenBucket(rate, rate * burst_s / 60, filled) for unit, rate in given.items() if rate is not None
         }
 
     def take(self, unit: Unit, amount: int, now_s: float) -> Exceeded | None:
-        """Take the amount and return None, or take nothing and return what was exceeded."""
+        """Take the amount and return None, or take nothing and return the exceeded limit."""
         bucket = self._buckets.get(unit)
         if bucket is None:
             return None
@@ -85,11 +85,11 @@ class Rates:
         wait_s = bucket.take(amount, now_s)
         if not wait_s:
             return None
-        hopeless = amount > bucket.capacity
-        return Exceeded(unit, int(bucket.capacity), int(used), amount, None if hopeless else wait_s)
+        is_too_large = amount > bucket.capacity
+        return Exceeded(unit, int(bucket.capacity), int(used), amount, None if is_too_large else wait_s)
 
     def headers(self, now_s: float) -> dict[str, str]:
-        """Return `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` for the rates there are."""
+        """Return `x-ratelimit-{limit,remaining,reset}-{requests,tokens}` for the limits that are set."""
         found: dict[str, str] = {}
         for unit, bucket in self._buckets.items():
             found[f"x-ratelimit-limit-{unit}"] = str(int(bucket.per_minute))
@@ -99,7 +99,7 @@ class Rates:
 
 
 def go_duration(seconds: float) -> str:
-    """Write a duration as Go does and the API's headers and messages: `0s`, `17ms`, `1.5s`, `6m0s`, `1h2m0s`."""
+    """Format a duration as Go and the API's headers and messages do: `0s`, `17ms`, `1.5s`, `6m0s`, `1h2m0s`."""
     ms = max(0, round(seconds * 1000))
     if not ms:
         return "0s"

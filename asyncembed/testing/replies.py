@@ -1,7 +1,7 @@
 """From the bytes of a request to the bytes of an answer. Pure: no socket, no clock.
 
-`read_question` understands a request, `check` refuses what the API refuses, in its order and words, and
-`reply_to` makes the vectors.
+`parse_request` parses a body, `check` refuses it for the API's reasons, in its order and words, and `reply_to` makes
+the vectors.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ JSON: Mapping[str, str] = {"content-type": "application/json"}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One HTTP answer. `content-length` and the connection's own headers are added when it is sent."""
+    """One HTTP answer. `content-length` and `connection` are added when it is sent."""
 
     status: int
     body: bytes = field(default=b"", repr=False)
     headers: Mapping[str, str] = field(default_factory=lambda: JSON)
 
 
-class RefusedError(Exception):
-    """The request gets this error instead of vectors. After `wait_s` seconds it would not, if that is a number."""
+class RefusedRequestError(Exception):
+    """The request is answered with this error. If `wait_s` is a number, it is accepted after that many seconds."""
 
     def __init__(self, error: Wording, wait_s: float | None = None) -> None:
         super().__init__(error.message)
@@ -45,16 +45,16 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A request that could be read.
+class ParsedRequest:
+    """The body of a request, parsed.
 
     Attributes:
-        model: As the body (or Azure's path) names it.
-        texts: The inputs; one that came as token ids is the ids' JSON.
+        model: The name in the body, or in Azure's path.
+        texts: The inputs; an input of token ids is given as their JSON.
         counts: Tokens of each input.
         estimates: ⌈UTF-8 bytes / 4⌉ of each input.
-        dimensions: As asked for, or None.
-        base64: Whether base64 was asked for.
+        dimensions: The requested dimensions, or None.
+        base64: Whether base64 was requested.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all inputs, which are what is billed."""
+        """The tokens of all inputs; they are billed."""
         return sum(self.counts)
 
     @property
@@ -76,7 +76,7 @@ class Question:
 
     @property
     def weight(self) -> int:
-        """What limits and rates count: tokens or estimate, whichever is more."""
+        """The larger of tokens and estimate, which limits and rate limits count."""
         return max(self.tokens, self.estimated_tokens)
 
 
@@ -98,34 +98,34 @@ _TOO_MANY_DIMENSIONS = Wording(
 _NO_BASE64 = Wording(400, "base64 encoding is not currently supported")
 
 
-def read_question(body: bytes, count_tokens: CountTokens, model: str | None = None) -> Question:
-    """Understand a body.
+def parse_request(body: bytes, count_tokens: CountTokens, model: str | None = None) -> ParsedRequest:
+    """Parse a body.
 
     Args:
-        body: As it was sent.
-        count_tokens: Counts the texts.
-        model: What the path says; the body's own word is preferred.
+        body: The bytes that were sent.
+        count_tokens: Counts the tokens of texts.
+        model: The model in the path; a model in the body takes precedence.
 
     Raises:
-        RefusedError: It is no JSON, or its values are of the wrong kind.
+        RefusedRequestError: The body is not JSON, or its values are of the wrong type.
     """
     try:
-        asked = jiter.from_json(body)
+        fields = jiter.from_json(body)
     except (ValueError, RecursionError):
-        raise RefusedError(_NO_JSON) from None
-    if not isinstance(asked, dict):
-        raise RefusedError(_NO_JSON)
-    model = asked.get("model", model)
+        raise RefusedRequestError(_NO_JSON) from None
+    if not isinstance(fields, dict):
+        raise RefusedRequestError(_NO_JSON)
+    model = fields.get("model", model)
     if not isinstance(model, str) or not model:
-        raise RefusedError(_NO_MODEL)
-    dimensions = asked.get("dimensions")
+        raise RefusedRequestError(_NO_MODEL)
+    dimensions = fields.get("dimensions")
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise RefusedError(_invalid("dimensions"))
-    encoding = asked.get("encoding_format") or "float"
+        raise RefusedRequestError(_invalid("dimensions"))
+    encoding = fields.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
-        raise RefusedError(_invalid("encoding_format"))
-    texts, counts, estimates = _inputs(asked.get("input"), count_tokens)
-    return Question(model, texts, counts, estimates, dimensions, encoding == "base64")
+        raise RefusedRequestError(_invalid("encoding_format"))
+    texts, counts, estimates = _inputs(fields.get("input"), count_tokens)
+    return ParsedRequest(model, texts, counts, estimates, dimensions, encoding == "base64")
 
 
 def _invalid(name: str) -> Wording:
@@ -136,17 +136,17 @@ def _inputs(given: Any, count_tokens: CountTokens) -> tuple[tuple[str, ...], tup
     if isinstance(given, str) or _are_ids(given):
         given = [given]
     if not isinstance(given, list):
-        raise RefusedError(INVALID_INPUT)
+        raise RefusedRequestError(INVALID_INPUT)
     if all(isinstance(text, str) for text in given):
         return tuple(given), tuple(count_tokens(given)), tuple(estimate_tokens(given))
     if all(_are_ids(ids) for ids in given):
         counts = tuple(len(ids) for ids in given)
         return tuple(json.dumps(ids) for ids in given), counts, counts
-    raise RefusedError(INVALID_INPUT)
+    raise RefusedRequestError(INVALID_INPUT)
 
 
 def estimate_tokens(texts: Sequence[str]) -> list[int]:
-    """Return ⌈UTF-8 bytes / 4⌉ of each text: what the API's limit on a request counts (see `models`)."""
+    """Return ⌈UTF-8 bytes / 4⌉ of each text, as the API counts for its limit per request (see `models`)."""
     sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
     return [-(-size // BYTES_PER_ESTIMATED_TOKEN) for size in sizes]
 
@@ -155,63 +155,63 @@ def _are_ids(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(number) is int for number in given)
 
 
-def check(question: Question, dialect: Dialect, size: int, models: Sequence[str] | None) -> None:
-    """Refuse what the API refuses: model, number of inputs, empty ones, long ones, their sum, then the options.
+def check(request: ParsedRequest, dialect: Dialect, size: int, models: Sequence[str] | None) -> None:
+    """Check model, number of inputs, empty inputs, long inputs, their sum, then the options, in the API's order.
 
     Args:
-        question: What was asked.
+        request: The parsed request.
         dialect: Limits and wordings.
         size: The dimensions of the model's own vectors.
-        models: The models there are; None for any.
+        models: The models that exist; None accepts any.
 
     Raises:
-        RefusedError: With the first of these reasons that holds.
+        RefusedRequestError: The first check that fails.
     """
-    if models is not None and question.model not in models:
-        raise RefusedError(_UNKNOWN_MODEL.fill(model=question.model))
-    if len(question.texts) > dialect.max_inputs:
-        raise RefusedError(_sized(dialect.too_many, question, len(question.texts), dialect.max_inputs))
-    if not question.texts or not all(question.texts):
-        raise RefusedError(INVALID_INPUT)
-    _check_tokens(question, dialect)
-    if question.base64 and not dialect.base64:
-        raise RefusedError(_NO_BASE64)
-    if question.dimensions is not None and dialect.shortens:
-        if not lookup(question.model).shortens:
-            raise RefusedError(_NO_DIMENSIONS)
-        if question.dimensions > size:
-            raise RefusedError(_TOO_MANY_DIMENSIONS.fill(got=question.dimensions, limit=size))
+    if models is not None and request.model not in models:
+        raise RefusedRequestError(_UNKNOWN_MODEL.fill(model=request.model))
+    if len(request.texts) > dialect.max_inputs:
+        raise RefusedRequestError(_sized(dialect.too_many, request, len(request.texts), dialect.max_inputs))
+    if not request.texts or not all(request.texts):
+        raise RefusedRequestError(INVALID_INPUT)
+    _check_tokens(request, dialect)
+    if request.base64 and not dialect.base64:
+        raise RefusedRequestError(_NO_BASE64)
+    if request.dimensions is not None and dialect.shortens:
+        if not lookup(request.model).shortens:
+            raise RefusedRequestError(_NO_DIMENSIONS)
+        if request.dimensions > size:
+            raise RefusedRequestError(_TOO_MANY_DIMENSIONS.fill(got=request.dimensions, limit=size))
 
 
-def _check_tokens(question: Question, dialect: Dialect) -> None:
+def _check_tokens(request: ParsedRequest, dialect: Dialect) -> None:
     each = dialect.max_tokens_per_input
     if each is not None:
-        for index, tokens in enumerate(question.counts):
+        for index, tokens in enumerate(request.counts):
             if tokens > each:
-                raise RefusedError(_sized(dialect.too_long, question, tokens, each, index))
+                raise RefusedRequestError(_sized(dialect.too_long, request, tokens, each, index))
     most = dialect.max_tokens_per_request
-    if most is not None and question.weight > most:
-        raise RefusedError(_sized(dialect.too_large, question, question.weight, most))
+    if most is not None and request.weight > most:
+        raise RefusedRequestError(_sized(dialect.too_large, request, request.weight, most))
 
 
-def _sized(wording: Wording, question: Question, got: int, limit: int, index: int = 0) -> Wording:
-    return wording.fill(got=got, limit=limit, index=index, model=question.model)
+def _sized(wording: Wording, request: ParsedRequest, got: int, limit: int, index: int = 0) -> Wording:
+    return wording.fill(got=got, limit=limit, index=index, model=request.model)
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A reply before it becomes bytes; faults alter it with `dataclasses.replace`.
+class ServerReply:
+    """A reply before it is encoded; faults alter it with `dataclasses.replace`.
 
     Attributes:
-        question: What it answers.
-        dimensions: Of its vectors.
-        base64: Whether they are written as base64.
-        embeddings: Each vector as it stands in the JSON: a string of base64, an array of numbers, or anything else.
-        indices: What each item says its index is; None for an item that says nothing.
-        others: What stands beside `data`: `object`, `model`, `usage`.
+        request: The request that it answers.
+        dimensions: The size of its vectors.
+        base64: Whether they are encoded as base64.
+        embeddings: The JSON of each vector: a string of base64, an array of numbers, or anything else.
+        indices: The `index` of each item; None for an item without one.
+        others: The keys beside `data`: `object`, `model`, `usage`.
     """
 
-    question: Question
+    request: ParsedRequest
     dimensions: int
     base64: bool
     embeddings: tuple[bytes, ...] = field(repr=False)
@@ -220,7 +220,7 @@ class Reply:
 
     def encode(self) -> bytes:
         """Return the reply's JSON."""
-        # one join: each further copy of a large reply would hold the interpreter for many milliseconds
+        # one join: each further copy of a large reply would hold the GIL for many milliseconds
         parts = [b'{"data":[']
         for index, vector in zip(self.indices, self.embeddings, strict=True):
             parts.append(b'{"object":"embedding",' if index is None else b'{"object":"embedding","index":%d,' % index)
@@ -231,17 +231,17 @@ class Reply:
         return b"".join(parts)
 
 
-def reply_to(question: Question, dialect: Dialect, size: int) -> Reply:
-    """Make the vectors: of the model's own `size`, or of the dimensions that were asked for."""
-    dimensions = question.dimensions if question.dimensions and dialect.shortens else size
-    base64 = question.base64 if dialect.encoding is None else dialect.encoding == "base64"
-    written = write_vectors(embeddings_of(question.texts, dimensions, question.model), base64=base64)
-    others: Json = {"object": "list", "model": question.model}
+def reply_to(request: ParsedRequest, dialect: Dialect, size: int) -> ServerReply:
+    """Make the reply: vectors of the requested dimensions, else of the model's own `size`."""
+    dimensions = request.dimensions if request.dimensions and dialect.shortens else size
+    base64 = request.base64 if dialect.encoding is None else dialect.encoding == "base64"
+    written = write_vectors(embeddings_of(request.texts, dimensions, request.model), base64=base64)
+    others: Json = {"object": "list", "model": request.model}
     if dialect.usage:
-        others["usage"] = {"prompt_tokens": question.tokens, "total_tokens": question.tokens}
+        others["usage"] = {"prompt_tokens": request.tokens, "total_tokens": request.tokens}
     order = range(len(written))[:: -1 if dialect.shuffles else 1]
-    return Reply(
-        question,
+    return ServerReply(
+        request,
         dimensions,
         base64,
         embeddings=tuple(written[index] for index in order),
@@ -251,12 +251,12 @@ def reply_to(question: Question, dialect: Dialect, size: int) -> Reply:
 
 
 def write_vectors(vectors: Vectors, *, base64: bool) -> list[bytes]:
-    """Return each row of float32[n, d] as JSON."""
+    """Return the JSON of each row of float32[n, d]."""
     return as_base64(vectors) if base64 else as_numbers(vectors)
 
 
 def error_answer(error: Wording, dialect: Dialect, headers: Mapping[str, str] | None = None) -> Answer:
-    """Put a refusal into the dialect's JSON."""
+    """Return an error with the dialect's JSON body."""
     body = json.dumps(dialect.error_body(error)).encode()
     return Answer(error.status, body, {**JSON, **(headers or {})})
 

@@ -1,4 +1,4 @@
-"""What a server was asked: one frozen value a request."""
+"""The log of a server: one frozen value per request."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class LoggedRequest:
     """One request.
 
     Attributes:
-        number: Counted from 1, in the order in which they arrived.
-        time_s: When, on the clock of `time.monotonic()` and of the event loop.
-        path: Without the query.
-        headers: Names in lower case. The key is among them.
-        model: The model; empty if the request could not be understood, and then the numbers below are 0.
-        texts: The inputs; empty if the server was told not to keep them.
-        inputs: How many there are.
-        tokens: Their tokens.
-        estimated_tokens: The sum of their ⌈UTF-8 bytes / 4⌉.
-        dimensions: As asked for, or None.
-        base64: Whether base64 was asked for.
-        fault: What the schedule gave it.
-        status: What was answered; None until the whole answer has been sent, and for ever if it never was.
-        billed_tokens: What its reply says was used; 0 if nothing was embedded.
+        number: Counted from 1, in the order of arrival.
+        time_s: The time of arrival, on the clock of `time.monotonic()` and of the event loop.
+        path: The path without the query.
+        headers: Names in lower case. The API key is among them.
+        model: The model; empty if the body could not be parsed, and then the numbers below are 0.
+        texts: The inputs; empty with `keep_texts=False`.
+        inputs: The number of inputs.
+        tokens: The tokens of all inputs.
+        estimated_tokens: The sum of ⌈UTF-8 bytes / 4⌉ of the inputs.
+        dimensions: The requested dimensions, or None.
+        base64: Whether base64 was requested.
+        fault: The fault that the schedule gave, or None.
+        status: The HTTP status of the answer; None as long as the answer is not completely sent.
+        billed_tokens: The usage in the reply; 0 if nothing was embedded.
     """
 
     number: int
@@ -48,12 +48,12 @@ class LoggedRequest:
 
     @property
     def weight(self) -> int:
-        """What the limits and rates count: the tokens or their estimate, whichever is more."""
+        """The larger of tokens and estimate, which limits and rate limits count."""
         return max(self.tokens, self.estimated_tokens)
 
 
-class Log:
-    """The requests of one server, and which of them are being answered."""
+class RequestLog:
+    """All requests of one server, and the numbers of those in flight."""
 
     def __init__(self) -> None:
         self._requests: dict[int, LoggedRequest] = {}
@@ -64,50 +64,50 @@ class Log:
 
     @property
     def requests(self) -> list[LoggedRequest]:
-        """All of them, in the order in which they arrived."""
+        """All requests, in the order of arrival."""
         return list(self._requests.values())
 
     @property
     def in_flight(self) -> int:
-        """How many are being answered."""
+        """The number of requests in flight."""
         return len(self._active)
 
     def next_number(self) -> int:
-        """Number a request: 1, 2, 3 and so on, also after `clear`."""
+        """Return the next request's number: 1, 2, 3 and so on, also after `clear`."""
         self._arrived += 1
         return self._arrived
 
     def begin(self, request: LoggedRequest) -> None:
-        """Add a request, which is in flight from now on."""
+        """Add a request; from now on it is in flight."""
         self._requests[request.number] = request
         self._active.add(request.number)
         self.max_in_flight = max(self.max_in_flight, len(self._active))
-        self._tell()
+        self._notify()
 
     def change(self, number: int, **values: Any) -> None:
-        """Set values of a request, unless the log was cleared since it arrived."""
+        """Change fields of a request; do nothing if the log was cleared since it arrived."""
         if number in self._requests:
             self._requests[number] = replace(self._requests[number], **values)
 
     def answered(self, number: int, status: int) -> None:
-        """Its answer is about to be whole: from now on it is not in flight."""
+        """Set the status of a request whose last bytes are about to be sent, and end it."""
         self.change(number, status=status)
         self.end(number)
 
     def end(self, number: int) -> None:
-        """It is over, answered or not."""
+        """Mark a request as no longer in flight, answered or not."""
         self._active.discard(number)
-        self._tell()
+        self._notify()
 
     async def change_of_state(self) -> None:
-        """Wait until a request begins or ends."""
+        """Wait until the next time that a request begins or ends."""
         await self._changed.wait()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     def clear(self) -> None:
-        """Forget all requests; those in flight stay in flight."""
+        """Delete all requests; those in flight still count as in flight."""
         self._requests.clear()
         self.max_in_flight = len(self._active)

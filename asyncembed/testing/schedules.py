@@ -1,6 +1,6 @@
-"""Which request meets which fault. A schedule is asked once for every request, in the order in which they arrived.
+"""Schedules choose the fault of each request. They are called once per request, in the order of arrival.
 
-All of them are deterministic: the same requests in the same order meet the same faults.
+All schedules here are deterministic: the same requests in the same order get the same faults.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from .bad_responses import Disconnect, NaNVector, Reset, Shuffled, TruncatedJSON, WrongCount
-from .faults import Fault, HTMLError, InvalidInput, Overloaded, RateLimited, ServerError
+from .faults import Fault, HTMLError, InvalidInput, Overloaded, RateLimited, ServerFault
 from .request_log import LoggedRequest
 
 Schedule: TypeAlias = Callable[[LoggedRequest], Fault | None]
-"""Returns the fault which a request meets, None for none. Any function will do."""
+"""A function that returns the fault of a request, or None."""
 
-# Faults that pass by themselves: a client that retries gets through all of them.
+# Transient faults: a client that retries gets past all of them.
 PASSING: tuple[Fault, ...] = (
     RateLimited(0.05, {"retry-after-ms": "50"}),
-    ServerError(500),
+    ServerFault(500),
     HTMLError(502),
     Overloaded(),
     Disconnect("before"),
@@ -34,7 +34,7 @@ PASSING: tuple[Fault, ...] = (
 
 
 def script(faults: Iterable[Fault | None], then: Fault | None = None) -> Schedule:
-    """Give the next requests these faults, one each in order, None for none; all further ones get `then`."""
+    """Give the next requests these faults in order, None for no fault; all later requests get `then`."""
     rest = iter(faults)
     return lambda request: next(rest, then)
 
@@ -42,22 +42,22 @@ def script(faults: Iterable[Fault | None], then: Fault | None = None) -> Schedul
 def every(n: int, fault: Fault) -> Schedule:
     """Give every n-th request the fault: the n-th, the 2n-th, and so on."""
     if n < 1:
-        raise ValueError(f"n is {n}; it is at least 1")
+        raise ValueError(f"n is {n}; it must be at least 1")
     return lambda request: None if request.number % n else fault
 
 
 def mixed(*, rate: float, faults: Sequence[Fault] = PASSING, seed: int = 0) -> Schedule:
-    """Give a share of the requests, `rate` from 0 to 1, one of the faults each, as the seed will have it."""
+    """Give a share of the requests, `rate` from 0 to 1, one of the faults each; the seed decides which."""
     dice = random.Random(seed)
     return lambda request: dice.choice(faults) if dice.random() < rate else None
 
 
 def poison(texts: str | Collection[str] | Callable[[str], bool], fault: Fault | None = None) -> Schedule:
-    """Give every request that holds such a text the fault, `InvalidInput()` if none is named.
+    """Give the fault to every request that contains a poisonous text.
 
     Args:
-        texts: The text, the texts, or a function that knows them.
-        fault: What the whole request gets.
+        texts: The text, the texts, or a function that returns whether a text is poisonous.
+        fault: The fault of the whole request; None for `InvalidInput()`.
     """
     answer = fault or InvalidInput()
     if isinstance(texts, str):
@@ -67,22 +67,23 @@ def poison(texts: str | Collection[str] | Callable[[str], bool], fault: Fault | 
 
 
 def outage(seconds: float, fault: Fault, after: int = 0) -> Schedule:
-    """Give the fault to all requests for some seconds, which begin when request number `after` + 1 arrives."""
-    begins_s: list[float] = []
+    """Give the fault to all requests for `seconds`, starting when request number `after` + 1 arrives."""
+    end_s: float | None = None
 
     def schedule(request: LoggedRequest) -> Fault | None:
-        if request.number > after and not begins_s:
-            begins_s.append(request.time_s)
-        return fault if begins_s and request.time_s < begins_s[0] + seconds else None
+        nonlocal end_s
+        if request.number > after and end_s is None:
+            end_s = request.time_s + seconds
+        return fault if end_s is not None and request.time_s < end_s else None
 
     return schedule
 
 
 def first_of(*schedules: Schedule) -> Schedule:
-    """Ask all of the schedules and take the first fault; each of them counts every request."""
+    """Call all schedules and use the first fault; every schedule sees every request."""
 
     def schedule(request: LoggedRequest) -> Fault | None:
-        found = [ask(request) for ask in schedules]
-        return next((fault for fault in found if fault is not None), None)
+        faults = [each(request) for each in schedules]
+        return next((fault for fault in faults if fault is not None), None)
 
     return schedule

@@ -1,4 +1,4 @@
-"""`EmbeddingServer`: a real HTTP server on the loopback that answers like OpenAI's embeddings API."""
+"""`EmbeddingServer`: a real HTTP server on the loopback interface that answers like OpenAI's embeddings API."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from ..batching.tokens import load_counter
 from .dialects import OPENAI, Dialect, Wording
 from .faults import Fault
 from .http import MAX_HEAD_BYTES, BadHTTPError, ClientLeftError, HTTPRequest, Wire
-from .rate_limits import Rates
-from .replies import Answer, CountTokens, Question, RefusedError, error_answer, estimate_tokens
-from .request_log import Log, LoggedRequest
+from .rate_limits import ServerRateLimits
+from .replies import Answer, CountTokens, ParsedRequest, RefusedRequestError, error_answer, estimate_tokens
+from .request_log import LoggedRequest, RequestLog
 from .schedules import Schedule, script
-from .service import Desk
+from .service import EmbeddingService
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Requests of this size cost the loop less than a millisecond; larger ones are worked on in a thread.
+# Requests up to this size block the loop for less than a millisecond; larger ones are processed in a thread.
 _SMALL_BODY_BYTES = 16 * 1024
 _FEW_TEXTS = 16
-# Clients that open thousands of connections at once must not wait a second for a repeated SYN.
+# With a shorter backlog, clients that open thousands of connections at once would wait a second for a repeated SYN.
 _BACKLOG = 4_096
 _NO_FAULT = Fault()
 
 
 class EmbeddingServer:
-    """Answers `POST /v1/embeddings` as OpenAI does, limits, errors and rates included; and on request badly.
+    """A server that answers `POST /v1/embeddings` as OpenAI does, with its limits, errors and rate limits, and faults.
 
-    `async with EmbeddingServer() as server:` runs it in the running loop, `with EmbeddingServer().in_thread()` in a
-    loop and a thread of its own. Point a client at `server.base_url`. Every vector is `embedding_of(text)`.
+    `async with EmbeddingServer() as server:` runs it in the running loop; `with EmbeddingServer().in_thread()` runs it
+    in its own loop and thread. Point a client at `server.base_url`. Every vector is `embedding_of(text)`.
 
     Args:
-        host: Where to listen.
-        port: 0 for any free one.
-        dimensions: The size of the vectors of every model; None for what is known of each, else 1,536.
-        models: The models there are; None answers for any name.
-        api_key: The key that is asked for; None takes any, or none.
-        dialect: Which kind of server this is; see `dialects`. The next three replace limits of it.
-        max_inputs: Inputs a request may hold.
-        max_tokens_per_input: Tokens an input may have.
-        max_tokens_per_request: Tokens the inputs may have together, counted and as bytes / 4.
-        max_body_bytes: A longer body gets 413 unread.
-        requests_per_minute: How many requests are granted; None for all. Refused ones count, too.
-        tokens_per_minute: How many tokens are granted, counted or as bytes / 4, whichever is more.
-        burst_s: How many seconds of these rates may be used at once; they are granted continuously. OpenAI's account
-            pages speak of a minute, its guide warns that it may be a second.
-        filled: The share of that which the first request finds, from 0 to 1. With 0 the rate is felt at once, so
-            that a test of a limit by the minute need not last minutes.
-        latency_s: Seconds until a good answer begins.
-        latency_per_token_s: And for every token of it.
-        faults: What goes wrong: a schedule, or the faults of the next requests in order.
-        count_tokens: Counts the tokens of texts; None for OpenAI's tokenizer, or bytes / 4 if there is none.
+        host: The address to listen at.
+        port: 0 for any free port.
+        dimensions: The size of all vectors; None for each model's own, or 1,536 if the model is unknown.
+        models: The models that exist; None accepts any name.
+        api_key: The only valid API key; None accepts requests with any key, or without one.
+        dialect: The kind of server to imitate; see `dialects`. The next three arguments replace limits of it.
+        max_inputs: Limit of inputs per request.
+        max_tokens_per_input: Limit of tokens per input.
+        max_tokens_per_request: Limit for all inputs together, in tokens and in bytes / 4.
+        max_body_bytes: A longer body is answered with 413 and not read.
+        requests_per_minute: Rate limit; refused requests count, too. None for no limit.
+        tokens_per_minute: Rate limit in tokens or bytes / 4, whichever is more. None for no limit.
+        burst_s: A burst may use the refill of this many seconds at once. OpenAI's account pages state limits per
+            minute; its guide warns that they may be enforced per second.
+        filled: How full the rate limits start, from 0 to 1. With 0 they bind from the first request, so that a test of
+            a limit per minute need not last minutes.
+        latency_s: Seconds before each answer with vectors.
+        latency_per_token_s: Further seconds for each token.
+        faults: A schedule of faults, or the faults of the next requests in order.
+        count_tokens: Counts the tokens of texts; None for OpenAI's tokenizer, or bytes / 4 if it is not available.
         keep_texts: Whether the log keeps the texts.
     """
 
@@ -92,8 +92,8 @@ class EmbeddingServer:
             max_tokens_per_input=max_tokens_per_input or dialect.max_tokens_per_input,
             max_tokens_per_request=max_tokens_per_request or dialect.max_tokens_per_request,
         )
-        rates = Rates(requests_per_minute, tokens_per_minute, burst_s, filled)
-        self._desk = Desk(dialect, dimensions, models, api_key, rates)
+        rates = ServerRateLimits(requests_per_minute, tokens_per_minute, burst_s, filled)
+        self._service = EmbeddingService(dialect, dimensions, models, api_key, rates)
         self.host = host
         self.port = port
         self.faults: Schedule = faults if callable(faults) else script(faults)
@@ -102,7 +102,7 @@ class EmbeddingServer:
         self._latency_per_token_s = latency_per_token_s
         self._count_tokens = count_tokens
         self._keep_texts = keep_texts
-        self._log = Log()
+        self._log = RequestLog()
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._errors: list[BaseException] = []
@@ -110,53 +110,53 @@ class EmbeddingServer:
         self._server: asyncio.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
 
-    # ---- what tests ask ----
+    # ---- state that tests read ----
 
     @property
     def base_url(self) -> str:
-        """What a client takes as its base URL, ending in `/v1`."""
+        """The base URL for clients, ending in `/v1`."""
         return f"{self.url}/v1"
 
     @property
     def url(self) -> str:
-        """Scheme, host and port alone: Azure's `azure_endpoint`."""
+        """Scheme, host and port only, for Azure's `azure_endpoint`."""
         return f"http://{self.host}:{self.port}"
 
     @property
     def requests(self) -> list[LoggedRequest]:
-        """The log: all requests in the order in which they arrived."""
+        """The log: all requests, in the order of arrival."""
         return self._log.requests
 
     @property
     def in_flight(self) -> int:
-        """Requests being answered now."""
+        """The number of requests that are being answered now."""
         return self._log.in_flight
 
     @property
     def max_in_flight(self) -> int:
-        """The most requests that were being answered at once."""
+        """The largest number of requests that were being answered at once."""
         return self._log.max_in_flight
 
     @property
     def connections(self) -> int:
-        """How many connections were opened."""
+        """The number of connections that were opened."""
         return self._connections
 
     @property
     def total_tokens(self) -> int:
-        """The tokens billed: what all replies together say was used."""
+        """The billed tokens: the sum of the usage in all replies."""
         return sum(request.billed_tokens for request in self.requests)
 
-    async def until(self, true: Callable[[], bool]) -> None:
-        """Wait until this is true, asking whenever a request begins or ends. Only from the server's own loop.
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition is true; it is checked whenever a request begins or ends. Only in the server's loop.
 
         For instance `await server.until(lambda: server.in_flight == 8)`.
         """
-        while not true():
+        while not condition():
             await self._log.change_of_state()
 
     def clear(self) -> None:
-        """Empty the log. Requests are still numbered on from the last one."""
+        """Empty the log. The numbering of requests continues."""
         self._log.clear()
 
     def __repr__(self) -> str:
@@ -166,10 +166,10 @@ class EmbeddingServer:
     # ---- opening and closing ----
 
     async def start(self) -> Self:
-        """Listen. A closed server may be started again, on the same port.
+        """Start to listen. A closed server can be started again, on the same port.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port is in use.
         """
         if self._count_tokens is None:
             self._count_tokens = await _default_counter()
@@ -182,10 +182,10 @@ class EmbeddingServer:
         return self
 
     async def aclose(self) -> None:
-        """Drop all connections, whatever is under way, and stop listening. Leaves no task, thread or socket.
+        """Drop all connections, requests in flight included, and stop listening. Leaves no task, thread or socket.
 
         Raises:
-            Exception: What a schedule, a fault or a counter of the user's has raised. All is closed.
+            Exception: An error of the user's schedule, fault or token counter. The server is closed anyway.
         """
         server, self._server = self._server, None
         if server is None or self._threads is None:
@@ -211,7 +211,7 @@ class EmbeddingServer:
 
     @contextmanager
     def in_thread(self) -> Iterator[Self]:
-        """Run in a thread of its own: for code that is not async, and for clients that are measured."""
+        """Run in a separate thread, for code that is not async."""
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
         async def serve() -> None:
@@ -236,7 +236,7 @@ class EmbeddingServer:
     # ---- serving ----
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._closing:  # closed between the connection and this call
+        if self._closing:  # the server was closed between the connection and this call
             writer.transport.abort()
             return
         self._connections += 1
@@ -267,12 +267,12 @@ class EmbeddingServer:
         begun_s = time.monotonic()
         assert self._count_tokens is not None
         large = len(http.body) > _SMALL_BODY_BYTES
-        read = await self._run(large, self._desk.read, http, self._count_tokens)
-        request = self._logged(http, read, begun_s)
+        parsed = await self._run(large, self._service.read, http, self._count_tokens)
+        request = self._logged(http, parsed, begun_s)
         fault = request.fault or _NO_FAULT
         wire.on_answer = partial(self._log.answered, request.number)
         try:
-            answer = await self._answer(wire, http, read, fault, request.number)
+            answer = await self._answer(wire, http, parsed, fault, request.number)
             headers = {
                 "x-request-id": f"req_{request.number:032x}",
                 "openai-processing-ms": str(round((time.monotonic() - begun_s) * 1000)),
@@ -282,40 +282,40 @@ class EmbeddingServer:
         finally:
             self._log.end(request.number)
 
-    def _logged(self, http: HTTPRequest, read: Question | Wording, now_s: float) -> LoggedRequest:
+    def _logged(self, http: HTTPRequest, parsed: ParsedRequest | Wording, now_s: float) -> LoggedRequest:
         request = LoggedRequest(self._log.next_number(), now_s, http.path, http.headers)
-        if isinstance(read, Question):
+        if isinstance(parsed, ParsedRequest):
             request = replace(
                 request,
-                model=read.model,
-                texts=read.texts,
-                inputs=len(read.texts),
-                tokens=read.tokens,
-                estimated_tokens=read.estimated_tokens,
-                dimensions=read.dimensions,
-                base64=read.base64,
+                model=parsed.model,
+                texts=parsed.texts,
+                inputs=len(parsed.texts),
+                tokens=parsed.tokens,
+                estimated_tokens=parsed.estimated_tokens,
+                dimensions=parsed.dimensions,
+                base64=parsed.base64,
             )
         request = replace(request, fault=self.faults(request))
         self._log.begin(request if self._keep_texts else replace(request, texts=()))
         return request
 
     async def _answer(
-        self, wire: Wire, http: HTTPRequest, read: Question | Wording, fault: Fault, number: int
+        self, wire: Wire, http: HTTPRequest, parsed: ParsedRequest | Wording, fault: Fault, number: int
     ) -> Answer:
         other = await self._run(fault is not _NO_FAULT, fault.answer)
         if other is not None:
             return other
         try:
-            question = self._desk.admit(http, read, time.monotonic())
-        except RefusedError as refused:
-            answer = self._desk.refuse(refused)
+            admitted = self._service.admit(http, parsed, time.monotonic())
+        except RefusedRequestError as refused:
+            answer = self._service.refuse(refused)
         else:
-            latency_s = self._latency_s + self._latency_per_token_s * question.tokens
+            latency_s = self._latency_s + self._latency_per_token_s * admitted.tokens
             if latency_s > 0:
                 await wire.sleep(latency_s)
-            answer = await self._run(len(question.texts) > _FEW_TEXTS, self._desk.answer, question, fault)
-            self._log.change(number, billed_tokens=question.tokens)
-        return replace(answer, headers={**self._desk.headers(time.monotonic()), **answer.headers})
+            answer = await self._run(len(admitted.texts) > _FEW_TEXTS, self._service.answer, admitted, fault)
+            self._log.change(number, billed_tokens=admitted.tokens)
+        return replace(answer, headers={**self._service.headers(time.monotonic()), **answer.headers})
 
     async def _run(self, large: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if not large:

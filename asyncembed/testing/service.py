@@ -1,4 +1,4 @@
-"""Decides what a request gets. Told the time, waits for nothing."""
+"""Decides how a request is answered. It never waits; `now_s` is passed in."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from .dialects import Dialect, Wording
 from .faults import Fault
 from .http import HTTPRequest
-from .rate_limits import Rates, Unit
+from .rate_limits import ServerRateLimits, Unit
 from .replies import (
     JSON,
     Answer,
     CountTokens,
-    Question,
-    RefusedError,
+    ParsedRequest,
+    RefusedRequestError,
     check,
     error_answer,
+    parse_request,
     rate_error,
-    read_question,
     reply_to,
     wrong_key,
 )
@@ -36,55 +36,55 @@ _NO_KEY = Wording(
 
 
 @dataclass(slots=True)
-class Desk:
+class EmbeddingService:
     """The rules of one server.
 
     Attributes:
-        dialect: Limits, wordings and shapes.
-        dimensions: The size of the vectors of every model; None for what is known of each.
-        models: The models there are; None for any.
-        api_key: The key that is asked for; None for any.
-        rates: What is granted.
+        dialect: Limits, wordings and shapes of replies.
+        dimensions: The size of all vectors; None for each model's own.
+        models: The models that exist; None accepts any.
+        api_key: The only valid key; None accepts any.
+        rates: The rate limits.
     """
 
     dialect: Dialect
     dimensions: int | None
     models: Sequence[str] | None
     api_key: str | None
-    rates: Rates
+    rates: ServerRateLimits
 
-    def read(self, http: HTTPRequest, count_tokens: CountTokens) -> Question | Wording:
-        """Understand a request, or say why not. Blocks for some milliseconds if it is large."""
+    def read(self, http: HTTPRequest, count_tokens: CountTokens) -> ParsedRequest | Wording:
+        """Parse a request; return the error if it cannot be parsed. Blocks for some milliseconds if it is large."""
         path = _PATH.fullmatch(http.path)
         try:
-            return read_question(http.body, count_tokens, path and path["model"])
-        except RefusedError as refused:
+            return parse_request(http.body, count_tokens, path and path["model"])
+        except RefusedRequestError as refused:
             return refused.error
 
-    def admit(self, http: HTTPRequest, read: Question | Wording, now_s: float) -> Question:
-        """Return the question if it may be answered, having taken what it costs.
+    def admit(self, http: HTTPRequest, parsed: ParsedRequest | Wording, now_s: float) -> ParsedRequest:
+        """Check a request, and take its cost from the rate limits.
 
-        In the API's order: address, key, requests per minute, the request itself, tokens per minute. So a refused
-        request counts as a request, and its tokens do not count.
+        The order is the API's: path, key, requests per minute, the request itself, tokens per minute. So a refused
+        request counts as a request, but its tokens do not count.
 
         Raises:
-            RefusedError: It may not.
+            RefusedRequestError: With the error to answer.
         """
         _check_address(http)
         self._check_key(http)
-        self._take("requests", 1, "all models" if isinstance(read, Wording) else read.model, now_s)
-        if isinstance(read, Wording):
-            raise RefusedError(read)
-        check(read, self.dialect, self._size(read), self.models)
-        self._take("tokens", read.weight, read.model, now_s)
-        return read
+        self._take("requests", 1, "all models" if isinstance(parsed, Wording) else parsed.model, now_s)
+        if isinstance(parsed, Wording):
+            raise RefusedRequestError(parsed)
+        check(parsed, self.dialect, self._size(parsed), self.models)
+        self._take("tokens", parsed.weight, parsed.model, now_s)
+        return parsed
 
-    def answer(self, question: Question, fault: Fault) -> Answer:
-        """Make the vectors, altered by the fault. Blocks for some milliseconds if there are many."""
-        return Answer(200, fault.alter(reply_to(question, self.dialect, self._size(question))).encode(), JSON)
+    def answer(self, request: ParsedRequest, fault: Fault) -> Answer:
+        """Return the vectors, altered by the fault. Blocks for some milliseconds if there are many."""
+        return Answer(200, fault.alter(reply_to(request, self.dialect, self._size(request))).encode(), JSON)
 
-    def refuse(self, refused: RefusedError) -> Answer:
-        """Put a refusal into words."""
+    def refuse(self, refused: RefusedRequestError) -> Answer:
+        """Return the answer for a refused request."""
         headers: dict[str, str] = {}
         if refused.wait_s is not None and self.dialect.retry_after:
             headers["retry-after-ms"] = str(math.ceil(refused.wait_s * 1000))
@@ -92,11 +92,11 @@ class Desk:
         return error_answer(refused.error, self.dialect, headers)
 
     def headers(self, now_s: float) -> dict[str, str]:
-        """Return the headers about the rates, if there are rates and the dialect tells them."""
+        """Return the rate limit headers, if the dialect sends them."""
         return self.rates.headers(now_s) if self.dialect.rate_headers else {}
 
-    def _size(self, question: Question) -> int:
-        return self.dimensions or size_of(question.model)
+    def _size(self, request: ParsedRequest) -> int:
+        return self.dimensions or size_of(request.model)
 
     def _check_key(self, http: HTTPRequest) -> None:
         if self.api_key is None:
@@ -104,17 +104,17 @@ class Desk:
         scheme, _, bearer = http.headers.get("authorization", "").partition(" ")
         key = http.headers.get("api-key") or (bearer if scheme.lower() == "bearer" else "")
         if key != self.api_key:
-            raise RefusedError(wrong_key(key) if key else _NO_KEY)
+            raise RefusedRequestError(wrong_key(key) if key else _NO_KEY)
 
     def _take(self, unit: Unit, amount: int, model: str, now_s: float) -> None:
         exceeded = self.rates.take(unit, amount, now_s)
         if exceeded is not None:
-            raise RefusedError(rate_error(exceeded, model), exceeded.wait_s)
+            raise RefusedRequestError(rate_error(exceeded, model), exceeded.wait_s)
 
 
 def _check_address(http: HTTPRequest) -> None:
     if not _PATH.fullmatch(http.path):
-        raise RefusedError(Wording(404, f"Invalid URL ({http.method} {http.path})"))
+        raise RefusedRequestError(Wording(404, f"Invalid URL ({http.method} {http.path})"))
     if http.method != "POST":
         message = f"Not allowed to {http.method} on {http.path}."
-        raise RefusedError(Wording(405, message, code="method_not_supported"))
+        raise RefusedRequestError(Wording(405, message, code="method_not_supported"))

@@ -1,4 +1,4 @@
-"""How long the event loop was kept from its other work."""
+"""Measures how long the event loop was blocked."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-# Ticks this far apart cost the loop nothing, and a stall is known to within one of them.
+# Ticks at this interval cost almost nothing; a stall is measured to within one of them.
 _TICK_S = 0.001
 
 
 @dataclass(slots=True)
 class Stalls:
-    """What a ticking task saw.
+    """What a ticking task has measured.
 
     Attributes:
-        longest_s: The longest time, in seconds, for which nothing else could run.
+        longest_s: The longest time, in seconds, for which no other task could run.
     """
 
     longest_s: float = 0.0
@@ -24,7 +24,7 @@ class Stalls:
 
 @asynccontextmanager
 async def watch_loop() -> AsyncIterator[Stalls]:
-    """Watch the running loop: `async with watch_loop() as stalls:`, then look at `stalls.longest_s`."""
+    """Measure the running loop: `async with watch_loop() as stalls:`, then read `stalls.longest_s`."""
     stalls = Stalls()
     ticking = asyncio.create_task(_tick(stalls))
     try:

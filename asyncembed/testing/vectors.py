@@ -1,7 +1,7 @@
-"""Vectors that are a pure function of text, model and size; and how a reply spells them. Pure.
+"""Vectors as a pure function of text, model and size, and their encodings in a reply. Pure.
 
-The bytes of a text seed a generator, so equal texts get equal vectors in every process and on every machine, and
-different texts different ones: a row that stands in the wrong place is always seen.
+The bytes of a text seed a generator. So equal texts get equal vectors in every process and on every machine, and
+different texts get different ones: a test notices every row in the wrong place.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import pybase64
 from ..models import lookup
 from ..types import Vectors
 
-# What most open models and text-embedding-3-small have; for models nothing is known of.
+# The size of text-embedding-3-small and of many open models, used for unknown models.
 DEFAULT_DIMENSIONS = 1_536
 
 # The constants of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
 _GAMMA, _MIX_1, _MIX_2 = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
-# Rows of numbers that are written at once: 64 x 1,536 x 16 bytes stay in the cache.
+# Rows of numbers that are formatted at once: 64 x 1,536 x 16 bytes stay in the CPU's cache.
 _ROWS_AT_ONCE = 64
 _FOUR_DIGITS = np.array([list(b"%04d" % n) for n in range(10_000)], np.uint8)
 
 
 def embedding_of(text: str, *, dimensions: int | None = None, model: str = "text-embedding-3-small") -> Vectors:
-    """Return the vector float32[d] which the server answers for this text.
+    """Return the vector float32[d] that the server answers for this text.
 
     Args:
         text: The text as it was sent.
-        dimensions: Its size; None for the model's own. A shorter one is the beginning of the longer one, brought
-            back to unit length, as OpenAI shortens.
+        dimensions: The size of the vector; None for the model's own. A shorter vector is the beginning of the full one,
+            rescaled to unit length, as OpenAI does.
         model: The model's name as it was sent.
     """
     vector: Vectors = embeddings_of([text], dimensions or size_of(model), model)[0]
@@ -50,7 +50,7 @@ def embeddings_of(texts: Sequence[str], dimensions: int, model: str) -> Vectors:
     words ^= words >> np.uint64(27)
     words *= _MIX_2
     words ^= words >> np.uint64(31)
-    # Odd whole numbers from -255 to 255: their squares add up exactly, so every machine finds the same length.
+    # Odd whole numbers from -255 to 255: the sum of their squares is exact, so every machine computes the same length.
     numbers: Vectors = words.astype("<u8", copy=False).view(np.uint8)[:, :dimensions].astype(np.float32)
     numbers *= np.float32(2)
     numbers -= np.float32(255)
@@ -60,7 +60,7 @@ def embeddings_of(texts: Sequence[str], dimensions: int, model: str) -> Vectors:
 
 
 def size_of(model: str) -> int:
-    """Return how many dimensions the model's vectors have, as far as known, else 1,536."""
+    """Return the dimensions of the model's vectors; 1,536 for an unknown model."""
     return lookup(model).dimensions or DEFAULT_DIMENSIONS
 
 
@@ -71,10 +71,11 @@ def as_base64(vectors: Vectors) -> list[bytes]:
 
 
 def as_numbers(vectors: Vectors) -> list[bytes]:
-    """Return each row as a JSON array, for unit vectors exact: parsed and cast it is the same float32 again.
+    """Return each row as a JSON array. Exact for unit vectors: parsed and cast, it is the same float32 again.
 
-    Every number gets sign, point and twelve decimals, so that numpy can write them all at once; the smallest number
-    of a unit vector here is 1 / (255 sqrt(d)), for 3,072 dimensions 7e-5, where float32 is 7e-12 apart.
+    Every number gets a sign, a point and twelve decimals, so that numpy can format all of them at once. The smallest
+    number of a unit vector here is 1 / (255 sqrt(d)), which is 7e-5 for 3,072 dimensions, where neighbouring float32
+    values are 7e-12 apart.
     """
     rows: list[bytes] = []
     for start in range(0, len(vectors), _ROWS_AT_ONCE):

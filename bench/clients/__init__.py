@@ -1,4 +1,4 @@
-"""The libraries that are measured, each used as its documents say and tuned to its best."""
+"""The clients that are measured, each used as its documentation says, with its best settings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Client:
     """One library, or one way to use it.
 
     Attributes:
-        title: Its name in tables.
+        title: The name in tables.
         opener: `module:function` in this package; the function is a `job.Open`.
-        imports: What its user imports, `module:name`; several with commas between.
-        environment: The file in `bench/peers` with its requirements, whose environment it runs in; "" for this one.
-        distribution: What has its version; "" for the standard library.
-        gives_vectors: Whether rows can be looked at; else they are only counted.
-        is_lazy: Whether texts are made as it asks for them.
+        imports: The imports of a user, `module:name`, separated by commas.
+        environment: Its environment, named after its requirements in `bench/peers`; "" for the current one.
+        distribution: The distribution whose version is reported; "" for the standard library.
+        gives_vectors: Whether rows can be checked; else they are only counted.
+        is_lazy: Whether the texts are made while it reads them.
     """
 
     title: str
@@ -118,6 +118,6 @@ CLIENTS = {
     "sqlite-bare": _part("sqlite3, executemany", "parts:bare_sqlite", ""),
     "postgres": _part("**asyncembed**: PostgresSink", "parts:our_postgres"),
     "postgres-bare": _part("asyncpg, executemany, binary", "parts:bare_postgres", "asyncpg"),
-    "import-bare": Client("`import asyncembed`, and nothing of it", "", "asyncembed", "asyncembed"),
+    "import-bare": Client("`import asyncembed` alone", "", "asyncembed", "asyncembed"),
     "import-numpy": Client("`import numpy, asyncio`", "", "numpy,asyncio", "numpy"),
 }

@@ -1,4 +1,4 @@
-"""What a user of a client that sends what it is given writes around it: chunks, a semaphore, and base64 decoded."""
+"""The code that users write around a client that does not batch: chunks, a semaphore, and decoding of base64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.job import Job
 
-# The API's limit of inputs a request (API reference, embeddings.create).
+# The API's limit of inputs per request (API reference, embeddings.create).
 MAX_INPUTS = 2_048
 
 
@@ -29,7 +29,7 @@ async def in_chunks(
 
 
 def float32_rows(vectors: Iterable[str | Sequence[float]], count: int, dimensions: int) -> Any:
-    """Return float32[n, d] of vectors in base64, decoded by the fastest decoder there is, or in numbers."""
+    """Return float32[n, d] from vectors in base64, decoded by pybase64, or in numbers."""
     import numpy as np
     import pybase64
 

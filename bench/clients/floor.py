@@ -1,4 +1,4 @@
-"""The floor: the same requests and answers through sockets of the event loop, nothing parsed, nothing decoded."""
+"""The floor: the same requests and answers through the event loop's sockets, without parsing or decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.job import Embed, Job
 
 
 class Wire:
-    """One connection that is kept open."""
+    """One keep-alive connection."""
 
     def __init__(self, host: str, port: int) -> None:
         self._address = host, port
@@ -51,7 +51,7 @@ class Wire:
 
 
 def body_of(texts: Sequence[str], model: str) -> bytes:
-    """Write a request's body, for texts that need no escaping, as the corpus has none that does."""
+    """Return a request's body. It escapes nothing, as no text of the corpus needs that."""
     return b'{"input":["%b"],"model":"%b","encoding_format":"base64"}' % ('","'.join(texts).encode(), model.encode())
 
 
@@ -66,7 +66,7 @@ async def floor(job: Job) -> AsyncIterator[Embed]:
     async def post(texts: Sequence[str]) -> list[bytearray]:
         wire = free.pop()
         try:
-            # a row for each text, so that it can be counted like any other result
+            # a row for each text, so that the rows can be counted as for other clients
             return [await wire.post(body_of(texts, job.model))] * len(texts)
         finally:
             free.append(wire)

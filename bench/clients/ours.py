@@ -20,13 +20,13 @@ async def with_fast(job: Job) -> AsyncIterator[Embed]:
 
 
 def with_tiktoken(job: Job) -> AbstractAsyncContextManager[Embed]:
-    """As without the extra `fast`. The environment's TIKTOKEN_CACHE_DIR has the vocabulary."""
+    """Without the extra `fast`. TIKTOKEN_CACHE_DIR contains the vocabulary."""
     hide("toktok")
     return with_fast(job)
 
 
 def without_vocabulary(job: Job) -> AbstractAsyncContextManager[Embed]:
-    """As without the extra `fast` on a machine without a network: packed by an upper bound."""
+    """Without the extra `fast` and without a network: packed by an upper bound of the tokens."""
     hide("toktok", "tiktoken")
     return with_fast(job)
 
@@ -52,7 +52,7 @@ def embedder(job: Job) -> Any:
 
 @asynccontextmanager
 async def streamed(job: Job) -> AsyncIterator[Embed]:
-    """Vectors are let go of as they come, as somebody does who writes them to a place of his own."""
+    """Drops each vector after reading it, like a user who writes them elsewhere."""
     async with embedder(job) as client:
 
         async def embed(texts: Sequence[str]) -> Sequence[Any]:
@@ -76,7 +76,7 @@ async def into_sqlite(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def into_postgres(job: Job) -> AsyncIterator[Embed]:
-    """`job.target` is a DSN; the table is this process's own and goes with it."""
+    """Stores in a table of this process, which is dropped afterwards; `job.target` is a DSN."""
     import asyncpg
 
     from asyncembed import PostgresSink

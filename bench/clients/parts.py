@@ -1,4 +1,4 @@
-"""Parts of the way from text to row, each by itself, beside what one would write by hand."""
+"""Single steps from text to row, each compared with simple handwritten code."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def packed_greedily(job: Job) -> AsyncIterator[Embed]:
 
 
 def bodies_of(job: Job) -> Callable[[int], bytes]:
-    """Return a function that gives an answer of so many vectors."""
+    """Return a function that makes the body of a reply with the given number of vectors."""
     from bench.server import items
 
     every = list(items(job.expected_dimensions, floats=job.floats))
@@ -133,7 +133,7 @@ async def decoded_by_json(job: Job) -> AsyncIterator[Embed]:
 
 
 def sinking(job: Job, write: Callable[[Any, Any], Any], new_place: Callable[[], Any]) -> Embed:
-    """Write as many rows as there are texts, each time into a new place, as `bench.sinks` knows how."""
+    """Write a row for each text with a function of `bench.sinks`, each time into a new store."""
     from bench.sinks import make_rows
 
     rows = make_rows(job.count, job.expected_dimensions)

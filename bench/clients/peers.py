@@ -1,4 +1,4 @@
-"""Libraries that batch for their users. Each runs in an environment of its own, which has nothing of ours."""
+"""Other libraries that batch for their users. Each runs in its own environment, without our dependencies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bench.job import Embed, Job
 
 @asynccontextmanager
 async def langchain(job: Job) -> AsyncIterator[Embed]:
-    """Counts tokens with tiktoken and sends their ids, one request after the other: its default."""
+    """The default: counts tokens with tiktoken and sends token ids, one request after the other."""
     yield _langchain(job, check_embedding_ctx_length=True)
 
 
 @asynccontextmanager
 async def langchain_unchecked(job: Job) -> AsyncIterator[Embed]:
-    """Sends the texts as they are, of whatever length."""
+    """Sends the texts without checking their lengths."""
     yield _langchain(job, check_embedding_ctx_length=False)
 
 
@@ -56,7 +56,7 @@ async def llama_index(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def litellm(job: Job) -> AsyncIterator[Embed]:
-    """`aembedding` sends what it is given, so its user writes chunks and semaphore as for the SDK."""
+    """`aembedding` does not batch, so chunks and a semaphore are added as for the SDK."""
     from litellm import aembedding
 
     async def send(texts: Sequence[str]) -> list[list[float]]:
@@ -88,7 +88,7 @@ async def openaivec(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def haystack(job: Job) -> AsyncIterator[Embed]:
-    """One request after the other; the documents are made outside the measured call, as are those of its users."""
+    """Sends one request after the other, its default."""
     from haystack import Document
     from haystack.components.embedders import OpenAIDocumentEmbedder
     from haystack.utils import Secret
@@ -114,7 +114,7 @@ async def haystack(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def baseten(job: Job) -> AsyncIterator[Embed]:
-    """Asks for base64, as it may, and decodes that by hand, since it does not: three times as fast as its arrays."""
+    """Requests base64 and decodes it here, since the client does not: three times as fast as its arrays."""
     client, preference = _baseten(job)
 
     async def embed(texts: Sequence[str]) -> Any:
@@ -128,7 +128,7 @@ async def baseten(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def baseten_arrays(job: Job) -> AsyncIterator[Embed]:
-    """As its documents say: `numpy()` of an answer in numbers."""
+    """As documented: `numpy()` of an answer in numbers."""
     client, preference = _baseten(job)
 
     async def embed(texts: Sequence[str]) -> Any:
@@ -144,7 +144,7 @@ def _baseten(job: Job) -> tuple[Any, Any]:
     preference = RequestProcessingPreference(
         batch_size=min(job.batch or MAX_INPUTS, 1_024),  # the most it allows
         max_concurrent_requests=job.concurrency,
-        max_chars_per_request=1_048_576,  # likewise; its default of 8,000 makes 1,400 requests
+        max_chars_per_request=1_048_576,  # the most it allows; its default of 8,000 makes 1,400 requests
         max_retries=6,  # the most it allows
     )
     return PerformanceClient(base_url=job.base_url.removesuffix("/v1"), api_key="none"), preference

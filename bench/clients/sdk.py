@@ -1,4 +1,4 @@
-"""OpenAI's own SDK: as its README says, and as far as it goes without leaving its public methods."""
+"""OpenAI's SDK, used as its README says, and with the fastest of its public methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from bench.clients.chunks import float32_rows, in_chunks
 from bench.job import Embed, Job
 
-# Its default of two gives up at the third refusal of a request; with rate limits its users raise it.
+# The default of two gives up at the third refusal of a request, so users raise it when rate limits bind.
 MAX_RETRIES = 1_000
 
 
@@ -20,7 +20,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 @asynccontextmanager
 async def documented(job: Job) -> AsyncIterator[Embed]:
-    """`embeddings.create`, and the lists of floats out of its answer."""
+    """`embeddings.create`, and the lists of floats in its reply."""
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=job.base_url, api_key="none", max_retries=MAX_RETRIES) as client:
@@ -34,7 +34,7 @@ async def documented(job: Job) -> AsyncIterator[Embed]:
 
 @asynccontextmanager
 async def raw(job: Job) -> AsyncIterator[Embed]:
-    """`with_raw_response`, and the fastest parser and decoder there are, into float32."""
+    """`with_raw_response`, then jiter and pybase64 into float32."""
     import jiter
     from openai import AsyncOpenAI
 

@@ -1,4 +1,4 @@
-"""Search in your documents: a web app with one embedder for all its requests.
+"""A web app to search in documents, with one embedder for all requests.
 
 python -m examples.web_app
 """

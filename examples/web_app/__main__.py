@@ -1,4 +1,4 @@
-"""`python -m examples.web_app`: the app in uvicorn, set up by the environment."""
+"""`python -m examples.web_app`: runs the app in uvicorn, configured by environment variables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .settings import Settings
 
 
 def main() -> None:
-    """Serve until SIGTERM or Ctrl-C; what is under way then is answered first."""
+    """Serve until SIGTERM or Ctrl-C; requests that are open then are still answered."""
     settings = Settings.read(os.environ)
     uvicorn.run(
         "examples.web_app.app:make_app",
-        factory=True,  # so that each of several workers (WEB_CONCURRENCY) makes its own app, in its own process
+        factory=True,  # each worker process (WEB_CONCURRENCY) makes its own app
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.shutdown_s,

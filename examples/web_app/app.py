@@ -1,4 +1,4 @@
-"""The web app: routes, and the lifespan in which one `DocumentSearch` serves them all."""
+"""The web app: its routes, and the lifespan that opens one `DocumentSearch` for all of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .service import DocumentSearch
 from .settings import Settings
 
 PAGE = (Path(__file__).parent / "page.html").read_text()
-# All the page needs is in it: nothing is loaded from elsewhere, even if somebody smuggled it in.
+# The page contains everything it needs. The browser loads nothing from other hosts, even if a document injects a link.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-# nginx's word for it, for middleware that counts; the client will not read this answer.
+# nginx's status for this case, for middleware that counts; the client does not read this response.
 CLIENT_LEFT = 499
 
 router = APIRouter()
@@ -44,7 +44,7 @@ Service = Annotated[DocumentSearch, Depends(the_search)]
 
 @router.get("/", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
-    """The page to search from."""
+    """The search page."""
     return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
 
@@ -68,9 +68,9 @@ async def put_document(
     # Ids are `name#section`. PUT, which a form on a foreign page cannot send.
     name: Annotated[str, PathParameter(pattern=r"^[^#\x00-\x1f]{1,200}$")],
 ) -> dict[str, Any]:
-    """Store a document, Markdown or plain text, in place of the one of that name; 422 if a section cannot be stored.
+    """Store a document, Markdown or plain text, replacing the one with that name; 422 if a section cannot be stored.
 
-    It is stored to its end even if the client hangs up: unlike an answer, it is not lost then.
+    It is stored even if the client disconnects: unlike the result of a search, it is not lost then.
     """
     stored = await service.put(name, await read_text(request, request.app.state.settings.max_document_bytes))
     report = stored.report
@@ -89,8 +89,8 @@ async def read_text(request: Request, most_bytes: int) -> str:
     """Return the request's body as text.
 
     Raises:
-        HTTPException: It is too long (413; the rest of it stays unread) or no UTF-8 (415).
-        ClientLeftError: The client hung up in the middle of it.
+        HTTPException: It is too long (413; the rest is not read) or not UTF-8 (415).
+        ClientLeftError: The client disconnected before the end of the body.
     """
     body = bytearray()
     try:
@@ -103,19 +103,19 @@ async def read_text(request: Request, most_bytes: int) -> str:
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise HTTPException(415, "A document is text in UTF-8.") from None
+        raise HTTPException(415, "A document must be text in UTF-8.") from None
 
 
 @router.get("/health")
 async def health(service: Service) -> JSONResponse:
-    """Say whether searches can be answered; 503 if not."""
+    """Report whether searches can be answered; 503 if not."""
     found = await service.health()
     return JSONResponse(asdict(found), 200 if found.is_good else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(service: Service) -> PlainTextResponse:
-    """The embedder's counts, for Prometheus."""
+    """The embedder's counts in the format of Prometheus."""
     return PlainTextResponse(metrics.exposition(service.embedder.stats()), media_type=metrics.CONTENT_TYPE)
 
 
@@ -130,9 +130,9 @@ def make_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         async with DocumentSearch.opened(settings) as app.state.service:
-            yield  # the app serves; uvicorn goes on from here once all it had taken is answered
+            yield  # the app serves here; uvicorn continues once all open requests are answered
 
-    # FastAPI's own pages of documentation load scripts from elsewhere
+    # FastAPI's documentation pages load scripts from other hosts
     app = FastAPI(title="Search", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.include_router(router)

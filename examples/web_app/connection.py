@@ -1,4 +1,4 @@
-"""What is worth doing only while somebody waits for it."""
+"""Cancels work for a request when its client disconnects."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ T = TypeVar("T")
 
 
 class ClientLeftError(Exception):
-    """The client hung up; what it asked for has been ended."""
+    """The client has disconnected; the work for it was cancelled."""
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what the work returns; end it if the client hangs up, which a server by itself does not do.
+    """Return the result of the work; cancel it if the client disconnects, which a server does not do by itself.
 
-    The request's body must have been read, if it has one.
+    If the request has a body, it must have been read before.
 
     Raises:
-        ClientLeftError: Nobody waits for the answer any more.
+        ClientLeftError: The client has disconnected.
     """
     task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_hung_up(request))
+    watcher = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -34,9 +34,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         for each in (task, watcher):
             each.cancel()
         await asyncio.wait([task, watcher])
-        task.cancelled() or task.exception()  # seen, or asyncio would log it as lost
+        task.cancelled() or task.exception()  # retrieve the error, or asyncio would log it as never retrieved
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

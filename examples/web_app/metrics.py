@@ -1,4 +1,4 @@
-"""Numbers in the text format that Prometheus reads; no library needed."""
+"""Numbers in the text format of Prometheus, without a library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4"
 
 
 def exposition(stats: Any, prefix: str = "asyncembed") -> str:
-    """Return a line for each number in a dataclass, `embedder.stats()` for instance, and for each in its mappings."""
+    """Return a line for each number in a dataclass such as `embedder.stats()`, and for each number in its mappings."""
     return "".join(f"{prefix}_{name} {number:.17g}\n" for name, number in _numbers(stats))
 
 

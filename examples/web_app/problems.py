@@ -1,4 +1,4 @@
-"""Errors of the library to answers of HTTP: one table, and what a client may know."""
+"""Maps errors of the library to HTTP responses that show nothing internal."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from asyncembed import (
 
 log = logging.getLogger(__name__)
 
-# The first that fits counts, so the narrower kind stands before the wider one.
+# The first match is used, so a subclass precedes its base class.
 _ANSWERS: tuple[tuple[type[AsyncEmbedError], int, str], ...] = (
-    (OverloadedError, 503, "Too many are searching at once. Try again."),
-    (DeadlineError, 504, "This took too long. Try again."),
-    (ProviderError, 502, "The embedding service does not answer as it should. Try again later."),
+    (OverloadedError, 503, "Too many searches at once. Try again."),
+    (DeadlineError, 504, "The request took too long. Try again."),
+    (ProviderError, 502, "The embedding service has failed. Try again later."),
     (SinkBusyError, 503, "The store is busy. Try again."),
-    (SinkError, 503, "The store does not answer as it should. Try again later."),
+    (SinkError, 503, "The store has failed. Try again later."),
     (AsyncEmbedError, 500, "Something went wrong."),
 )
 
 
 async def answer(request: Request, error: Exception) -> JSONResponse:
-    """Tell the client what it can act on, and the log the rest: the library's messages hold no text and no key."""
+    """Return a response that the client can act on; log the details, which contain no text and no key."""
     assert isinstance(error, AsyncEmbedError)
-    if isinstance(error, InputError):  # the client's own mistake, so it is told which
+    if isinstance(error, InputError):  # the client's own mistake, so the client gets the message
         return JSONResponse({"detail": str(error)}, 422)
     log.warning("%s: %s: %s", request.url.path, type(error).__name__, error)
     status, detail = next((status, detail) for kind, status, detail in _ANSWERS if isinstance(error, kind))
-    # whole seconds, at least one (RFC 9110, 10.2.3); who tells no time is asked again soon
+    # whole seconds (RFC 9110, 10.2.3), one if the error names no time
     wait_s = max(1, math.ceil(getattr(error, "retry_after_s", None) or 0))
     return JSONResponse({"detail": detail}, status, {"retry-after": str(wait_s)} if status == 503 else None)

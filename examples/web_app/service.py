@@ -1,4 +1,4 @@
-"""What the app does, without a word about the web: store documents section by section, and find sections again."""
+"""Stores documents section by section and searches them, independent of HTTP."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Store: TypeAlias = SQLiteSink | PostgresSink
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What became of a document: its number of sections, what the run did, and how many old sections are gone."""
+    """The result of storing a document: its sections, the report of the run, and the number of old sections deleted."""
 
     sections: int
     report: IngestReport
@@ -40,13 +40,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What provider and store say of themselves: "ok", or the name of the error.
+    """The state of provider and store: "ok", or the name of an error.
 
     Attributes:
-        provider: Whether key, address, model and dimensions are right, and vectors come.
-        store: Whether the store answers.
+        provider: "ok" if key, address, model and dimensions are right and vectors arrive.
+        store: "ok" if the store answers.
         model: The embedding model.
-        latency_s: Seconds that the provider took; None if it did not answer.
+        latency_s: The response time of the provider in seconds; None if it did not answer.
     """
 
     provider: str
@@ -61,11 +61,11 @@ class Health:
 
 
 class DocumentSearch:
-    """Documents in a store, and the one embedder that all requests share.
+    """Documents in a store, and the embedder that all requests share.
 
     Args:
-        embedder: Stays open.
-        store: Stays open.
+        embedder: Not closed by this class.
+        store: Not closed by this class.
         settings: Deadlines and sizes.
     """
 
@@ -81,9 +81,9 @@ class DocumentSearch:
     @classmethod
     @asynccontextmanager
     async def opened(cls, settings: Settings) -> AsyncGenerator[DocumentSearch, None]:
-        """Yield the one service of this process; on the way out what is under way is waited for, then all is closed."""
+        """Yield the service of this process; at the end, wait for work in flight and close embedder and store."""
         cache = True if settings.embedding_cache == "memory" else settings.embedding_cache or None
-        # The embedder is closed first, so that what it has under way can still be stored.
+        # The embedder is closed first, so that its batches in flight can still be stored.
         async with (
             open_sink(settings.database_url) as store,
             Embedder(settings.embedding_model, cache=cache, max_waiting=settings.max_waiting) as embedder,
@@ -91,8 +91,8 @@ class DocumentSearch:
             await store.prepare(embedder.model, embedder.dimensions)
             service = cls(embedder, store, settings)
             await service._warm_up()
-            # What is loaded by now stays. The garbage collector, which looked through all of it now and then, kept the
-            # loop for up to 100 ms each time (`python -m tests.examples.load`).
+            # The objects that exist now live as long as the process. Without this, each full garbage collection visits
+            # them and blocks the loop for up to 100 ms (`python -m tests.examples.load`).
             gc.collect()
             gc.freeze()
             try:
@@ -101,27 +101,27 @@ class DocumentSearch:
                 gc.unfreeze()
 
     async def _warm_up(self) -> None:
-        """Load now what the first requests would wait for. If the provider does not answer, `/health` will tell."""
+        """Load what the first requests would wait for. If the provider does not answer, `/health` reports it."""
         await self.health()  # the provider's driver
         await self.embedder.plan(["ready"])  # the tokenizer; this sends nothing
 
     async def search(self, question: str, k: int) -> list[Hit]:
         """Return the k sections nearest to the question, best first.
 
-        Searches that come at once share a request to the provider, and go before documents that are being stored.
+        Concurrent searches share a request to the provider, and have priority over documents that are being stored.
         """
         model = self.embedder.model
         vector = await self.embedder.embed_one(question, deadline=self._settings.search_deadline_s)
         return await self._store.search(vector, k, model=model)
 
     async def put(self, name: str, text: str) -> Stored:
-        """Store a document in place of what was stored under its name; unchanged sections are not embedded again.
+        """Store a document, replacing the one with that name; unchanged sections are not embedded again.
 
         Raises:
-            AsyncEmbedError: What was embedded is stored; doing it again does the rest.
+            AsyncEmbedError: The embedded sections are stored; the next call does the rest.
         """
-        # Two versions of one document at once would delete each other's sections. Several workers do not know of each
-        # other: there, the last of two versions should be stored once more.
+        # Two versions of a document at once would delete each other's sections. The lock holds in this process only:
+        # with several workers, the later version should be stored again.
         async with self._writing.setdefault(name, asyncio.Lock()):
             sections = await asyncio.to_thread(self._split, name, text)
             report = await ingest(sections, self.embedder, self._store, deadline=self._settings.document_deadline_s)
@@ -134,16 +134,16 @@ class DocumentSearch:
         return list(chunks(lines, name, self._splitter))
 
     async def _delete(self, name: str, kept: set[str]) -> int:
-        """Delete the document's sections but for those that are kept. Ids are `name#…`, and no name has a `#`."""
+        """Delete the document's sections except those that are kept. Ids are `name#…`, and no name contains a `#`."""
         model = self.embedder.model
-        # looks through all ids, a page at a time: for many documents, note each one's ids in a table of your own
+        # reads all ids, page by page; for many documents, keep the ids of each document in a separate table
         gone = [id async for id in self._store.ids(model) if id.startswith(f"{name}#") and id not in kept]
         return await self._store.delete(gone, model) if gone else 0
 
     async def health(self) -> Health:
-        """Return what provider and store said at most `check_every_s` seconds ago, so that probes cost little."""
+        """Return a state that is at most `check_every_s` seconds old, so that probes cost little."""
         now_s = asyncio.get_running_loop().time
-        async with self._checking:  # probes that come at once share one check
+        async with self._checking:  # concurrent probes share one check
             if self._checked is None or now_s() - self._checked[0] > self._settings.check_every_s:
                 self._checked = now_s(), await self._check()
             return self._checked[1]

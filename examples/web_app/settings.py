@@ -1,4 +1,4 @@
-"""What the app is told from outside: environment variables, and nothing else."""
+"""The app's settings, read from environment variables."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Each is read from the variable of its name in capitals. The provider's key and address the `Embedder` reads.
+    """Each setting is read from the variable with its name in capitals; the `Embedder` reads its own key and URL.
 
     Attributes:
-        host, port: Where to listen; port 0 is any free one.
+        host, port: The address to listen at; port 0 is any free port.
         embedding_model: "local" needs no key and no network.
-        embedding_cache: Where questions and sections that were embedded before are remembered: "memory", the path of an
-            SQLite file that several workers may share, or nothing.
-        database_url: The path of an SQLite file, or `postgresql://…`, which may hold a password.
-        max_waiting: Texts that may wait for the provider; who comes then is told to come back later.
-        search_deadline_s: Seconds for one search, waiting included.
+        embedding_cache: The cache of embedded questions and sections: "memory", the path of an SQLite file that several
+            workers may share, or empty for none.
+        database_url: The path of an SQLite file, or `postgresql://…`, which may contain a password.
+        max_waiting: Limit of texts that wait for the provider; further requests get 503 with `Retry-After`.
+        search_deadline_s: Seconds for one search, including the time in the queue.
         document_deadline_s: Seconds for one document.
-        max_document_bytes: A larger one is refused, and not read to its end.
-        section_tokens: The most tokens that a section of a document has.
-        check_every_s: For how many seconds `/health` believes what provider and store said.
-        shutdown_s: Seconds for requests that are under way when the server is asked to end.
+        max_document_bytes: A larger document is refused, and not read to its end.
+        section_tokens: The largest number of tokens in a section of a document.
+        check_every_s: For how many seconds `/health` reuses the last check.
+        shutdown_s: Seconds for open requests when the server shuts down.
     """
 
     host: str = "127.0.0.1"
@@ -44,7 +44,7 @@ class Settings:
         """Return the settings of an environment, for instance `os.environ`.
 
         Raises:
-            ValueError: A number is none. The message names its variable.
+            ValueError: A value is not a number. The message names the variable.
         """
         given: dict[str, Any] = {}
         for one in fields(cls):

@@ -1,4 +1,4 @@
-"""The bench itself: its server answers rightly, its clients measure, its tables say what was measured."""
+"""The benchmarks themselves: the server's answers, the clients' measurements, and the tables."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_inputs_are_counted_without_parsing(given: object, count: int, style: di
     assert (asked.inputs, asked.base64) == (count, True)
 
 
-def test_texts_are_charged_by_bytes_and_ids_by_what_their_texts_would_be() -> None:
+def test_texts_are_charged_by_bytes_and_token_ids_by_their_average_bytes() -> None:
     assert read_body(json.dumps({"input": ["a" * 400, "b" * 40]}).encode()).tokens == 110  # 440 / 4
     assert read_body(json.dumps({"input": [[5, 6, 7], [8]]}).encode()).tokens == 6  # 4 * 6.1 / 4
 
 
-def test_a_text_of_the_corpus_costs_as_much_in_ids_as_in_bytes() -> None:
+def test_a_text_of_the_corpus_costs_the_same_as_token_ids() -> None:
     toktok = pytest.importorskip("toktok")
     texts = sections(500)
     ids = [[0] * count for count in toktok.batch_count(texts, "cl100k_base", threads=1)]
@@ -101,30 +101,30 @@ def test_a_body_without_input_is_refused() -> None:
         read_body(b'{"model":"m"}')
 
 
-def test_every_input_gets_the_vector_of_its_index_in_base64(base_url: str) -> None:
+def test_each_input_gets_the_vector_of_its_index_in_base64(base_url: str) -> None:
     data = post(base_url, input=["a"] * 300, encoding_format="base64")["data"]
     assert [item["index"] for item in data] == list(range(300))
     rows = np.array([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in data])
     assert np.array_equal(rows, vectors(256)[np.arange(300) % 256])
 
 
-def test_who_does_not_ask_for_base64_gets_the_same_vectors_in_numbers(base_url: str) -> None:
+def test_without_base64_the_same_vectors_are_sent_as_numbers(base_url: str) -> None:
     data = post(base_url, input=["a", "b"])["data"]
     assert np.array_equal(np.array([item["embedding"] for item in data], np.float32), vectors(256)[:2])
 
 
-def test_more_inputs_than_the_api_takes_are_refused(base_url: str) -> None:
+def test_more_inputs_than_the_limit_are_refused(base_url: str) -> None:
     assert refused(base_url, input=["a"] * 2_049).code == 400
 
 
-def test_requests_are_counted_until_they_are_forgotten(base_url: str) -> None:
+def test_requests_are_counted_until_the_counts_are_reset(base_url: str) -> None:
     stats(base_url, "DELETE")
     post(base_url, input=["a" * 400, "b"])
     assert stats(base_url) == {"requests": 1, "refusals": 0, "inputs": 2, "tokens": 100}
     assert stats(base_url, "DELETE")["requests"] == 0
 
 
-def test_a_request_for_more_tokens_than_there_are_is_told_when_to_come_again() -> None:
+def test_a_request_over_the_token_limit_gets_429_with_retry_after() -> None:
     # 60 a minute is one a second; three seconds of it are 3 tokens
     with server(["--dimensions", "8", "--tokens-per-minute", "60", "--burst", "3"]) as limited:
         post(limited, input="a" * 8)
@@ -139,7 +139,7 @@ def test_a_request_for_more_tokens_than_there_are_is_told_when_to_come_again() -
 
 
 @pytest.mark.parametrize("client", ["floor", "openai", "openai-raw", "asyncembed"])
-def test_a_client_measures_itself_in_a_process_of_its_own(client: str, job: Job) -> None:
+def test_a_client_is_measured_in_its_own_process(client: str, job: Job) -> None:
     measured = measure(replace(job, client=client))
     assert isinstance(measured, Measured), measured
     assert (measured.client, measured.count) == (client, 300)
@@ -151,19 +151,19 @@ def test_a_client_measures_itself_in_a_process_of_its_own(client: str, job: Job)
     assert measured.peak_mb >= measured.start_mb > 0
 
 
-def test_a_client_that_fails_tells_why(job: Job) -> None:
-    told = measure(replace(job, client="openai-raw", expected_dimensions=1_536))  # the server has 256
-    assert isinstance(told, str)
-    assert "ValueError" in told
+def test_a_client_that_fails_reports_its_error(job: Job) -> None:
+    error = measure(replace(job, client="openai-raw", expected_dimensions=1_536))  # the server has 256
+    assert isinstance(error, str)
+    assert "ValueError" in error
 
 
-def test_an_import_is_measured_by_itself(job: Job) -> None:
+def test_an_import_is_measured_alone(job: Job) -> None:
     measured = measure(Job("asyncembed", "", "", 1), imports_only=True)
     assert isinstance(measured, Measured), measured
     assert measured.seconds == measured.import_s > 0
 
 
-def test_texts_beyond_the_file_are_different_ones() -> None:
+def test_texts_beyond_the_file_are_distinct() -> None:
     texts = Texts(["a", "b"], 5)
     assert list(texts) == ["a", "b", "2 a", "3 b", "4 a"]
     assert texts[1:3] == ["b", "2 a"]
@@ -173,7 +173,7 @@ def test_texts_beyond_the_file_are_different_ones() -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-def test_a_scenario_names_only_clients_that_there_are(scenario: Scenario) -> None:
+def test_a_scenario_names_only_existing_clients(scenario: Scenario) -> None:
     assert set(scenario.clients) <= set(CLIENTS)
     assert scenario.ours in scenario.clients
 
@@ -191,7 +191,7 @@ def one(client: str, count: int, seconds: float, **more: Any) -> Measured:
     return Measured(client, "1.0", count, seconds, cpu_s=0.0, import_s=0.0, **more)
 
 
-def test_ratios_are_medians_over_rounds_of_the_time_for_one_text() -> None:
+def test_ratios_are_medians_over_rounds_of_the_time_per_text() -> None:
     table = Table(SCENARIOS["bulk"])
     for ours_s, floor_s in ((4.0, 1.0), (3.0, 1.0), (9.0, 9.0)):
         table.add("asyncembed", one("asyncembed", 100, ours_s))
@@ -202,14 +202,14 @@ def test_ratios_are_medians_over_rounds_of_the_time_for_one_text() -> None:
     assert row.split("|")[2:5] == [" 100 ", " 4.00 ", " 25 "]
 
 
-def test_a_table_says_who_failed() -> None:
+def test_a_table_names_the_clients_that_failed() -> None:
     table = Table(SCENARIOS["bulk"])
     table.add("asyncembed", one("asyncembed", 100, 1.0))
     table.add("litellm", "TimeoutError: too slow")
     assert "LiteLLM failed: TimeoutError: too slow" in table.markdown()
 
 
-def test_the_ideal_is_what_the_rate_lets_flow() -> None:
+def test_the_ideal_time_follows_from_the_rate_limit() -> None:
     table = Table(SCENARIOS["rates"])
     # a million tokens at a third of a million a second, less 1.5 s of burst, and 0.05 s for the last answer: 1.55 s
     table.add("asyncembed", one("asyncembed", 100, 3.1, tokens=1_000_000))

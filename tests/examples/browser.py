@@ -1,4 +1,4 @@
-"""Chromium, driven through chromedriver by plain W3C WebDriver calls (w3.org/TR/webdriver2); no library."""
+"""Controls Chromium through chromedriver with plain W3C WebDriver calls (w3.org/TR/webdriver2), without a library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ DRIVER = shutil.which("chromedriver")
 
 _FLAGS = (
     "--headless",
-    "--no-sandbox",  # so that it runs as root, too; it sees nothing but our own page
+    "--no-sandbox",  # so that it also runs as root; it opens only our own page
+    "--disable-dev-shm-usage",  # containers often have a small /dev/shm, in which Chromium crashes
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -27,7 +28,7 @@ _FLAGS = (
     "--disable-sync",
     "--window-size=900,900",
 )
-# How long `wait_for` looks for what it wants before it gives up.
+# The timeout of `wait_for`.
 _PATIENCE_MS = 20_000
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in WebDriver's JSON
 _KEYS = {"Enter": "\ue007", "ArrowDown": "\ue015", "ArrowUp": "\ue013"}
@@ -60,17 +61,17 @@ class Browser:
         self.call("POST", "url", {"url": url})
 
     def ask(self, script: str) -> Any:
-        """Return what an expression in JavaScript is."""
+        """Return the value of a JavaScript expression."""
         return self.call("POST", "execute/sync", {"script": f"return {script}", "args": []})
 
     def wait_for(self, condition: str) -> Any:
-        """Wait until an expression in JavaScript is true; return what it is."""
+        """Wait until a JavaScript expression is true; return its value."""
         found = self.call("POST", "execute/async", {"script": _WAIT, "args": [condition, _PATIENCE_MS]})
-        assert found, f"{condition} did not come true; the page says: {self.ask('document.body.innerText')}"
+        assert found, f"{condition} did not become true; the page shows: {self.ask('document.body.innerText')}"
         return found
 
     def type(self, text: str, *, into: str | None = None) -> None:
-        """Type a text, or a key by its name, into an element, or wherever the focus is."""
+        """Type a text, or a key by its name, into an element; None for the element with the focus."""
         target = (
             self.call("GET", "element/active")
             if into is None
@@ -79,13 +80,13 @@ class Browser:
         self.call("POST", f"element/{target[_ELEMENT]}/value", {"text": _KEYS.get(text, text)})
 
     def picture(self) -> bytes:
-        """Return the window as PNG."""
+        """Return a screenshot of the window as PNG."""
         return base64.b64decode(self.call("GET", "screenshot"))
 
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[Browser]:
-    """Start driver and browser, with a profile of their own in the folder; end both afterwards."""
+    """Start driver and browser with a new profile in the folder; stop both afterwards."""
     assert DRIVER is not None
     options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={folder / 'profile'}"]}
     with subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
@@ -109,4 +110,4 @@ def _address(driver: subprocess.Popen[str]) -> str:
     for line in driver.stdout:
         if found := re.search(r"started successfully on port (\d+)", line):
             return f"http://127.0.0.1:{found[1]}"
-    raise AssertionError("chromedriver ended before it told its port")
+    raise AssertionError("chromedriver exited before it printed its port")

@@ -1,4 +1,4 @@
-"""Stores for the examples, as the addresses they are given; and the web app as clients of it see it."""
+"""Fixtures for the examples: addresses of empty stores, and the web app with a client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.web_app.app import make_app
 from examples.web_app.settings import Settings
 
 OpenApp: TypeAlias = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
-"""Starts the app with the given settings; yields a client of it, whose transport knows the app."""
+"""Starts the app with the given settings and yields a client that calls it in this process."""
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

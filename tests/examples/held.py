@@ -1,4 +1,4 @@
-"""A provider that keeps its answer until the test says so."""
+"""A fault that holds back an answer until the test releases it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncembed.testing import Fault
 
 @dataclass(frozen=True)
 class Held(Fault):
-    """The right answer, once it is let go."""
+    """The correct answer, sent when the gate is opened."""
 
     gate: asyncio.Event
 

@@ -1,9 +1,9 @@
-"""The web app on a busy bad day: many searches, clients that hang up, documents stored beside, a faulty provider.
+"""A load test of the web app: many searches, clients that disconnect, concurrent documents, a faulty provider.
 
     python -m tests.examples.load --seconds 60
 
-Every stored section has a text of its own, and is searched for by that text: the best hit must be that very section,
-or somebody got a wrong vector. Prints one line of JSON.
+Every stored section has a unique text and is searched for by that text. The best hit must be that section, or a caller
+got a wrong vector. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from tests.examples.server import WebApp, provider, web_app
 SECTIONS = 200
 BULK_SECTIONS = 300
 DIMENSIONS = 64
-# Without a cache, so that every search travels.
+# Without a cache, so that every search needs a request.
 ENVIRONMENT = {"EMBEDDING_MODEL": "text-embedding-3-small", "EMBEDDING_CACHE": "", "OPENAI_API_KEY": "any"}
 
 
 @dataclass(slots=True)
-class Day:
-    """What happened.
+class LoadResults:
+    """The results of a load test.
 
     Attributes:
-        searches: Searches answered well.
-        wrong: Of these, those whose best hit was another section than the one that was asked for.
-        hung_up: Searches whose client left.
-        documents: Documents stored beside.
-        refused: Answers that were none of these, by status.
-        latencies_s: Of the searches that were answered.
-        rss_mb: The app's memory, after a while and at the end.
-        stall_ms, busy_ms: The longest turn of its loop, by the clock, and of work of its own.
-        exit_code: How it ended after SIGTERM.
+        searches: Searches with status 200.
+        wrong: Searches whose best hit was another section than the right one.
+        disconnected: Searches whose client disconnected.
+        documents: Documents stored at the same time.
+        refused: All other responses, by status.
+        latencies_s: Seconds of each search with status 200.
+        rss_mb: The app's memory, measured every five seconds.
+        stall_ms, busy_ms: The longest time for which the loop ran no other task, by wall clock and by its own CPU time.
+        exit_code: The exit code after SIGTERM.
     """
 
     searches: int = 0
     wrong: int = 0
-    hung_up: int = 0
+    disconnected: int = 0
     documents: int = 0
     refused: Counter[int] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Day:
     log: str = ""
 
     def summary(self) -> dict[str, object]:
-        """Return it in a few numbers."""
+        """Return the results in a few numbers."""
         values = dataclasses.asdict(self)
         del values["log"], values["latencies_s"]
         cuts = statistics.quantiles(self.latencies_s, n=100)
@@ -73,7 +73,7 @@ class Day:
 
 
 def document(name: str, sections: int, version: int = 0) -> str:
-    """A text in Markdown with so many sections, each like no other."""
+    """Return a text in Markdown with that number of sections, all different."""
     return "".join(f"# {number}\n\n{name} {version} says {number}\n\n" for number in range(sections))
 
 
@@ -82,21 +82,21 @@ def question(number: int) -> str:
 
 
 class Client:
-    """One connection that asks one thing after the other; HTTP by hand, since the client must not be the bottleneck."""
+    """One connection that searches again and again. It writes HTTP itself, so that the client is not the bottleneck."""
 
-    def __init__(self, app: WebApp, day: Day, dice: random.Random, hang_ups: float) -> None:
+    def __init__(self, app: WebApp, results: LoadResults, dice: random.Random, disconnects: float) -> None:
         self._host = httpx.URL(app.url)
-        self._day = day
+        self._results = results
         self._dice = dice
-        self._hang_ups = hang_ups
+        self._disconnects = disconnects
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def run(self, is_over: Callable[[], bool]) -> None:
-        """Search until it is over."""
+        """Search until the test is over."""
         try:
             while not is_over():
                 number = self._dice.randrange(SECTIONS)
-                if self._dice.random() < self._hang_ups:
+                if self._dice.random() < self._disconnects:
                     await self._leave_early(number)
                 else:
                     await self._search(number)
@@ -116,18 +116,18 @@ class Client:
         begun = time.perf_counter()
         status, body = await self._ask(number)
         if status != 200:
-            self._day.refused[status] += 1
+            self._results.refused[status] += 1
             return
-        self._day.latencies_s.append(time.perf_counter() - begun)
-        self._day.searches += 1
+        self._results.latencies_s.append(time.perf_counter() - begun)
+        self._results.searches += 1
         [best] = json.loads(body)["hits"]
-        self._day.wrong += best["id"] != f"fixed.md#{number}-1"
+        self._results.wrong += best["id"] != f"fixed.md#{number}-1"
 
     async def _leave_early(self, number: int) -> None:
         asking = asyncio.ensure_future(self._ask(number))
         await asyncio.wait([asking], timeout=self._dice.random() * 0.05)
         if not asking.done():
-            self._day.hung_up += 1
+            self._results.disconnected += 1
         asking.cancel()
         await asyncio.wait([asking])
         await self._close()
@@ -138,23 +138,23 @@ class Client:
             self._streams = None
 
 
-async def store_beside(app: WebApp, day: Day, over: asyncio.Event) -> None:
-    """Store one version of a large document after the other."""
+async def store_documents(app: WebApp, results: LoadResults, over: asyncio.Event) -> None:
+    """Store new versions of a large document until the test is over."""
     async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
         version = 0
         while not over.is_set():
             version += 1
             response = await client.put("/documents/bulk.md", content=document("bulk", BULK_SECTIONS, version))
             if response.status_code == 200:
-                day.documents += 1
+                results.documents += 1
             else:
-                day.refused[response.status_code] += 1
+                results.refused[response.status_code] += 1
 
 
-async def watch(app: WebApp, day: Day, over: asyncio.Event) -> None:
-    """Note the app's memory from time to time."""
+async def record_memory(app: WebApp, results: LoadResults, over: asyncio.Event) -> None:
+    """Record the app's memory every five seconds."""
     while not over.is_set():
-        day.rss_mb.append(round(app.rss_bytes() / 1e6, 1))
+        results.rss_mb.append(round(app.rss_bytes() / 1e6, 1))
         try:
             async with asyncio.timeout(5):
                 await over.wait()
@@ -162,40 +162,40 @@ async def watch(app: WebApp, day: Day, over: asyncio.Event) -> None:
             continue
 
 
-async def live(
-    app: WebApp, is_enough: Callable[[Day], bool], *, clients: int, hang_ups: float, bulk: bool = True
-) -> Day:
-    """Have a day until it is enough, and end it with SIGTERM."""
-    day, over, dice = Day(), asyncio.Event(), random.Random(0)
+async def run_load(
+    app: WebApp, is_enough: Callable[[LoadResults], bool], *, clients: int, disconnects: float, bulk: bool = True
+) -> LoadResults:
+    """Run the load until `is_enough`, then stop the app with SIGTERM."""
+    results, over, dice = LoadResults(), asyncio.Event(), random.Random(0)
     async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
         (await client.put("/documents/fixed.md", content=document("fixed", SECTIONS))).raise_for_status()
 
     async def search(client: Client) -> None:
-        await client.run(lambda: is_enough(day))
+        await client.run(lambda: is_enough(results))
         over.set()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
-            group.create_task(search(Client(app, day, dice, hang_ups)))
+            group.create_task(search(Client(app, results, dice, disconnects)))
         if bulk:
-            group.create_task(store_beside(app, day, over))
-        group.create_task(watch(app, day, over))
+            group.create_task(store_documents(app, results, over))
+        group.create_task(record_memory(app, results, over))
     app.process.send_signal(signal.SIGTERM)
-    day.exit_code = await asyncio.to_thread(app.wait)
-    day.log = app.log
+    results.exit_code = await asyncio.to_thread(app.wait)
+    results.log = app.log
     if turn := re.search(r"longest turn (.*) ms, busy (.*) ms", app.log):
-        day.stall_ms, day.busy_ms = float(turn[1]), float(turn[2])
-    return day
+        results.stall_ms, results.busy_ms = float(turn[1]), float(turn[2])
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--hang-ups", type=float, default=0.05)
+    parser.add_argument("--disconnects", type=float, default=0.05)
     parser.add_argument("--faults", type=float, default=0.05)
-    parser.add_argument("--no-bulk", dest="bulk", action="store_false", help="store no documents beside")
-    parser.add_argument("--store", help="postgresql://…; SQLite by default")
+    parser.add_argument("--no-bulk", dest="bulk", action="store_false", help="store no documents meanwhile")
+    parser.add_argument("--store", help="postgresql://…; default: SQLite")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, provider(DIMENSIONS, 0.02, options.faults) as base_url:
         environment = {**ENVIRONMENT, "OPENAI_BASE_URL": base_url}
@@ -203,9 +203,9 @@ def main() -> None:
             environment["DATABASE_URL"] = options.store
         with web_app(Path(folder), watched=True, **environment) as app:
             end_s = time.monotonic() + options.seconds
-            few = {"clients": options.clients, "hang_ups": options.hang_ups, "bulk": options.bulk}
-            day = asyncio.run(live(app, lambda _: time.monotonic() > end_s, **few))
-    sys.stdout.write(json.dumps(day.summary()) + "\n")
+            few = {"clients": options.clients, "disconnects": options.disconnects, "bulk": options.bulk}
+            results = asyncio.run(run_load(app, lambda _: time.monotonic() > end_s, **few))
+    sys.stdout.write(json.dumps(results.summary()) + "\n")
 
 
 if __name__ == "__main__":

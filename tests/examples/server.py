@@ -1,4 +1,4 @@
-"""The web app as a process of its own, as `python -m examples.web_app` starts it."""
+"""Runs the web app in a separate process, as `python -m examples.web_app` does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class WebApp:
-    """A running server, and what it has said so far: read at once, so that it never waits for its reader."""
+    """A running server and its log. A thread reads the log, so that the server never blocks on a full pipe."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -39,18 +39,18 @@ class WebApp:
         self._lines.put(None)
 
     def wait_for(self, words: str) -> None:
-        """Wait until a further line of the log has these words."""
+        """Wait until a new line of the log contains these words."""
         while (line := self._lines.get()) is not None:
             if words in line:
                 return
-        raise AssertionError(f"it ended without saying {words!r}:\n{self.log}")
+        raise AssertionError(f"the server exited without logging {words!r}:\n{self.log}")
 
     def rss_bytes(self) -> int:
-        """The memory it has now (Linux)."""
+        """Return the resident memory of the process (Linux)."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def wait(self) -> int:
-        """Wait for its end; return the exit code."""
+        """Wait until the process exits; return the exit code."""
         code = self.process.wait(timeout=30)
         self._reader.join()
         return code
@@ -58,12 +58,12 @@ class WebApp:
 
 @contextmanager
 def web_app(folder: Path, *, watched: bool = False, **environment: str) -> Iterator[WebApp]:
-    """Start it on a free port, with a store in the folder; kill it afterwards if it still runs."""
+    """Start the app on a free port, with a store in the folder; kill it afterwards if it still runs."""
     command = ["examples.web_app"]
     if watched:
         command = ["uvicorn", "tests.examples.watched:make_app", "--factory", "--port=0", "--no-access-log"]
-    surroundings = {"PORT": "0", "DATABASE_URL": str(folder / "search.db"), **environment}
-    with _process(*command, stderr=subprocess.PIPE, **surroundings) as process:
+    variables = {"PORT": "0", "DATABASE_URL": str(folder / "search.db"), **environment}
+    with _process(*command, stderr=subprocess.PIPE, **variables) as process:
         app = WebApp(process)
         try:
             app.wait_for("running on http")
@@ -75,7 +75,7 @@ def web_app(folder: Path, *, watched: bool = False, **environment: str) -> Itera
 
 @contextmanager
 def provider(dimensions: int, latency_s: float, fault_rate: float) -> Iterator[str]:
-    """Start the server that stands for OpenAI as a process; yield its address."""
+    """Start the test server for embeddings in a separate process; yield its address."""
     options = {"dimensions": dimensions, "latency": latency_s, "fault-rate": fault_rate}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with _process("asyncembed.testing", *arguments, stdout=subprocess.PIPE) as process:

@@ -1,4 +1,4 @@
-"""The page as people meet it: in a real browser, with a keyboard."""
+"""The search page in a real browser, used by keyboard."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def app(tmp_path: Path) -> Iterator[WebApp]:
 
 @dataclass(frozen=True)
 class Held(Fault):
-    """The right answer, once it is let go."""
+    """The correct answer, sent when the gate is opened."""
 
     gate: threading.Event
 
@@ -64,10 +64,10 @@ def store(app: WebApp) -> None:
     httpx.put(f"{app.url}/documents/notes.md", content=DOCUMENT).raise_for_status()
 
 
-def test_what_is_typed_is_searched_for_and_the_nearest_comes_first(app: WebApp, browser: Browser) -> None:
+def test_typing_a_question_shows_the_nearest_section_first(app: WebApp, browser: Browser) -> None:
     store(app)
     browser.open(app.url)
-    browser.type("how do I make a loaf?")  # the question has the focus from the beginning
+    browser.type("how do I make a loaf?")  # the question has the focus when the page opens
     browser.wait_for(f"{STATUS} === '3 sections, the nearest first'")
     assert browser.ask(HITS)[0] == "notes.md#bread-1"
     assert "let the dough rest" in browser.ask("document.querySelector('#hits li p').textContent")
@@ -83,7 +83,7 @@ def test_a_link_to_a_search_shows_its_results(app: WebApp, browser: Browser) -> 
     assert browser.ask("document.getElementById('question').value") == "flat tyre"
 
 
-def test_the_keyboard_goes_through_the_results_and_back(app: WebApp, browser: Browser) -> None:
+def test_arrow_keys_move_through_the_results_and_slash_back_to_the_question(app: WebApp, browser: Browser) -> None:
     store(app)
     browser.open(f"{app.url}/?q=bread")
     first, second, _ = browser.wait_for(f"{HITS}.length === 3 && {HITS}")
@@ -101,7 +101,7 @@ def test_the_keyboard_goes_through_the_results_and_back(app: WebApp, browser: Br
     assert browser.ask("document.getElementById('question').value") == "bread"  # the slash was not typed
 
 
-def test_a_document_is_shown_as_text_whatever_is_in_it(app: WebApp, browser: Browser) -> None:
+def test_html_in_a_document_is_shown_as_text(app: WebApp, browser: Browser) -> None:
     store(app)
     browser.open(f"{app.url}/?q=tricks")
     browser.wait_for(f"{HITS}.length === 3")
@@ -110,7 +110,7 @@ def test_a_document_is_shown_as_text_whatever_is_in_it(app: WebApp, browser: Bro
     assert browser.ask("document.title") == "tricks - Search"
 
 
-def test_an_empty_store_says_what_to_do_and_a_document_can_be_added(app: WebApp, browser: Browser) -> None:
+def test_an_empty_store_shows_a_hint_and_a_document_can_be_added(app: WebApp, browser: Browser) -> None:
     browser.open(f"{app.url}/?q=bread")
     browser.wait_for(f"{STATUS}.startsWith('Nothing is stored yet')")
     browser.ask("document.getElementById('adding').open = true")
@@ -121,7 +121,7 @@ def test_an_empty_store_says_what_to_do_and_a_document_can_be_added(app: WebApp,
     assert added == "1 section: 1 stored, 0 unchanged, 0 deleted."
 
 
-def test_an_error_is_said_where_the_results_were(app: WebApp, browser: Browser) -> None:
+def test_an_error_replaces_the_results(app: WebApp, browser: Browser) -> None:
     store(app)
     browser.open(f"{app.url}/?q=bread")
     browser.wait_for(f"{HITS}.length === 3")
@@ -134,7 +134,7 @@ def test_an_error_is_said_where_the_results_were(app: WebApp, browser: Browser) 
     assert browser.ask("document.getElementById('hits').ariaBusy") == "false"
 
 
-def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: Browser) -> None:
+def test_the_page_shows_that_it_searches_and_what_failed(tmp_path: Path, browser: Browser) -> None:
     gate = threading.Event()
     environment = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
     with (
@@ -142,7 +142,7 @@ def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: B
         web_app(tmp_path, OPENAI_BASE_URL=provider.base_url, **environment) as app,
         ExitStack() as stack,
     ):
-        stack.callback(gate.set)  # a failed test must not leave a thread that waits
+        stack.callback(gate.set)  # a failed test must not leave a waiting thread
         store(app)
         provider.faults = script([Held(gate)], then=InvalidKey())
         browser.open(f"{app.url}/?q=bread")
@@ -150,5 +150,5 @@ def test_it_says_that_it_searches_and_what_went_wrong(tmp_path: Path, browser: B
         gate.set()
         browser.wait_for(f"{HITS}.length === 3 && document.getElementById('hits').ariaBusy === 'false'")
         browser.type(" and butter", into="#question")
-        browser.wait_for(f"{STATUS} === 'The embedding service does not answer as it should. Try again later.'")
+        browser.wait_for(f"{STATUS} === 'The embedding service has failed. Try again later.'")
         assert browser.ask(HITS) == []

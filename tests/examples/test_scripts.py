@@ -1,4 +1,4 @@
-"""The script and the transfer run as their first lines say, and show what they promise."""
+"""The script and the transfer run with their documented commands and do what they promise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(module: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_script_embeds_only_what_changed_and_finds_the_right_note() -> None:
+def test_the_script_embeds_only_the_changed_note_and_finds_the_right_one() -> None:
     done = run("examples.script")
     assert done.returncode == 0, done.stderr
     plan, first, second, best, _ = done.stdout.splitlines()
@@ -41,7 +41,7 @@ def test_the_script_embeds_only_what_changed_and_finds_the_right_note() -> None:
     assert "bread" in best
 
 
-def test_the_transfer_shows_itself_in_a_database_of_its_own() -> None:
+def test_the_transfer_has_a_demonstration_in_a_temporary_database() -> None:
     done = run("examples.etl")
     assert done.returncode == 0, done.stderr
     first, second, nearest = done.stdout.splitlines()
@@ -78,9 +78,7 @@ def test_a_transfer_follows_its_source(dsn: str) -> None:
     assert after[3] != before[3]
 
 
-async def test_a_transfer_that_is_stopped_keeps_what_it_has_and_deletes_nothing(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stopped_transfer_keeps_its_rows_and_deletes_none(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told(dsn, *ARTICLES.split(";"))
     assert (await transfer(dsn, "local")).success_count == 3
     told(dsn, *CHANGES.split(";"))
@@ -91,7 +89,7 @@ async def test_a_transfer_that_is_stopped_keeps_what_it_has_and_deletes_nothing(
     assert sorted(vectors(dsn)) == [1, 2, 3]
 
 
-async def test_a_transfer_that_is_terminated_stores_what_is_under_way(dsn: str) -> None:
+async def test_sigterm_lets_a_transfer_store_its_batches_in_flight(dsn: str) -> None:
     told(dsn, *ARTICLES.split(";"))
     gate = asyncio.Event()
     async with EmbeddingServer(faults=script([Held(gate)])) as server:
@@ -105,7 +103,7 @@ async def test_a_transfer_that_is_terminated_stores_what_is_under_way(dsn: str) 
         await server.until(lambda: server.in_flight == 1)
         job.send_signal(signal.SIGTERM)
         assert job.stderr is not None
-        assert b"storing what is under way" in await job.stderr.readline()
+        assert b"storing the batches in flight" in await job.stderr.readline()
         gate.set()
         out, _ = await job.communicate()
     assert job.returncode == 128 + signal.SIGTERM
@@ -113,7 +111,7 @@ async def test_a_transfer_that_is_terminated_stores_what_is_under_way(dsn: str) 
     assert sorted(vectors(dsn)) == [1, 2, 3]
 
 
-def test_a_transfer_that_cannot_be_done_says_so_in_a_line(dsn: str) -> None:
+def test_a_transfer_that_fails_prints_one_line_without_a_traceback(dsn: str) -> None:
     done = run("examples.etl", DATABASE_URL=dsn)
     assert done.returncode == 1
     assert "articles" in done.stderr

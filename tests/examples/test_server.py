@@ -1,4 +1,4 @@
-"""The web app under its real server: SIGTERM in the middle of requests, and clients that hang up."""
+"""The web app in uvicorn: SIGTERM in the middle of requests, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asyncembed.testing import EmbeddingServer, Hang, script
 from tests.examples.held import Held
 from tests.examples.server import WebApp, web_app
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGTERM is POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 MODEL = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
 
@@ -25,7 +25,7 @@ MODEL = {"EMBEDDING_MODEL": "text-embedding-3-small", "OPENAI_API_KEY": "any"}
 async def started(folder: Path, provider: EmbeddingServer) -> AsyncIterator[WebApp]:
     with ExitStack() as stack:
         app = web_app(folder, OPENAI_BASE_URL=provider.base_url, **MODEL)
-        yield await asyncio.to_thread(stack.enter_context, app)  # the provider answers from this loop meanwhile
+        yield await asyncio.to_thread(stack.enter_context, app)  # in a thread: the provider runs in this loop
 
 
 async def refuses(url: str) -> bool:
@@ -38,7 +38,7 @@ async def refuses(url: str) -> bool:
     return False
 
 
-async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(tmp_path: Path) -> None:
+async def test_after_sigterm_open_requests_are_answered_and_new_ones_refused(tmp_path: Path) -> None:
     gate = asyncio.Event()
     async with EmbeddingServer() as provider, started(tmp_path, provider) as app:
         provider.faults = script([], then=Held(gate))
@@ -46,7 +46,7 @@ async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(
             document = group.create_task(client.put("/documents/a.txt", content="one text"))
             await provider.until(lambda: provider.in_flight == 1)
             searches = []
-            for number in range(2):  # one after the other, or they might share a request
+            for number in range(2):  # one after the other, so that they do not share a request
                 searches.append(group.create_task(client.get(f"/search?q=question-{number}")))
                 await provider.until(lambda number=number: provider.in_flight == 2 + number)
 
@@ -58,12 +58,12 @@ async def test_sigterm_lets_what_is_under_way_be_answered_and_takes_nothing_new(
     assert document.result().status_code == 200
     assert document.result().json()["stored"] == 1
     assert [search.result().status_code for search in searches] == [200, 200]
-    assert code == -signal.SIGTERM, app.log  # uvicorn ends as the signal asks, which a shell shows as 143
+    assert code == -signal.SIGTERM, app.log  # uvicorn exits by the signal, which a shell shows as 143
     assert "Application shutdown complete" in app.log
     assert "Traceback" not in app.log
 
 
-async def test_a_client_that_hangs_up_ends_its_search_and_harms_nobody(tmp_path: Path) -> None:
+async def test_a_client_that_disconnects_ends_only_its_own_search(tmp_path: Path) -> None:
     async with EmbeddingServer() as provider, started(tmp_path, provider) as app:
         provider.faults = script([Hang()])
         provider.clear()

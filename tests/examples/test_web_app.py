@@ -1,4 +1,4 @@
-"""The web app through its own door: documents, searches, bad days, clients that leave."""
+"""The web app through its routes: documents, searches, failures, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL = "text-embedding-3-small"
 
 @pytest.fixture
 async def provider(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddingServer]:
-    """The server that stands for OpenAI, known to the app by its environment."""
+    """The test server for embeddings; the app finds its address in the environment."""
     async with EmbeddingServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
@@ -56,7 +56,7 @@ async def ids(client: httpx.AsyncClient, question: str = "anything", k: int = 50
 # ---- documents and searches ----
 
 
-async def test_a_section_is_found_by_what_it_means(open_app: OpenApp, store: str) -> None:
+async def test_a_section_is_found_by_its_meaning(open_app: OpenApp, store: str) -> None:
     async with open_app(database_url=store) as client:
         assert await put(client, "house.md", HOUSE) == {
             "sections": 3,
@@ -74,7 +74,9 @@ async def test_a_section_is_found_by_what_it_means(open_app: OpenApp, store: str
     assert 1 >= best["score"] > second["score"] >= -1
 
 
-async def test_a_new_version_replaces_the_old_one_and_embeds_only_what_changed(open_app: OpenApp, store: str) -> None:
+async def test_a_new_version_replaces_the_old_one_and_embeds_only_changed_sections(
+    open_app: OpenApp, store: str
+) -> None:
     async with open_app(database_url=store) as client:
         await put(client, "house.md", HOUSE)
         await put(client, "house.md.old", "Another document, whose name begins like the first one's.")
@@ -89,12 +91,12 @@ async def test_a_new_version_replaces_the_old_one_and_embeds_only_what_changed(o
         ]
 
 
-async def test_of_two_versions_at_once_one_is_stored_after_the_other(
+async def test_two_versions_of_a_document_are_stored_one_after_the_other(
     open_app: OpenApp, store: str, provider: EmbeddingServer
 ) -> None:
     first = "".join(f"# First {number}\n\nA text.\n" for number in range(20))
     async with open_app(embedding_model=MODEL, database_url=store) as client:
-        provider.faults = script([], then=Late(0.05))  # long enough for the other one to come in between, if it could
+        provider.faults = script([], then=Late(0.05))  # long enough for the other version to interleave, if it could
         async with asyncio.TaskGroup() as both:
             both.create_task(put(client, "page.md", first))
             both.create_task(put(client, "page.md", first.replace("First", "Second")))
@@ -103,30 +105,30 @@ async def test_of_two_versions_at_once_one_is_stored_after_the_other(
         assert len(await ids(client)) == 20
 
 
-async def test_a_document_without_text_is_gone(open_app: OpenApp, store: str) -> None:
+async def test_a_document_without_text_deletes_the_stored_one(open_app: OpenApp, store: str) -> None:
     async with open_app(database_url=store) as client:
         await put(client, "house.md", HOUSE)
         assert (await put(client, "house.md", ""))["deleted"] == 3
         assert await ids(client) == []
 
 
-async def test_a_search_where_nothing_is_stored_finds_nothing(open_app: OpenApp, store: str) -> None:
+async def test_a_search_in_an_empty_store_finds_nothing(open_app: OpenApp, store: str) -> None:
     async with open_app(database_url=store) as client:
         assert await ids(client) == []
 
 
-async def test_searches_at_once_share_requests(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_concurrent_searches_share_requests(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL) as client:
         await put(client, "house.md", HOUSE)
         provider.clear()
         async with asyncio.TaskGroup() as group:
             found = [group.create_task(ids(client, section)) for section in HOUSE.split("\n\n")]
-    assert len(provider.requests) <= 3  # one at once, two at most while it is under way
+    assert len(provider.requests) <= 3  # the first is sent at once, at most two more while it is in flight
     for section, task in zip(HOUSE.split("\n\n"), found, strict=True):
         assert len(task.result()) == 3, section
 
 
-async def test_a_question_that_was_asked_before_does_not_travel(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_a_repeated_question_is_answered_from_the_cache(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL) as client:
         await put(client, "house.md", HOUSE)
         first = await ids(client, "loaf")
@@ -142,14 +144,14 @@ async def test_a_question_that_was_asked_before_does_not_travel(open_app: OpenAp
         pytest.param("GET", "/search", b"", 422, id="no question"),
         pytest.param("GET", "/search?q=x&k=51", b"", 422, id="too many results"),
         pytest.param("GET", "/search?q=%20", b"", 200, id="a blank is a question"),
-        pytest.param("PUT", "/documents/a%23b", b"text", 422, id="a name that ids cannot hold"),
-        pytest.param("PUT", "/documents/a", b"\xff\xfe", 415, id="no UTF-8"),
+        pytest.param("PUT", "/documents/a%23b", b"text", 422, id="a name with a hash"),
+        pytest.param("PUT", "/documents/a", b"\xff\xfe", 415, id="not UTF-8"),
         pytest.param("PUT", "/documents/a", b"x" * 1_001, 413, id="too large"),
-        pytest.param("PUT", "/documents/a", b"NUL \0", 422, id="what no store takes"),
-        pytest.param("POST", "/documents/a", b"text", 405, id="what a form on a foreign page could send"),
+        pytest.param("PUT", "/documents/a", b"NUL \0", 422, id="a text that no store accepts"),
+        pytest.param("POST", "/documents/a", b"text", 405, id="a POST, which a form on a foreign page could send"),
     ],
 )
-async def test_a_clients_mistake_is_told_to_it(
+async def test_a_bad_request_gets_its_status(
     open_app: OpenApp, method: str, path: str, content: bytes, status: int
 ) -> None:
     async with open_app(max_document_bytes=1_000) as client:
@@ -157,10 +159,10 @@ async def test_a_clients_mistake_is_told_to_it(
         assert response.status_code == status, response.text
 
 
-# ---- bad days ----
+# ---- failures ----
 
 
-async def test_a_refused_section_is_named_and_the_others_are_stored(
+async def test_a_refused_section_is_reported_and_the_others_are_stored(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
     async with open_app(embedding_model=MODEL) as client:
@@ -171,7 +173,7 @@ async def test_a_refused_section_is_named_and_the_others_are_stored(
         assert sorted(await ids(client)) == ["house.md#bread-1", "house.md#garden-1"]
 
 
-async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_a_refused_api_key_is_a_502_and_is_not_shown(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL, check_every_s=0) as client:
         provider.faults = script([], then=InvalidKey())
         found = await client.get("/search", params={"q": "bread"})
@@ -183,7 +185,7 @@ async def test_a_refused_key_is_the_servers_affair_and_not_shown(open_app: OpenA
     assert health.json() == {"provider": "AuthenticationError", "store": "ok", "model": MODEL, "latency_s": None}
 
 
-async def test_it_starts_without_its_provider_and_health_tells_when_that_is_back(
+async def test_the_app_starts_without_its_provider_and_health_reports_its_return(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
     provider.faults = script([], then=ServerError())
@@ -195,7 +197,7 @@ async def test_it_starts_without_its_provider_and_health_tells_when_that_is_back
     assert (back.status_code, back.json()["provider"]) == (200, "ok")
 
 
-async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_a_search_past_its_deadline_is_cancelled(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL, search_deadline_s=0.05) as client:
         provider.faults = script([], then=Hang())
         response = await client.get("/search", params={"q": "bread"})
@@ -203,13 +205,13 @@ async def test_a_search_that_takes_too_long_is_ended(open_app: OpenApp, provider
         await provider.until(lambda: provider.in_flight == 0)
 
 
-async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
+async def test_a_search_over_the_queue_limit_gets_503_with_retry_after(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
     async with open_app(embedding_model=MODEL, max_waiting=2) as client, asyncio.TaskGroup() as group:
         provider.faults = script([], then=Hang())
         waiting = [group.create_task(client.get("/search", params={"q": f"bread {n}"})) for n in range(2)]
-        await provider.until(lambda: provider.in_flight == 1)  # which both are in
+        await provider.until(lambda: provider.in_flight == 1)  # both searches share it
         response = await client.get("/search", params={"q": "one too many"})
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) >= 1
@@ -217,7 +219,7 @@ async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(
             task.cancel()
 
 
-async def test_a_broken_store_is_told_by_health(open_app: OpenApp, bare_dsn: str) -> None:
+async def test_a_broken_store_is_reported_by_health(open_app: OpenApp, bare_dsn: str) -> None:
     async with open_app(database_url=bare_dsn, check_every_s=0) as client:
         assert await ids(client) == []
         healthy = await client.get("/health")
@@ -229,21 +231,21 @@ async def test_a_broken_store_is_told_by_health(open_app: OpenApp, bare_dsn: str
     assert found.status_code == 503
 
 
-async def test_probes_of_health_share_what_one_of_them_learned(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_concurrent_health_probes_share_one_check(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL) as client:
         async with asyncio.TaskGroup() as group:
             probes = [group.create_task(client.get("/health")) for _ in range(10)]
         assert [probe.result().status_code for probe in probes] == [200] * 10
-    assert len(provider.requests) == 1  # when the app started
+    assert len(provider.requests) == 1  # from the start of the app
 
 
-# ---- clients that leave ----
+# ---- clients that disconnect ----
 
 
 async def ask_and_leave(
     client: httpx.AsyncClient, method: str, path: str, messages: list[dict[str, Any]], left: asyncio.Event
 ) -> list[Any]:
-    """Send a request of these messages, hang up when that is told; return what the app sent."""
+    """Send these ASGI messages, disconnect when `left` is set, and return what the app sent."""
     sent: list[Any] = []
     messages = [*messages]
 
@@ -263,7 +265,7 @@ async def ask_and_leave(
     return sent
 
 
-async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered(
+async def test_a_search_whose_client_disconnects_is_cancelled_and_the_next_is_answered(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
     left = asyncio.Event()
@@ -278,7 +280,7 @@ async def test_a_search_whose_client_hangs_up_is_ended_and_the_next_one_answered
         assert await ids(client) == []
 
 
-async def test_half_a_document_is_not_stored(open_app: OpenApp) -> None:
+async def test_an_incomplete_document_is_not_stored(open_app: OpenApp) -> None:
     left = asyncio.Event()
     left.set()
     async with open_app() as client:
@@ -288,7 +290,7 @@ async def test_half_a_document_is_not_stored(open_app: OpenApp) -> None:
         assert await ids(client) == []
 
 
-async def test_a_document_is_stored_to_its_end_though_its_client_hangs_up(
+async def test_a_document_is_stored_even_if_its_client_disconnects(
     open_app: OpenApp, provider: EmbeddingServer
 ) -> None:
     left = asyncio.Event()
@@ -300,20 +302,20 @@ async def test_a_document_is_stored_to_its_end_though_its_client_hangs_up(
         assert len(await ids(client)) == 3
 
 
-# ---- what operators read ----
+# ---- metrics and settings ----
 
 
-async def test_metrics_are_lines_of_a_name_and_a_number(open_app: OpenApp, provider: EmbeddingServer) -> None:
+async def test_each_line_of_the_metrics_has_a_name_and_a_number(open_app: OpenApp, provider: EmbeddingServer) -> None:
     async with open_app(embedding_model=MODEL) as client:
         await put(client, "house.md", HOUSE)
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = dict(line.split(" ") for line in response.text.splitlines())
-    assert float(lines["asyncembed_requests"]) == len(provider.requests) == 2  # one when the app started
+    assert float(lines["asyncembed_requests"]) == len(provider.requests) == 2  # one from the start of the app
     assert float(lines["asyncembed_tokens"]) == provider.total_tokens
 
 
-async def test_the_page_loads_nothing_from_elsewhere(open_app: OpenApp) -> None:
+async def test_the_page_loads_nothing_from_other_hosts(open_app: OpenApp) -> None:
     async with open_app() as client:
         response = await client.get("/")
     assert response.headers["content-security-policy"].startswith("default-src 'self'")
@@ -328,5 +330,5 @@ def test_settings_are_read_from_the_environment() -> None:
         Settings.read({"PORT": "eighty"})
 
 
-def test_settings_do_not_show_a_password() -> None:
+def test_the_repr_of_settings_hides_the_password() -> None:
     assert "secret" not in repr(Settings(database_url="postgresql://user:secret@host/db"))

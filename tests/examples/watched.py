@@ -1,4 +1,4 @@
-"""The web app with a watch on its event loop; at its end it says what the longest turn of it was."""
+"""The web app with a monitor of its event loop. At shutdown it prints for how long the loop was blocked at most."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from examples.web_app import app as web_app
 
 @dataclass(slots=True)
 class Longest:
-    """The longest time for which nothing else could run: by the clock, and of work done by the loop's own thread.
+    """The longest time for which no other task could run: by wall clock, and in CPU time of the loop's thread.
 
-    By the clock it counts, too, when other processes had the processor, or other threads the interpreter.
+    The wall clock includes the time when other processes had the CPU or other threads had the GIL.
     """
 
     stall_s: float = 0.0
@@ -36,7 +36,7 @@ class Longest:
 
 
 def make_app() -> FastAPI:
-    """Return the app as it is, but for its lifespan."""
+    """Return the app with a lifespan that also monitors the loop."""
     app = web_app.make_app()
     inner = app.router.lifespan_context
 

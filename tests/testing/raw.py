@@ -1,4 +1,4 @@
-"""A client of a few lines that sees every byte, for what well-behaved clients hide."""
+"""A minimal client that exposes every byte, for behaviour that HTTP libraries hide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asyncembed.testing import EmbeddingServer
 
 @dataclass(frozen=True)
 class RawReply:
-    """One answer as it came. `headers` in lower case."""
+    """One answer as received; names of `headers` in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -29,7 +29,7 @@ def request_bytes(body: object, *headers: str, path: str = "/v1/embeddings", met
 
 
 async def read_reply(reader: asyncio.StreamReader) -> RawReply:
-    """Read one answer; raises IncompleteReadError if it does not come whole."""
+    """Read one answer; raises IncompleteReadError if it is incomplete."""
     first, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     body = await reader.readexactly(int(headers.get("content-length", "0")))
@@ -37,7 +37,7 @@ async def read_reply(reader: asyncio.StreamReader) -> RawReply:
 
 
 async def exchange(server: EmbeddingServer, raw: bytes) -> RawReply:
-    """Send the bytes on a connection of their own and read one answer."""
+    """Send the bytes on a new connection and read one answer."""
     reader, writer = await asyncio.open_connection(server.host, server.port, limit=2**24)
     try:
         writer.write(raw)
@@ -49,14 +49,14 @@ async def exchange(server: EmbeddingServer, raw: bytes) -> RawReply:
 
 
 async def ask(server: EmbeddingServer, texts: object, *headers: str, **options: object) -> RawReply:
-    """Ask for the texts' embeddings."""
+    """Request the embeddings of the texts."""
     return await exchange(
         server, request_bytes({"model": "text-embedding-3-small", "input": texts, **options}, *headers)
     )
 
 
 async def everything(server: EmbeddingServer, raw: bytes) -> bytes:
-    """Send the bytes and return all that comes until the server closes; a reset raises ConnectionResetError."""
+    """Send the bytes and return everything until the server closes; a reset raises ConnectionResetError."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
         writer.write(raw)

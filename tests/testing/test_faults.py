@@ -1,4 +1,4 @@
-"""Every fault does on the wire what its docstring says, and the request after it is answered well."""
+"""Every fault sends the bytes that its docstring describes, and the next request is answered correctly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from asyncembed.testing import (
     RateLimited,
     Redirect,
     Reset,
-    ServerError,
+    ServerFault,
     Shuffled,
     SlowDown,
     Status,
@@ -67,7 +67,7 @@ TEXTS = ["a", "b", "c", "d"]
 REQUEST = request_bytes({"model": "m", "input": TEXTS, "dimensions": 8})
 
 
-# ---- another answer ----
+# ---- other answers in place of vectors ----
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ REQUEST = request_bytes({"model": "m", "input": TEXTS, "dimensions": 8})
         (Forbidden(), 403, "request_forbidden", "unsupported_country_region_territory", "not supported"),
         (InvalidInput(), 400, "invalid_request_error", None, "'$.input' is invalid"),
         (TooManyTokens(9), 400, *["max_tokens_per_request"] * 2, "Requested 9 tokens, max 300000 tokens per request"),
-        (ServerError(), 500, "server_error", None, "The server had an error"),
-        (ServerError(522), 522, "server_error", None, "The server had an error"),
+        (ServerFault(), 500, "server_error", None, "The server had an error"),
+        (ServerFault(522), 522, "server_error", None, "The server had an error"),
         (Overloaded(), 503, "service_unavailable_error", "server_is_overloaded", "overloaded"),
         (UnsupportedValue(), 500, "api_error", None, "unsupported value: NaN"),
         (Status(418, message="tea", type="t", code="c"), 418, "t", "c", "tea"),
@@ -120,7 +120,7 @@ async def test_errors_have_the_apis_status_and_body(
         (Garbage(b"null"), 200, {"content-type": "application/json"}, b"null"),
     ],
 )
-async def test_headers_and_bodies_come_as_they_were_given(
+async def test_headers_and_bodies_are_sent_unchanged(
     fault: Fault, status: int, headers: dict[str, str], body: bytes | None
 ) -> None:
     async with EmbeddingServer(faults=[fault]) as server:
@@ -131,12 +131,12 @@ async def test_headers_and_bodies_come_as_they_were_given(
 
 
 async def test_a_fault_comes_before_limits_keys_and_rates() -> None:
-    async with EmbeddingServer(faults=[ServerError()], api_key="k", requests_per_minute=1) as server:
+    async with EmbeddingServer(faults=[ServerFault()], api_key="k", requests_per_minute=1) as server:
         assert (await ask(server, "")).status == 500
         assert (await ask(server, "a", "authorization: Bearer k")).status == 200
 
 
-async def test_the_openai_sdk_takes_the_errors_for_what_they_are() -> None:
+async def test_the_openai_sdk_raises_the_matching_errors() -> None:
     faults = [QuotaExceeded(), InvalidKey(), InvalidInput(), Overloaded(), Garbage(b"{}")]
     expected = [
         openai.RateLimitError,
@@ -154,14 +154,14 @@ async def test_the_openai_sdk_takes_the_errors_for_what_they_are() -> None:
                 await client.embeddings.create(model="m", input="a")
 
 
-# ---- something wrong with the vectors ----
+# ---- altered vectors ----
 
 
 async def altered(fault: Fault, encoding: str = "float") -> dict[str, Any]:
     async with EmbeddingServer(faults=[fault]) as server:
         reply = await ask(server, TEXTS, dimensions=8, encoding_format=encoding)
         assert reply.status == 200
-        assert server.total_tokens == 4  # it was embedded and is billed, whatever is wrong with it
+        assert server.total_tokens == 4  # an altered reply is billed
         return dict(reply.json())
 
 
@@ -184,7 +184,7 @@ async def test_count_and_indices_can_be_wrong(fault: Fault, expected: list[objec
     assert indices(await altered(fault)) == expected
 
 
-async def test_a_shuffled_reply_is_right_for_who_reads_the_indices() -> None:
+async def test_a_shuffled_reply_has_correct_indices() -> None:
     reply = await altered(Shuffled(seed=1))
     assert indices(reply) != [0, 1, 2, 3]
     for item in reply["data"]:
@@ -194,7 +194,7 @@ async def test_a_shuffled_reply_is_right_for_who_reads_the_indices() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-async def test_one_number_can_be_no_number_in_both_spellings(value: float, encoding: str) -> None:
+async def test_one_number_can_be_nan_or_infinite_in_both_encodings(value: float, encoding: str) -> None:
     reply = await altered(NaNVector(value, row=2), encoding)
     rows = [item["embedding"] for item in reply["data"]]
     if encoding == "base64":
@@ -218,7 +218,7 @@ async def test_a_row_can_be_any_json(raw: bytes, value: object) -> None:
     assert [len(row) for row in rows[:3]] == [8, 8, 8]
 
 
-async def test_rows_written_anew_keep_the_order_and_the_silence_of_the_dialect() -> None:
+async def test_replaced_rows_keep_the_order_of_the_dialect() -> None:
     dialect = replace(OPENAI, shuffles=True)
     async with EmbeddingServer(faults=[OtherEncoding(), OtherEncoding(row=-1)], dialect=dialect) as server:
         for _ in range(2):
@@ -227,7 +227,7 @@ async def test_rows_written_anew_keep_the_order_and_the_silence_of_the_dialect()
             assert np.array_equal(np.float32(reply["data"][3]["embedding"]), embedding_of("a", dimensions=8))
 
 
-async def test_encodings_can_be_the_other_one_mixed_or_too_wide() -> None:
+async def test_encodings_can_be_swapped_mixed_or_float64() -> None:
     kinds = [type(item["embedding"]) for item in (await altered(OtherEncoding()))["data"]]
     assert kinds == [str] * 4
     mixed = [type(item["embedding"]) for item in (await altered(OtherEncoding(row=2), "base64"))["data"]]
@@ -236,18 +236,18 @@ async def test_encodings_can_be_the_other_one_mixed_or_too_wide() -> None:
     assert np.array_equal(np.frombuffer(base64.b64decode(wide), "<f8"), embedding_of("a", dimensions=8))
 
 
-async def test_what_stands_beside_the_data_can_be_wrong_or_missing() -> None:
+async def test_the_keys_beside_the_data_can_be_wrong_or_missing() -> None:
     reply = await altered(Beside({"usage": {"prompt_tokens": "4"}, "model": "another"}))
     assert (reply["usage"], reply["model"]) == ({"prompt_tokens": "4"}, "another")
     assert "usage" not in await altered(Beside(without=("usage",)))
 
 
-# ---- something wrong with the delivery ----
+# ---- disturbed delivery ----
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of an answer over a connection that the server ended."""
+    """The part of an answer that arrived before the server closed the connection."""
 
     promised: int
     body: bytes
@@ -264,11 +264,11 @@ async def delivery(fault: Fault) -> Delivery:
     return Delivery(int(length or 0), body)
 
 
-async def test_a_connection_can_end_before_a_byte_came() -> None:
+async def test_a_connection_can_end_before_the_first_byte() -> None:
     assert await delivery(Disconnect()) == Delivery(0, b"")
 
 
-async def test_a_body_can_end_in_its_middle_under_a_head_that_promises_it_all() -> None:
+async def test_a_body_can_end_in_the_middle_although_the_head_announces_all_of_it() -> None:
     for fault in (Disconnect("mid-body"), CutBody()):
         came = await delivery(fault)
         assert len(came.body) == came.promised // 2 > 100
@@ -279,7 +279,7 @@ async def test_chunks_can_end_without_the_last_one() -> None:
     assert (await delivery(CutBody(7, chunked=True))).body == b'7\r\n{"data"\r\n'
 
 
-async def test_what_answers_may_not_be_http() -> None:
+async def test_an_answer_can_be_something_other_than_http() -> None:
     async with EmbeddingServer(faults=[NotHTTP(b"220 smtp\r\n")]) as server:
         assert await everything(server, REQUEST) == b"220 smtp\r\n"
 
@@ -292,7 +292,7 @@ async def test_a_connection_can_be_reset(when: Any) -> None:
         assert server.requests[0].status is None
 
 
-async def test_a_connection_that_was_kept_open_can_be_dead_for_the_next_request() -> None:
+async def test_a_kept_connection_can_be_dead_for_the_next_request() -> None:
     async with EmbeddingServer(faults=[Disconnect("after")]) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(REQUEST)
@@ -306,13 +306,13 @@ async def test_a_connection_that_was_kept_open_can_be_dead_for_the_next_request(
         assert [request.status for request in server.requests] == [200]
 
 
-async def test_who_wants_no_kept_connection_gets_none_that_dies() -> None:
+async def test_disconnect_after_an_answer_respects_connection_close() -> None:
     async with EmbeddingServer(faults=[Disconnect("after")]) as server:
         raw = await everything(server, request_bytes({"model": "m", "input": "a"}, "connection: close"))
         assert raw.startswith(b"HTTP/1.1 200 OK")
 
 
-async def test_silence_lasts_until_the_client_leaves() -> None:
+async def test_a_hang_lasts_until_the_client_disconnects() -> None:
     impatient = httpx2.Timeout(30, read=0.05)
     async with (
         EmbeddingServer(faults=[Hang(), Hang("mid-body")]) as server,
@@ -325,7 +325,7 @@ async def test_silence_lasts_until_the_client_leaves() -> None:
         assert [request.status for request in server.requests] == [None, None]
 
 
-async def test_half_a_body_comes_before_the_silence_in_its_middle() -> None:
+async def test_a_hang_in_the_middle_sends_half_of_the_body_first() -> None:
     async with EmbeddingServer(faults=[Hang("mid-body")]) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(REQUEST)
@@ -336,7 +336,7 @@ async def test_half_a_body_comes_before_the_silence_in_its_middle() -> None:
         writer.close()
 
 
-async def test_a_dripping_answer_is_whole_in_the_end_and_no_single_wait_is_long() -> None:
+async def test_a_dripping_answer_is_complete_and_each_wait_is_short() -> None:
     # 20 drips a second, 10,000 bytes a second: 500 bytes each, a few of them
     async with EmbeddingServer(faults=[Drip(10_000)]) as server, httpx2.AsyncClient() as client:
         reply = await client.post(
@@ -346,7 +346,7 @@ async def test_a_dripping_answer_is_whole_in_the_end_and_no_single_wait_is_long(
         assert server.requests[0].status == 200
 
 
-async def test_a_client_that_leaves_stops_the_dripping() -> None:
+async def test_a_drip_ends_when_the_client_disconnects() -> None:
     async with EmbeddingServer(faults=[Drip(20)]) as server:  # a byte every 50 ms: half a minute
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(REQUEST)
@@ -356,7 +356,7 @@ async def test_a_client_that_leaves_stops_the_dripping() -> None:
         assert server.requests[0].status is None
 
 
-async def test_a_late_answer_is_right() -> None:
+async def test_a_late_answer_is_correct() -> None:
     async with EmbeddingServer(faults=[Late(0.05)]) as server:
         begun_s = asyncio.get_running_loop().time()
         assert len((await ask(server, TEXTS)).json()["data"]) == 4
@@ -382,14 +382,14 @@ async def test_gzip_can_be_cut_or_corrupt() -> None:
             gzip.decompress((await ask(server, TEXTS)).body)
 
 
-async def test_a_bomb_is_small_and_unpacks_to_its_size() -> None:
+async def test_a_gzip_bomb_is_small_and_unpacks_to_its_size() -> None:
     async with EmbeddingServer(faults=[GzipBomb(2_500_000)]) as server:
         reply = await ask(server, "a")
         assert len(reply.body) < 10_000
         assert gzip.decompress(reply.body) == b" " * 2_500_000
 
 
-async def test_a_flood_ends_when_the_client_leaves() -> None:
+async def test_a_flood_ends_when_the_client_disconnects() -> None:
     async with EmbeddingServer(faults=[Flood()]) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(REQUEST)
@@ -399,7 +399,7 @@ async def test_a_flood_ends_when_the_client_leaves() -> None:
         await server.until(lambda: server.in_flight == 0)
 
 
-async def test_an_interim_answer_and_a_huge_header_are_skipped_by_who_can() -> None:
+async def test_interim_answers_and_a_huge_header_precede_a_correct_answer() -> None:
     async with EmbeddingServer(faults=[Interim(103), Interim(100), HugeHeader(50_000)]) as server:
         async with httpx2.AsyncClient() as client:
             for _ in range(3):
@@ -415,4 +415,4 @@ async def test_a_users_own_fault_is_a_subclass_with_one_method() -> None:
 
     async with EmbeddingServer(faults=[Teapot(), Fault()]) as server:
         assert (await ask(server, "a")).status == 418
-        assert (await ask(server, "a")).status == 200  # the base does nothing
+        assert (await ask(server, "a")).status == 200  # the base class changes nothing

@@ -29,7 +29,7 @@ def embed(url: str, texts: list[str]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_prints_its_address_serves_and_ends_cleanly_on_a_signal(
+def test_the_process_prints_its_address_serves_and_exits_cleanly_on_a_signal(
     process: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     assert process.stdout is not None

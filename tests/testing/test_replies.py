@@ -1,4 +1,4 @@
-"""What a request is refused for, in which order and in which words; and the reply it gets else. No socket."""
+"""The reasons, order and messages of refusals, and the replies to good requests. No socket."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from asyncembed.testing import (
     Dialect,
     embedding_of,
 )
-from asyncembed.testing.replies import Question, RefusedError, check, error_answer, read_question, reply_to
+from asyncembed.testing.replies import ParsedRequest, RefusedRequestError, check, error_answer, parse_request, reply_to
 
 MODEL = "text-embedding-3-small"
 INVALID = "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."
 
 
 def words(texts: Sequence[str]) -> list[int]:
-    """A word is a token: so tests can choose tokens and bytes separately."""
+    """Count a word as a token, so that tests can choose tokens and bytes separately."""
     return [text.count(" ") + 1 for text in texts]
 
 
-def question(texts: object, model: object = MODEL, **options: object) -> Question:
-    return read_question(json.dumps({"model": model, "input": texts, **options}).encode(), words)
+def question(texts: object, model: object = MODEL, **options: object) -> ParsedRequest:
+    return parse_request(json.dumps({"model": model, "input": texts, **options}).encode(), words)
 
 
 def refusal(texts: object, dialect: Dialect = OPENAI, models: Sequence[str] | None = None, **options: object) -> Any:
-    """Return status and error of what the request gets; fails if it is not refused."""
-    with pytest.raises(RefusedError) as caught:
+    """Return status and body of the refusal; fail if the request is accepted."""
+    with pytest.raises(RefusedRequestError) as caught:
         check(question(texts, **options), dialect, 1_536, models)  # type: ignore[arg-type]
     answer = error_answer(caught.value.error, dialect)
     return answer.status, json.loads(answer.body)
 
 
 def accept(texts: object, dialect: Dialect = OPENAI, **options: object) -> dict[str, Any]:
-    """Return the reply; fails if the request is refused."""
+    """Return the reply; fail if the request is refused."""
     asked = question(texts, **options)
     check(asked, dialect, 1_536, None)
     return dict(json.loads(reply_to(asked, dialect, 1_536).encode()))
@@ -63,12 +63,12 @@ def openai_error(
 # ---- limits ----
 
 
-def test_2048_inputs_pass_and_one_more_does_not() -> None:
+def test_2048_inputs_are_accepted_and_one_more_is_refused() -> None:
     assert len(accept(["x"] * 2_048, dimensions=1)["data"]) == 2_048
     assert refusal(["x"] * 2_049) == (400, openai_error(INVALID))
 
 
-def test_8192_tokens_pass_and_one_more_does_not() -> None:
+def test_8192_tokens_are_accepted_and_one_more_is_refused() -> None:
     accept([" " * 8_191], dimensions=1)
     message = (
         "This model's maximum context length is 8192 tokens, however you requested 8193 tokens "
@@ -87,7 +87,7 @@ def test_8192_tokens_pass_and_one_more_does_not() -> None:
         pytest.param("é" * 6_000, 100, id="bytes, not characters"),
     ],
 )
-def test_300000_in_one_request_pass_and_more_does_not_by_either_way_of_counting(text: str, count: int) -> None:
+def test_300000_tokens_or_bytes_by_4_are_accepted_and_more_are_refused(text: str, count: int) -> None:
     accept([text] * count, dimensions=1)
     kind = "max_tokens_per_request"
     message = "Requested 300001 tokens, max 300000 tokens per request"
@@ -96,7 +96,7 @@ def test_300000_in_one_request_pass_and_more_does_not_by_either_way_of_counting(
     assert refusal([text] * count + ["x"], OPENAI_2026) == (400, openai_error(wording_2026))
 
 
-def test_reasons_come_in_the_order_number_then_emptiness_then_length_then_sum() -> None:
+def test_checks_are_made_in_the_order_count_then_empty_then_length_then_sum() -> None:
     too_long, too_many = " " * 8_192, ["x"] * 2_049
     assert refusal([*too_many, too_long], TEI)[0] == 413
     assert refusal(["", too_long]) == (400, openai_error(INVALID))
@@ -104,7 +104,7 @@ def test_reasons_come_in_the_order_number_then_emptiness_then_length_then_sum() 
 
 
 @pytest.mark.parametrize("texts", ["", [], [""], ["x", ""], None, 5, [5.0], ["x", 5], ["x", None], {}, [[]], [["x"]]])
-def test_what_is_no_text_or_empty_is_invalid_input(texts: object) -> None:
+def test_an_empty_input_and_an_input_of_the_wrong_type_are_invalid(texts: object) -> None:
     assert refusal(texts) == (400, openai_error(INVALID))
 
 
@@ -112,23 +112,23 @@ def test_what_is_no_text_or_empty_is_invalid_input(texts: object) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b'{"input": "\\ud800"}', b"[" * 100_000])
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(RefusedError, match="could not parse the JSON body") as caught:
-        read_question(body, words)
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RefusedRequestError, match="could not parse the JSON body") as caught:
+        parse_request(body, words)
     assert caught.value.error.status == 400
 
 
 @pytest.mark.parametrize("model", [None, "", 5])
-def test_a_request_names_its_model(model: object) -> None:
+def test_a_request_without_a_model_is_refused(model: object) -> None:
     assert refusal("x", model=model) == (400, openai_error("you must provide a model parameter"))
 
 
-def test_a_model_that_is_not_there_is_not_found() -> None:
+def test_an_unknown_model_is_not_found() -> None:
     message = f"The model `{MODEL}` does not exist or you do not have access to it."
     assert refusal("x", models=["another"]) == (404, openai_error(message, code="model_not_found"))
 
 
-def test_dimensions_are_refused_where_the_model_cannot_shorten_or_has_fewer() -> None:
+def test_dimensions_are_refused_if_the_model_cannot_shorten_or_has_fewer() -> None:
     message = "This model does not support specifying dimensions."
     assert refusal("x", model="text-embedding-ada-002", dimensions=256) == (400, openai_error(message))
     message = "Invalid value for 'dimensions' = 1537. Must be less than or equal to 1536."
@@ -140,7 +140,7 @@ def test_dimensions_are_refused_where_the_model_cannot_shorten_or_has_fewer() ->
 # ---- replies ----
 
 
-def test_a_reply_has_a_vector_for_each_text_and_what_it_cost() -> None:
+def test_a_reply_has_a_vector_for_each_text_and_the_usage() -> None:
     reply = accept(["a", "b c"])
     assert reply["model"] == MODEL
     assert reply["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
@@ -154,7 +154,7 @@ def test_base64_is_little_endian_float32() -> None:
     assert np.array_equal(np.frombuffer(raw, "<f4"), embedding_of("a", dimensions=256))
 
 
-def test_one_text_may_stand_alone_and_token_ids_are_inputs_too() -> None:
+def test_one_text_without_a_list_and_token_ids_are_accepted() -> None:
     assert len(accept("a text")["data"]) == 1
     assert accept([1, 2, 3])["usage"]["total_tokens"] == 3
     several = accept([[1, 2, 3], [4]])
@@ -218,12 +218,14 @@ def test_one_text_may_stand_alone_and_token_ids_are_inputs_too() -> None:
         ),
     ],
 )
-def test_other_servers_refuse_in_other_words(dialect: Dialect, texts: list[str], status: int, body: object) -> None:
+def test_other_dialects_refuse_with_their_own_messages(
+    dialect: Dialect, texts: list[str], status: int, body: object
+) -> None:
     assert refusal(texts, dialect) == (status, body)
     accept(texts[:-1], dialect)
 
 
-def test_an_old_server_refuses_base64_without_an_error_around_it() -> None:
+def test_old_vllm_refuses_base64_and_its_body_has_no_error_key() -> None:
     status, body = refusal("x", OLD_VLLM, encoding_format="base64")
     assert status == 400
     assert (body["object"], body["code"]) == ("error", 400)
@@ -231,7 +233,7 @@ def test_an_old_server_refuses_base64_without_an_error_around_it() -> None:
     accept("x", OLD_VLLM, encoding_format="float")
 
 
-def test_a_server_may_ignore_what_was_asked_and_say_little() -> None:
+def test_a_dialect_can_ignore_encoding_and_dimensions_and_omit_usage() -> None:
     reply = accept("a", LM_STUDIO, encoding_format="base64", dimensions=8)
     assert len(reply["data"][0]["embedding"]) == 1_536
     assert "usage" not in reply
@@ -239,7 +241,7 @@ def test_a_server_may_ignore_what_was_asked_and_say_little() -> None:
     assert isinstance(always["data"][0]["embedding"], str)
 
 
-def test_a_server_may_shuffle_and_may_leave_out_the_index() -> None:
+def test_a_dialect_can_shuffle_and_can_omit_the_index() -> None:
     shuffled = accept(["a", "b", "c"], replace(OPENAI, shuffles=True))["data"]
     assert [item["index"] for item in shuffled] == [2, 1, 0]
     assert np.array_equal(np.array(shuffled[0]["embedding"], np.float32), embedding_of("c"))
@@ -248,6 +250,6 @@ def test_a_server_may_shuffle_and_may_leave_out_the_index() -> None:
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_every_dialect_answers_one_short_text(name: str) -> None:
+def test_every_dialect_answers_a_short_text(name: str) -> None:
     vector = accept("a", DIALECTS[name])["data"][0]["embedding"]
     assert np.array_equal(np.array(vector, np.float32), embedding_of("a"))

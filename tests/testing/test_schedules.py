@@ -1,4 +1,4 @@
-"""Which request meets which fault."""
+"""Schedules give faults to the right requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncembed.testing import (
     LoggedRequest,
     QuotaExceeded,
     Schedule,
-    ServerError,
+    ServerFault,
     SlowDown,
     UnsupportedValue,
     every,
@@ -24,28 +24,28 @@ from asyncembed.testing import (
 
 
 def run(schedule: Schedule, count: int, *texts: str, step_s: float = 1.0) -> list[Fault | None]:
-    """Ask for requests 1 to count, `step_s` apart, all with the same texts."""
+    """Return the faults of requests 1 to `count`, `step_s` apart, all with the same texts."""
     requests = [
         LoggedRequest(number, number * step_s, "/v1/embeddings", {}, texts=texts) for number in range(1, count + 1)
     ]
     return [schedule(request) for request in requests]
 
 
-def test_a_script_gives_each_request_its_line_and_then_the_rest() -> None:
+def test_a_script_gives_its_faults_in_order_and_then_the_default() -> None:
     assert run(script([SlowDown(), None, Hang()]), 5) == [SlowDown(), None, Hang(), None, None]
     assert run(script([None], then=QuotaExceeded()), 3) == [None, QuotaExceeded(), QuotaExceeded()]
 
 
 def test_every_third_request_fails() -> None:
-    assert run(every(3, ServerError()), 7) == [None, None, ServerError(), None, None, ServerError(), None]
+    assert run(every(3, ServerFault()), 7) == [None, None, ServerFault(), None, None, ServerFault(), None]
 
 
-def test_every_zeroth_request_is_refused_at_once() -> None:
+def test_an_interval_of_zero_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="n is 0"):
-        every(0, ServerError())
+        every(0, ServerFault())
 
 
-def test_a_mix_depends_on_its_seed_and_on_nothing_else() -> None:
+def test_a_mix_depends_only_on_its_seed() -> None:
     first, again, other = (run(mixed(rate=0.3, seed=seed), 1_000) for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -54,23 +54,23 @@ def test_a_mix_depends_on_its_seed_and_on_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_mix_can_be_none_or_all(rate: float) -> None:
+def test_a_mix_can_fail_no_request_or_all(rate: float) -> None:
     assert all((fault is not None) == bool(rate) for fault in run(mixed(rate=rate), 200))
 
 
-def test_a_poisonous_text_spoils_the_request_that_holds_it() -> None:
+def test_a_poisonous_text_fails_the_request_that_contains_it() -> None:
     for schedule in (poison("bad"), poison(["bad", "worse"]), poison(lambda text: text.startswith("b"))):
         assert run(schedule, 1, "good", "bad") == [InvalidInput()]
         assert run(schedule, 1, "good") == [None]
     assert run(poison("bad", UnsupportedValue()), 1, "bad") == [UnsupportedValue()]
 
 
-def test_an_outage_begins_with_a_request_and_ends_with_the_clock() -> None:
-    down = ServerError(503)
+def test_an_outage_starts_with_a_request_and_ends_by_the_clock() -> None:
+    down = ServerFault(503)
     assert run(outage(2.5, down), 5) == [down, down, down, None, None]
     assert run(outage(2.0, down, after=1), 5) == [None, down, down, None, None]
 
 
-def test_the_first_schedule_with_a_fault_wins_and_all_of_them_count_on() -> None:
+def test_the_first_schedule_with_a_fault_wins_and_all_see_every_request() -> None:
     schedule = first_of(every(2, SlowDown()), script([Hang(), Hang(), Hang()]))
     assert run(schedule, 4) == [Hang(), SlowDown(), Hang(), SlowDown()]

@@ -1,4 +1,4 @@
-"""The server over real sockets: HTTP, keys, the log, rates, latency, and its end."""
+"""The server over real sockets: HTTP, keys, the log, rate limits, latency, and closing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openai import AsyncAzureOpenAI, AsyncOpenAI, OpenAI
 
 from asyncembed.batching.tokens import ByteBound
 from asyncembed.testing import EmbeddingServer as Server
-from asyncembed.testing import Fault, Hang, LoggedRequest, Schedule, ServerError, embedding_of, script
+from asyncembed.testing import Fault, Hang, LoggedRequest, Schedule, ServerFault, embedding_of, script
 
 from .raw import ask, everything, exchange, read_reply, request_bytes
 
@@ -30,7 +30,7 @@ def sdk(server: Server, key: str = "sk-test") -> AsyncOpenAI:
 # ---- clients ----
 
 
-async def test_the_openai_sdk_reads_it_as_it_reads_openai() -> None:
+async def test_the_openai_sdk_understands_the_answers() -> None:
     async with Server() as server, sdk(server) as client:
         for options in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
             raw = await client.embeddings.with_raw_response.create(
@@ -40,12 +40,12 @@ async def test_the_openai_sdk_reads_it_as_it_reads_openai() -> None:
             assert reply.usage.total_tokens == 2
             assert raw.headers["openai-processing-ms"].isdigit()
             assert raw.headers["x-request-id"].startswith("req_")
-            if options != {"encoding_format": "base64"}:  # which the SDK hands out undecoded
+            if options != {"encoding_format": "base64"}:  # the SDK returns base64 undecoded
                 rows = np.array([item.embedding for item in reply.data], np.float32)
                 assert np.array_equal(rows, [embedding_of(text, dimensions=64) for text in "ab"])
 
 
-async def test_azures_client_and_its_addresses_work() -> None:
+async def test_the_azure_client_and_azure_paths_work() -> None:
     async with Server(api_key="azure-key") as server:
         client = AsyncAzureOpenAI(azure_endpoint=server.url, api_key="azure-key", api_version="2024-10-21")
         async with client:
@@ -56,7 +56,7 @@ async def test_azures_client_and_its_addresses_work() -> None:
         assert named.json()["model"] == "other"
 
 
-async def test_other_paths_and_methods_are_not_there() -> None:
+async def test_other_paths_and_methods_are_refused() -> None:
     async with Server() as server, httpx2.AsyncClient() as client:
         for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings"):
             assert (await client.post(server.url + path, json=BODY)).status_code == 200
@@ -67,7 +67,7 @@ async def test_other_paths_and_methods_are_not_there() -> None:
         assert [request.status for request in server.requests] == [200, 200, 200, 404, 405]
 
 
-async def test_a_wrong_key_gets_401_with_a_part_of_it_and_no_key_is_told_so() -> None:
+async def test_a_wrong_key_gets_401_with_a_part_of_it_and_a_missing_key_is_named() -> None:
     async with Server(api_key="sk-right") as server:
         async with sdk(server, "sk-wrong-0123456789-abcd") as client:
             with pytest.raises(openai.AuthenticationError) as caught:
@@ -82,7 +82,7 @@ async def test_a_wrong_key_gets_401_with_a_part_of_it_and_no_key_is_told_so() ->
 # ---- HTTP ----
 
 
-async def test_one_connection_serves_many_requests_and_an_error_does_not_end_it() -> None:
+async def test_a_connection_serves_many_requests_and_survives_an_error() -> None:
     async with Server(max_inputs=1) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port, limit=2**20)
         for texts, status in [(["a"], 200), (["a", "b"], 400), (["a"], 200)]:
@@ -93,7 +93,7 @@ async def test_one_connection_serves_many_requests_and_an_error_does_not_end_it(
         assert len(server.requests) == 3
 
 
-async def test_a_request_may_come_byte_by_byte_in_chunks_and_after_a_question() -> None:
+async def test_a_request_can_arrive_byte_by_byte_in_chunks_after_100_continue() -> None:
     async with Server() as server:
         body = b'{"model": "m", "input": "a"}'
         chunks = b"5\r\n%b\r\n%x;name=value\r\n%b\r\n0\r\ntrailer: x\r\n\r\n" % (body[:5], len(body) - 5, body[5:])
@@ -108,7 +108,7 @@ async def test_a_request_may_come_byte_by_byte_in_chunks_and_after_a_question() 
         writer.close()
 
 
-async def test_requests_sent_ahead_are_answered_in_order() -> None:
+async def test_pipelined_requests_are_answered_in_order() -> None:
     async with Server() as server:
         reader, writer = await asyncio.open_connection(server.host, server.port, limit=2**20)
         writer.write(b"".join(request_bytes({"model": f"m{i}", "input": "a"}) for i in range(3)))
@@ -117,7 +117,7 @@ async def test_requests_sent_ahead_are_answered_in_order() -> None:
 
 
 @pytest.mark.parametrize("head", ["POST /v1/embeddings HTTP/1.0", "POST /v1/embeddings HTTP/1.1\r\nConnection: close"])
-async def test_who_wants_the_connection_closed_gets_that(head: str) -> None:
+async def test_the_connection_is_closed_when_the_client_wants_that(head: str) -> None:
     async with Server() as server:
         body = b'{"model": "m", "input": "a"}'
         raw = await everything(server, f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
@@ -139,7 +139,7 @@ async def test_who_wants_the_connection_closed_gets_that(head: str) -> None:
         (b"POST /v1/embeddings HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3e9\r\n", 413),
     ],
 )
-async def test_what_is_no_request_gets_an_error_and_the_end(raw: bytes, status: int) -> None:
+async def test_an_invalid_request_gets_an_error_and_the_connection_closes(raw: bytes, status: int) -> None:
     async with Server(max_body_bytes=1_000) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(raw)
@@ -148,7 +148,7 @@ async def test_what_is_no_request_gets_an_error_and_the_end(raw: bytes, status: 
         assert server.requests == []
 
 
-async def test_a_megabyte_goes_in_and_seventeen_come_out() -> None:
+async def test_a_request_of_a_megabyte_with_2048_inputs_is_answered() -> None:
     texts = [f"{number} " * 40 for number in range(2_048)]
     async with Server() as server:
         reply = (await ask(server, texts, encoding_format="base64")).json()
@@ -160,8 +160,8 @@ async def test_a_megabyte_goes_in_and_seventeen_come_out() -> None:
 # ---- the log ----
 
 
-async def test_the_log_tells_what_was_asked_and_what_was_answered() -> None:
-    async with Server(faults=[None, ServerError()]) as server:
+async def test_the_log_has_the_requests_and_their_answers() -> None:
+    async with Server(faults=[None, ServerFault()]) as server:
         await ask(server, ["some words", "é"], "x-team: blue", encoding_format="base64", dimensions=9)
         await ask(server, "a")
         first, second = server.requests
@@ -169,13 +169,13 @@ async def test_the_log_tells_what_was_asked_and_what_was_answered() -> None:
         assert (first.texts, first.inputs) == (("some words", "é"), 2)
         assert (first.tokens, first.estimated_tokens, first.billed_tokens) == (3, 4, 3)  # ⌈10/4⌉ + ⌈2/4⌉
         assert (first.dimensions, first.base64, first.headers["x-team"]) == (9, True, "blue")
-        assert (second.fault, second.status, second.billed_tokens) == (ServerError(), 500, 0)
+        assert (second.fault, second.status, second.billed_tokens) == (ServerFault(), 500, 0)
         assert second.time_s >= first.time_s
         assert server.total_tokens == 3
         assert repr(server).endswith(": 2 requests, 0 in flight>")
 
 
-async def test_without_a_vocabulary_tokens_are_estimated_and_never_exaggerated(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_vocabulary_tokens_are_estimated_not_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def no_vocabulary(encoding: str) -> ByteBound:
         return ByteBound()
 
@@ -186,15 +186,15 @@ async def test_without_a_vocabulary_tokens_are_estimated_and_never_exaggerated(m
         assert server.total_tokens == 8_192
 
 
-async def test_neither_texts_nor_headers_show_in_the_repr_of_a_log() -> None:
+async def test_the_repr_of_the_log_shows_neither_texts_nor_headers() -> None:
     async with Server() as server:
         await ask(server, "a secret text", "authorization: Bearer sk-secret")
         assert "secret" not in repr(server.requests)
 
 
-async def test_texts_are_not_kept_if_so_told_but_schedules_see_them() -> None:
+async def test_with_keep_texts_false_only_schedules_see_the_texts() -> None:
     def schedule(request: LoggedRequest) -> Fault | None:
-        return ServerError() if "bad" in request.texts else None
+        return ServerFault() if "bad" in request.texts else None
 
     async with Server(keep_texts=False, faults=schedule) as server:
         assert (await ask(server, ["bad"])).status == 500
@@ -202,7 +202,7 @@ async def test_texts_are_not_kept_if_so_told_but_schedules_see_them() -> None:
         assert [(request.texts, request.inputs) for request in server.requests] == [((), 1), ((), 1)]
 
 
-async def test_a_cleared_log_is_empty_and_numbers_go_on() -> None:
+async def test_a_cleared_log_is_empty_and_the_numbering_continues() -> None:
     async with Server() as server:
         await ask(server, "a")
         server.clear()
@@ -211,7 +211,7 @@ async def test_a_cleared_log_is_empty_and_numbers_go_on() -> None:
         assert [request.number for request in server.requests] == [2]
 
 
-async def test_what_is_in_flight_is_counted_to_the_byte() -> None:
+async def test_requests_in_flight_are_never_counted_too_high() -> None:
     async with Server(latency_s=0.02) as server, sdk(server) as client:
 
         async def four_times() -> None:
@@ -221,12 +221,12 @@ async def test_what_is_in_flight_is_counted_to_the_byte() -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(5):
                 group.create_task(four_times())
-        # a request is over before its client can send the next, so five callers are never seen as six
+        # a request ends before its client can send the next one, so five callers are never counted as six
         assert server.max_in_flight == 5
         assert server.in_flight == 0
 
 
-async def test_a_client_that_leaves_is_not_in_flight_any_more() -> None:
+async def test_a_request_whose_client_disconnects_is_no_longer_in_flight() -> None:
     async with Server(latency_s=30) as server, sdk(server) as client:
         call = asyncio.create_task(client.embeddings.create(model=MODEL, input="a"))
         await server.until(lambda: server.in_flight == 1)
@@ -236,10 +236,10 @@ async def test_a_client_that_leaves_is_not_in_flight_any_more() -> None:
         assert server.total_tokens == 0
 
 
-# ---- latency and rates ----
+# ---- latency and rate limits ----
 
 
-async def test_latency_is_fixed_and_by_the_token() -> None:
+async def test_latency_has_a_fixed_part_and_a_part_per_token() -> None:
     async with Server(latency_s=0.05, latency_per_token_s=0.01) as server:
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
@@ -247,12 +247,12 @@ async def test_latency_is_fixed_and_by_the_token() -> None:
         assert loop.time() - begun_s >= 0.05 + 5 * 0.01 - 0.005  # a timer may come a tick early
 
 
-async def test_a_refusal_does_not_wait_for_the_latency_of_an_answer() -> None:
+async def test_a_refusal_is_sent_without_the_latency() -> None:
     async with Server(latency_s=600, max_inputs=1) as server:  # the test's own timeout is a minute
         assert (await ask(server, ["a", "b"])).status == 400
 
 
-async def test_who_sends_ahead_during_the_latency_is_answered_once_and_told_to_come_again() -> None:
+async def test_a_request_sent_during_the_latency_of_another_ends_the_connection() -> None:
     async with Server(latency_s=0.05) as server:
         raw = await everything(server, request_bytes({"model": "m", "input": "a", "dimensions": 1}) * 2)
         assert raw.count(b"HTTP/1.1 200 OK") == 1
@@ -280,7 +280,7 @@ async def test_too_many_tokens_a_minute_get_openais_429() -> None:
         assert "Limit 60, Requested 80." in too_large
 
 
-async def test_requests_that_are_refused_for_their_contents_count_as_requests() -> None:
+async def test_requests_refused_for_their_content_count_as_requests() -> None:
     async with Server(requests_per_minute=2, max_inputs=1) as server:
         assert [(await ask(server, texts)).status for texts in (["a", "b"], "a", "a")] == [400, 200, 429]
         error = (await ask(server, "a")).json()["error"]
@@ -288,23 +288,23 @@ async def test_requests_that_are_refused_for_their_contents_count_as_requests() 
         assert "on requests per min (RPM): Limit 2, Used " in error["message"]
 
 
-async def test_tokens_that_were_refused_are_not_used() -> None:
+async def test_the_tokens_of_a_refused_request_are_not_taken() -> None:
     async with Server(tokens_per_minute=60, max_inputs=1, count_tokens=lambda texts: [50] * len(texts)) as server:
         assert (await ask(server, ["a", "b"])).status == 400
         assert (await ask(server, "a")).status == 200
 
 
-async def test_the_faults_can_be_replaced_while_it_runs() -> None:
+async def test_the_faults_can_be_replaced_while_the_server_runs() -> None:
     async with Server() as server:
         assert (await ask(server, "a")).status == 200
-        server.faults = script([ServerError(503)])
+        server.faults = script([ServerFault(503)])
         assert (await ask(server, "a")).status == 503
 
 
-# ---- the end ----
+# ---- closing ----
 
 
-async def test_closing_ends_what_hangs_what_is_half_read_and_what_is_idle() -> None:
+async def test_closing_ends_hanging_half_read_and_idle_connections() -> None:
     before = threading.active_count(), len(asyncio.all_tasks())
     async with Server(faults=[Hang(), Hang("mid-body")]) as server:
         connections = [await asyncio.open_connection(server.host, server.port) for _ in range(5)]
@@ -315,7 +315,7 @@ async def test_closing_ends_what_hangs_what_is_half_read_and_what_is_idle() -> N
         await server.until(lambda: server.in_flight == 2)
         assert server.connections == 5
     for reader, writer in connections:
-        with suppress(ConnectionResetError):  # the end comes, in one way or the other
+        with suppress(ConnectionResetError):  # the connection ends by a close or by a reset
             await reader.read()
         writer.close()
     assert (threading.active_count(), len(asyncio.all_tasks())) == before
@@ -323,7 +323,7 @@ async def test_closing_ends_what_hangs_what_is_half_read_and_what_is_idle() -> N
         await asyncio.open_connection(server.host, server.port)
 
 
-async def test_a_closed_server_comes_back_on_its_port() -> None:
+async def test_a_closed_server_can_be_started_again_on_its_port() -> None:
     server = Server()
     async with server:
         url = server.base_url
@@ -346,7 +346,7 @@ async def test_an_error_in_a_schedule_is_raised_when_the_server_closes() -> None
                 await ask(server, "a")
 
 
-def test_it_runs_in_a_thread_of_its_own_for_code_that_is_not_async() -> None:
+def test_the_server_runs_in_a_thread_for_code_that_is_not_async() -> None:
     threads = threading.active_count()
     with Server().in_thread() as server, OpenAI(base_url=server.base_url, api_key="any") as client:
         reply = client.embeddings.create(model=MODEL, input="a")
@@ -355,14 +355,14 @@ def test_it_runs_in_a_thread_of_its_own_for_code_that_is_not_async() -> None:
     assert threading.active_count() == threads
 
 
-def test_a_thread_whose_server_cannot_start_says_why() -> None:
+def test_in_thread_raises_the_error_of_a_server_that_cannot_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="address already in use"), Server(port=port).in_thread():
             pytest.fail("it started on a port that was taken")
 
 
-def test_an_error_in_the_body_of_the_with_ends_the_thread_and_is_the_one_that_is_raised() -> None:
+def test_an_error_in_the_with_block_of_in_thread_ends_the_thread_and_is_raised() -> None:
     threads = threading.active_count()
     with pytest.raises(KeyError), Server().in_thread():
         raise KeyError("body")
