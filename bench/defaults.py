@@ -14,20 +14,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import statistics
 import tempfile
 import time
+import tracemalloc
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from asyncembed import Embedder, PostgresSink, ProviderDownError
+from asyncembed import Embedder, PostgresSink, ProviderDownError, Row
 from asyncembed.embedder import coalescing
 from asyncembed.sending.retry import backoff_s
 from asyncembed.testing import EmbeddingServer, Overloaded, ServerError, Status, script
 
 from .corpus import sections
-from .gauges import memory_mb
 from .serving import serving
 from .sinks import make_rows
 
@@ -62,7 +63,8 @@ async def outage() -> None:
     """Every request fails, for good: how long is it waited for?"""
     for retries in (0, 2, 4, 8, 12):
         waits = [sum(backoff_s(failures) for failures in range(1, retries + 1)) for _ in range(10_000)]
-        print(f"max_retries={retries:2}: backoff {min(waits):5.1f} to {max(waits):5.1f} s, {statistics.mean(waits):5.1f} s")
+        low, high, mean = min(waits), max(waits), statistics.mean(waits)
+        print(f"max_retries={retries:2}: waits of {low:5.1f} to {high:5.1f} s, {mean:5.1f} s on average")
 
     async def last(retries: int, name: str, fault: object) -> str:
         async with (
@@ -83,63 +85,80 @@ async def outage() -> None:
 
 
 async def waiting() -> None:
-    """20,000 `embed_one` calls at once, as many as may wait: what they hold, and when the last one is answered."""
+    """20,000 `embed_one` calls at once, as many as may wait: when the last one is answered, and what they hold."""
     texts = sections(20_000)
-    for _ in range(ROUNDS):
+    for traced in (False, False, False, True):
         with serving("asyncembed.testing", "--latency", LATENCY_S) as base_url:
             async with Embedder("text-embedding-3-small", base_url=base_url, api_key="x") as embedder:
                 await embedder.embed_one("warm up")
-                before, began = memory_mb("VmRSS"), time.perf_counter()
+                if traced:
+                    tracemalloc.start()
+                began = time.perf_counter()
                 calls = [asyncio.create_task(embedder.embed_one(text)) for text in texts]
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                held = memory_mb("VmRSS") - before
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                held = tracemalloc.get_traced_memory()[0] / 1e6
                 await asyncio.gather(*calls)
                 took = time.perf_counter() - began
-                print(f"{held:.0f} MB while they wait; the last answer after {took:.2f} s, requests:", end=" ")
-                print(embedder.stats().requests)
+                print(f"{held:.0f} MB while they wait" if traced else f"the last answer after {took:.2f} s")
+                tracemalloc.stop()
 
 
 async def sharing() -> None:
-    """50 callers, one text at a time, each request 300 ms: by how many shared requests may be in flight."""
+    """1,000 `embed_one` calls, 100 a second at random, each request 300 ms: by shared requests in flight."""
     for most in (1, 2, 3, 4, 8):
         coalescing.REQUESTS_AT_ONCE = most
+        dice = random.Random(1)
         with serving("asyncembed.testing", "--latency", LATENCY_S, "--dimensions", 256) as base_url:
             async with Embedder("text-embedding-3-small", base_url=base_url, api_key="x") as embedder:
-                took: list[float] = []
-
-                async def caller(number: int, embedder: Embedder = embedder, took: list[float] = took) -> None:
-                    await asyncio.sleep(number * 0.02)
-                    for turn in range(20):
-                        began = time.perf_counter()
-                        await embedder.embed_one(f"question {number} {turn}")
-                        took.append(time.perf_counter() - began)
-
-                await asyncio.gather(*(caller(number) for number in range(50)))
+                await embedder.embed_one("warm up")
+                calls = []
+                for number in range(1_000):
+                    calls.append(asyncio.create_task(_timed(embedder.embed_one(f"question {number}"))))
+                    await asyncio.sleep(dice.expovariate(100))
+                took = await asyncio.gather(*calls)
                 p50, p99 = statistics.median(took) * 1_000, statistics.quantiles(took, n=100)[98] * 1_000
-                print(f"{most} shared: p50 {p50:4.0f} ms, p99 {p99:4.0f} ms, {embedder.stats().requests} requests")
+                requests = embedder.stats().requests - 1
+                print(f"{most} shared: p50 {p50:4.0f} ms, p99 {p99:4.0f} ms, {requests} requests")
+
+
+async def _timed(work: Awaitable[object]) -> float:
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
 
 
 async def pool() -> None:
-    """Eight tasks that write 10,000 rows of 1,536 dimensions, 256 a transaction, and one that searches meanwhile."""
+    """Eight tasks write 10,000 rows of 1,536 dimensions, 256 a transaction; another one looks up ids meanwhile."""
     dsn = os.environ.get("ASYNCEMBED_BENCH_DSN") or _server()
     rows = make_rows(10_000, 1_536)
-    batches = [rows[start : start + 256] for start in range(0, len(rows), 256)]
-    for size in (1, 2, 4, 8, 16):
-        seconds = []
-        for turn in range(ROUNDS):
+    rates: dict[int, list[float]] = {}
+    lookups: dict[int, list[float]] = {}
+    for turn in range(ROUNDS + 1):
+        for size in (1, 2, 4, 8, 16):
+            batches = (rows[start : start + 256] for start in range(0, len(rows), 256))
             async with PostgresSink(dsn, table=f"pool_{size}_{turn}", pool_size=size) as sink:
                 await sink.prepare("m", 1_536)
-                todo = iter(batches)
+                writers = [asyncio.create_task(_write(sink, batches)) for _ in range(8)]
+                began, took = time.perf_counter(), []
+                while not all(writer.done() for writer in writers):
+                    took.append(await _timed(sink.existing("m", {"id-000001": "x"})))
+                    await asyncio.sleep(0.005)
+                await asyncio.gather(*writers)
+                seconds = time.perf_counter() - began
+            if turn:  # the first round warms the server up
+                rates.setdefault(size, []).append(len(rows) / seconds)
+                lookups.setdefault(size, []).extend(took)
+    for size, rate in rates.items():
+        p50, p99 = statistics.median(lookups[size]) * 1_000, statistics.quantiles(lookups[size], n=100)[98] * 1_000
+        print(
+            f"pool_size={size:2}: {statistics.median(rate):7,.0f} rows/s, a lookup p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+        )
 
-                async def write(sink: PostgresSink = sink, todo: object = todo) -> None:
-                    for batch in todo:
-                        await sink.write("m", batch)
 
-                began = time.perf_counter()
-                await asyncio.gather(*(write() for _ in range(8)))
-                seconds.append(time.perf_counter() - began)
-        print(f"pool_size={size:2}: {len(rows) / statistics.median(seconds):7,.0f} rows/s")
+async def _write(sink: PostgresSink, batches: Iterator[Sequence[Row]]) -> None:
+    for batch in batches:
+        await sink.write("m", batch)
 
 
 def _server() -> str:
