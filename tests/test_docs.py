@@ -51,3 +51,12 @@ def test_contributing_lists_every_package_and_flat_module() -> None:
     listed = re.findall(r"^  (\w+)(?:/|\.py)  ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     paths = [path for path in (ROOT / "asyncembed").iterdir() if path.is_dir() or path.suffix == ".py"]
     assert sorted(listed) == sorted(path.stem for path in paths if not path.stem.startswith("__"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_sections_name_a_heading(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        text = ((page.parent / target) if target else page).read_text()
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+        assert anchor in slugs, f"{target}#{anchor}"
