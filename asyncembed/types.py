@@ -15,7 +15,7 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AsyncEmbedError, ProtocolError
+from .errors import AsyncEmbedError, InvalidTextError, ProtocolError, WrongTypeError
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """float32[n, d], or float32[d] where one vector is meant."""
@@ -276,6 +276,25 @@ class PrunableSink(KeyedSink, Protocol):
     async def delete(self, ids: Iterable[RecordId], model: str) -> int:
         """Delete the model's rows with these ids in one transaction; return how many there were."""
         ...
+
+
+def check_text(text: object) -> None:
+    """Raise if no model could embed the value.
+
+    Raises:
+        WrongTypeError: It is not a str.
+        InvalidTextError: It is empty, or holds a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise WrongTypeError(f"is {type(text).__name__}; a text is a str")
+    if not text:
+        raise InvalidTextError("is empty; the API refuses a request that holds an empty text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # from None: the original shows the text
+            raise InvalidTextError(f"has a lone surrogate at character {error.start}, so it is not UTF-8") from None
 
 
 def check_vectors(vectors: object, count: int) -> None:

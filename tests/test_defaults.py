@@ -106,6 +106,6 @@ def test_the_internal_limits_in_the_page_are_those_in_the_code() -> None:
     limits = re.findall(r"^\| `([A-Z_]+)` \| `([\d.,]+)`", section("Internal limits"), re.MULTILINE)
     assert len(limits) > 5
     for name, value in limits:
-        assert [f"{float(each):,g}" for each in re.findall(rf"^{name}(?:: Final)? = ([\d._]+)$", code, re.MULTILINE)] == [value], (
-            name
-        )
+        assert [
+            f"{float(each):,g}" for each in re.findall(rf"^{name}(?:: Final)? = ([\d._]+)$", code, re.MULTILINE)
+        ] == [value], name

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice, pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -37,7 +37,7 @@ LATE_S = 2.0
 
 CLOSED = "the embedder was closed before the answer came"
 
-Send: TypeAlias = Callable[[Sequence[Text], CallContext, Receiver], Awaitable[None]]
+Send: TypeAlias = Callable[[Sequence[Text], CallContext, Receiver], Coroutine[Any, Any, None]]
 """Embeds texts, and delivers each once, with its vector or its error."""
 
 
@@ -125,6 +125,8 @@ class _SharedRequest:
             return ()
         tokens = self.call.usage.tokens - self._billed
         self._billed = self.call.usage.tokens
+        if len(texts) == 1:
+            return (tokens,)
         ends = list(accumulate([len(text.content) for text in texts], initial=0))
         return [tokens * end // ends[-1] - tokens * start // ends[-1] for start, end in pairwise(ends)]
 
@@ -154,6 +156,8 @@ class Coalescer:
         self._requests: set[_SharedRequest] = set()
         self._last_s = LATE_S / 4
         """Seconds that the last shared request took; a guess before there was one."""
+        self._late = 0
+        """How many of the requests are late."""
         self._is_scheduled = False
         self._is_closed = False
 
@@ -212,39 +216,42 @@ class Coalescer:
         )
 
     def _may_leave(self) -> bool:
-        if not self._queue or len(self._requests) >= self._max_requests:
-            return False
-        return sum([not request.is_late for request in self._requests]) < REQUESTS_AT_ONCE
+        in_flight = len(self._requests)
+        return bool(self._queue) and in_flight < self._max_requests and in_flight - self._late < REQUESTS_AT_ONCE
 
     def _leave(self) -> None:
         """Send shared requests, as many as may be in flight."""
         self._is_scheduled = False
         loop = asyncio.get_running_loop()
         while self._may_leave():
-            entries = [self._queue.pop(content) for content in list(islice(self._queue, self._max_inputs))]
-            calls = dict.fromkeys([call for entry in entries for call in entry.calls])
+            entries: list[_Entry] = []
+            calls: dict[SmallCall, None] = {}
+            for content in list(islice(self._queue, self._max_inputs)):
+                entries.append(self._queue.pop(content))
+                calls.update(dict.fromkeys(entries[-1].calls))
             self._recorder.queued([loop.time() - call.came_at for call in calls])
-            context = CallContext(urgent=True, callers=[call.caller for call in calls])
-            request = _SharedRequest(entries, context, self._finish)
-            for entry in entries:
+            request = _SharedRequest(
+                entries, CallContext(urgent=True, callers=[call.caller for call in calls]), self._finish
+            )
+            texts: list[Text] = []
+            for index, entry in enumerate(entries):
                 entry.request = request
+                texts.append(Text(entry.content, (index,)))
             self._requests.add(request)
-            request.task = loop.create_task(self._run(request))
+            request.task = loop.create_task(self._send(texts, request.call, request))
             late = loop.call_later(LATE_S, self._is_late, request)
             request.task.add_done_callback(partial(self._done, request, late))
 
-    async def _run(self, request: _SharedRequest) -> None:
-        texts = [Text(entry.content, (index,)) for index, entry in enumerate(request.entries)]
-        await self._send(texts, request.call, request)
-
     def _is_late(self, request: _SharedRequest) -> None:
         request.is_late = True
+        self._late += 1
         self._leave()
 
     def _done(self, request: _SharedRequest, late: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
         # a callback, since a task that is cancelled before its first step runs nothing, not even `finally`
         late.cancel()
         self._requests.discard(request)
+        self._late -= request.is_late
         error = None if task.cancelled() else task.exception()
         if error is None and not task.cancelled():
             self._last_s = request.call.elapsed_s

@@ -28,8 +28,8 @@ from ..sending.context import CallContext
 from ..sending.feeding import Slices
 from ..sending.pacing import ConcurrencyLimiter, shared_rate_limiter
 from ..sending.recorder import MetricsRecorder
-from ..sources.records import AnyIterable, check_text
-from ..types import Cache, EmbeddedRecord, Provider, Vectors, info_of
+from ..sources.records import AnyIterable
+from ..types import Cache, EmbeddedRecord, Provider, Vectors, check_text, info_of
 from .caching import CacheClient
 from .dispatcher import Dispatcher
 from .inputs import as_list, unique_texts

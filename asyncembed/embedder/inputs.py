@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..batching.texts import Text, unique
 from ..errors import ConfigError, InputError
-from ..sources.records import check_text
+from ..types import check_text
 
 # Checked and compared in 2 ms; then other tasks may run.
 TEXTS_A_TURN = 1_000

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from ..errors import InputError, InvalidRecordError
 from ..sinks.contract import why_unstorable
-from ..sources.records import as_record, check_text
-from ..types import Failure, Record, RecordId
+from ..sources.records import as_record
+from ..types import Failure, Record, RecordId, check_text
 
 WhyUnfit: TypeAlias = Callable[[RecordId], str | None]
 """What a sink may have as `why_unfit`, so that an id it cannot hold is not paid for: returns what is wrong with it."""

@@ -73,6 +73,7 @@ class Endpoint:
         max_retries: int,
     ) -> None:
         self.provider = provider
+        self.validates = info_of(provider).validates
         self.limiter = limiter
         self.recorder = recorder
         self.too_long = too_long
@@ -278,7 +279,7 @@ class BatchSender:
             call.usage.tokens_known &= reply.tokens is not None
             rate.update_from_headers(ticket, reply.rates)
             rate.succeeded()
-            self._isolation.succeeded(batch)
+            self._isolation.good_batch = self._isolation.good_batch or batch
             await receiver.deliver(outcome_of_reply(batch, reply))
             return None
 
@@ -292,7 +293,7 @@ class BatchSender:
         batch.sent = True
         with timer:
             timer.reply = await endpoint.provider.embed([each.content for each in batch.inputs])
-            if not info_of(endpoint.provider).validates:
+            if not endpoint.validates:
                 check_vectors(timer.reply.vectors, inputs)
         return timer.reply
 

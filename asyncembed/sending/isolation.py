@@ -59,17 +59,15 @@ class FailureRecord:
 class Isolation:
     """What one call has seen of good and bad texts."""
 
-    known_good: Input | None = None
-    """A short text that the provider has taken: if it no longer takes that one, it is down."""
-    has_succeeded: bool = False
+    good_batch: Batch | None = None
+    """The first batch that brought vectors."""
     rejections: int = 0
     """Texts that were rejected one by one."""
 
-    def succeeded(self, batch: Batch) -> None:
-        """A batch brought vectors: keep its shortest text for probes."""
-        self.has_succeeded = True
-        if self.known_good is None:
-            self.known_good = min(batch.inputs, key=_length)
+    @property
+    def known_good(self) -> Input | None:
+        """A short text that the provider has taken: if it no longer takes that one, it is down."""
+        return min(self.good_batch.inputs, key=_length) if self.good_batch is not None else None
 
     def history(self, batch: Batch, record: FailureRecord, rate: RateLimiter) -> History:
         """Return what `retry.decide` has to know about a batch that has failed."""
@@ -80,15 +78,15 @@ class Isolation:
             consecutive_failures=record.consecutive_failures,
             healthy=record.others_succeeded_since(inputs, rate.successes) and not rate.looks_down,
             probed=record.isolating,
-            has_known_good=self.known_good is not None,
-            rejections=0 if self.has_succeeded else self.rejections,
+            has_known_good=self.good_batch is not None,
+            rejections=self.rejections if self.good_batch is None else 0,
             refusals=max(1, rate.refusals),
         )
 
     @property
     def probes_needed(self) -> int:
         """How many probes must fail: of a batch's own texts, one may be the very text that breaks it."""
-        return 2 if self.known_good is None else 1
+        return 2 if self.good_batch is None else 1
 
     def next_probe(self, batch: Batch, record: FailureRecord) -> tuple[Batch, bool]:
         """Return a single text to send in the batch's place, and whether it is one of the batch's own.

@@ -251,7 +251,9 @@ class RateLimiter:
 
     def _buckets(self, tokens: int) -> list[tuple[Bucket, float]]:
         """Return all buckets, and how much a request of `tokens` tokens takes out of each."""
-        known = [(bucket, tokens if of_tokens else 1.0) for (_, of_tokens), bucket in self.own.items()]
+        known: list[tuple[Bucket, float]] = []
+        for (_, counts_tokens), bucket in self.own.items():
+            known.append((bucket, tokens if counts_tokens else 1.0))
         if self.tokens is not None:
             known.append((self.tokens, tokens))
         if self.requests is not None:
@@ -261,12 +263,17 @@ class RateLimiter:
     def _wait_s(self, tokens: int, now: float) -> float:
         if self.in_flight and self._is_crowded(tokens):
             return math.inf  # until a request leaves
-        return max([self.paused_until - now, *[bucket.wait_s(amount, now) for bucket, amount in self._buckets(tokens)]])
+        seconds = self.paused_until - now
+        for bucket, amount in self._buckets(tokens):
+            seconds = max(seconds, bucket.wait_s(amount, now))
+        return seconds
 
     def _cost(self, tokens: int, urgent: bool) -> float:
         """Return how much a request takes of what is scarce: seconds of a rate, or slots where no rate is known."""
-        taken = [amount / bucket.per_s for bucket, amount in self._buckets(tokens)]
-        return max(taken, default=URGENT_SLOT if urgent else 1.0)
+        cost = 0.0
+        for bucket, amount in self._buckets(tokens):
+            cost = max(cost, amount / bucket.per_s)
+        return cost or (URGENT_SLOT if urgent else 1.0)
 
     def _is_crowded(self, tokens: int) -> bool:
         if len(self.in_flight) + 1 > self.cap:

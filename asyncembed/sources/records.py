@@ -15,8 +15,8 @@ from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from ..concurrency import ended
-from ..errors import InputError, InvalidRecordError, InvalidTextError, WrongTypeError
-from ..types import Record, RecordId
+from ..errors import InputError, InvalidRecordError, WrongTypeError
+from ..types import Record, RecordId, check_text
 
 AnyIterable: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 
@@ -99,25 +99,6 @@ def _record_id(value: object) -> RecordId:
                 raise InvalidRecordError(f"has an id of {number.bit_length()} bits; an int has at most {MAX_ID_BITS}")
             return number
     raise InvalidRecordError(f"has an id that is {type(value).__name__}; an id is a str, an int or a UUID")
-
-
-def check_text(text: object) -> None:
-    """Raise if no model could embed the value.
-
-    Raises:
-        WrongTypeError: It is not a str.
-        InvalidTextError: It is empty, or holds a lone surrogate.
-    """
-    if not isinstance(text, str):
-        raise WrongTypeError(f"is {type(text).__name__}; a text is a str")
-    if not text:
-        raise InvalidTextError("is empty; the API refuses a request that holds an empty text")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # from None: the original shows the text
-            raise InvalidTextError(f"has a lone surrogate at character {error.start}, so it is not UTF-8") from None
 
 
 def checked_records(first: int, values: Iterable[Any]) -> Iterator[tuple[int, Record, InputError | None]]:

@@ -14,7 +14,7 @@ from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, prepar
 from asyncembed.batching.tokens import ByteBound, TokenCounter, ToktokCounter
 from asyncembed.errors import AsyncEmbedError, InputError, InvalidTextError, TooLongError, WrongTypeError
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
-from asyncembed.sources.records import check_text
+from asyncembed.types import check_text
 
 OPENAI = Limits(MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT)
 EXACT = ToktokCounter("cl100k_base")
