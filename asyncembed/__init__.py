@@ -152,7 +152,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         globals()[name] = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
         return globals()[name]
-    if name in _MODULES.values():
+    if name in {"errors", *_MODULES.values()}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

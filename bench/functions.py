@@ -1,7 +1,7 @@
 """How much code one call runs through: the package's functions and modules that a warm `embed_one` enters.
 
-    python -m bench.functions          # a line for each module
-    python -m bench.functions --json
+python -m bench.functions          # a line for each module
+python -m bench.functions --json
 """
 
 from __future__ import annotations

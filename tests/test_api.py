@@ -95,6 +95,15 @@ def test_importing_the_package_loads_no_driver(driver: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_modules_are_attributes_without_an_import_of_their_own() -> None:
+    code = """
+import asyncembed
+for name in ("caches", "embedder", "errors", "metrics", "pipeline", "report", "sinks", "sources", "types"):
+    assert getattr(asyncembed, name).__name__ == f"asyncembed.{name}"
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="Nothing"):
         asyncembed.Nothing  # noqa: B018  # the access is what is tested
