@@ -118,8 +118,8 @@ __all__ = [
 ]
 
 
-# The modules of these names; all others are in `errors`. Each is loaded at first use: a program starts 80 ms sooner, and
-# one that needs only the errors does not load numpy.
+# The modules of these names; all others are in `errors`. Each is loaded at first use: a program starts 80 ms sooner,
+# and one that needs only the errors does not load numpy.
 _MODULES = {
     "Cache": "types",
     "Check": "report",
