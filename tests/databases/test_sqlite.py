@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from asyncembed.databases.sqlite import joined, marks, pieces
+from asyncembed.databases.sqlite import concatenated, placeholders, batched
 
 
 @pytest.mark.parametrize(
@@ -19,22 +19,22 @@ from asyncembed.databases.sqlite import joined, marks, pieces
         pytest.param(7, [3, 3, 1], id="a rest"),
     ],
 )
-def test_pieces_hold_all_values_in_order(count: int, sizes: list[int]) -> None:
-    found = list(pieces(iter(range(count)), 3))
+def test_batched_hold_all_values_in_order(count: int, sizes: list[int]) -> None:
+    found = list(batched(iter(range(count)), 3))
     assert [len(piece) for piece in found] == sizes
     assert [value for piece in found for value in piece] == list(range(count))
 
 
-def test_marks_stand_for_values_or_for_rows_of_them() -> None:
-    assert marks(3) == "?, ?, ?"
-    assert f"({marks(0)})" == "()"
-    assert marks(2, "(?, ?)") == "(?, ?), (?, ?)"
+def test_placeholders_stand_for_values_or_for_rows_of_them() -> None:
+    assert placeholders(3) == "?, ?, ?"
+    assert f"({placeholders(0)})" == "()"
+    assert placeholders(2, "(?, ?)") == "(?, ?), (?, ?)"
 
 
-def test_joined_blobs_are_their_bytes_one_after_the_other_zeros_and_all() -> None:
+def test_concatenated_blobs_are_their_bytes_one_after_the_other_zeros_and_all() -> None:
     blobs = [bytes(range(256)), b"\0\0\0\0", b"", bytes(reversed(range(256))), b"\xed\xa0\x80\xff\xfe"]
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("CREATE TABLE t (blob BLOB)")
         connection.executemany("INSERT INTO t VALUES (?)", [(blob,) for blob in blobs])
-        assert connection.execute(f"SELECT {joined('blob')} FROM t").fetchone() == (b"".join(blobs),)
-        assert connection.execute(f"SELECT {joined('blob')} FROM t WHERE false").fetchone() == (None,)
+        assert connection.execute(f"SELECT {concatenated('blob')} FROM t").fetchone() == (b"".join(blobs),)
+        assert connection.execute(f"SELECT {concatenated('blob')} FROM t WHERE false").fetchone() == (None,)

@@ -87,7 +87,6 @@ async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
 
 
 async def test_neither_a_rerun_nor_pruning_takes_a_step_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncembed.sinks.sqlite.table.CROWDED_ROW_S", 0.0)
     steps = Steps(monkeypatch)
     embedder, _ = make()
     async with SQLiteSink(":memory:") as sink:
