@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncembed.caches.sqlite import LEAST_BYTES, SQLiteCache
-from asyncembed.caches.sqlite_file import APPLICATION_ID, MOST_NOTED, PAGE_BYTES, ROW_BYTES, CacheFile, parts
+from asyncembed.caches.sqlite import MIN_BYTES, SQLiteCache
+from asyncembed.caches.sqlite_file import APPLICATION_ID, PAGE_BYTES, ROW_BYTES, CacheFile, parts
 from asyncembed.errors import AsyncEmbedError, ConfigError
 from tests.caches.keys import key_of, vector
 from tests.steps import Steps
@@ -107,7 +107,7 @@ async def test_more_keys_than_one_statement_takes_are_found(path: Path) -> None:
 
 async def test_no_call_takes_a_step_for_every_vector(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
-    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    cache = SQLiteCache(path, max_bytes=4 * MIN_BYTES)
     taken = {}
     for what in ("put", "put while others leave"):
         steps.count = 0
@@ -124,18 +124,18 @@ async def test_no_call_takes_a_step_for_every_vector(path: Path, monkeypatch: py
 # ---- its size
 
 
-async def test_it_never_takes_more_than_it_may_and_what_was_used_last_stays(path: Path) -> None:
-    cache = SQLiteCache(path, max_bytes=2 * LEAST_BYTES)
+async def test_a_full_file_keeps_the_vectors_written_last_and_never_grows_beyond_its_limit(path: Path) -> None:
+    cache = SQLiteCache(path, max_bytes=2 * MIN_BYTES)
     for start in range(0, 6_000, 200):  # 6 MB of numbers
         await cache.put(numbered(start, start + 200))
-        assert set(await cache.get([key_of(number) for number in range(20)])) == set(numbered(0, 20)), start
-        assert pages_in_use(path) <= 2 * LEAST_BYTES
-    last = await cache.get([key_of(number) for number in range(6_000)])
+        assert set(numbered(start, start + 200)) == set(await cache.get(list(numbered(start, start + 200)))), start
+        assert pages_in_use(path) <= 2 * MIN_BYTES
+    left = await cache.get([key_of(number) for number in range(6_000)])
     await cache.aclose()
 
-    assert size_of(path) <= 2 * LEAST_BYTES
-    assert {key_of(number) for number in range(5_500, 6_000)} <= set(last)
-    assert 600 < len(last) < 2_000
+    assert size_of(path) <= 2 * MIN_BYTES
+    assert set(left) == {key_of(number) for number in range(6_000 - len(left), 6_000)}
+    assert 600 < len(left) < 2_000
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,65 +146,57 @@ async def test_it_never_takes_more_than_it_may_and_what_was_used_last_stays(path
 )
 async def test_whatever_the_sizes_the_file_stays_within_its_bytes(puts: list[tuple[int, int]], tmp_path: Path) -> None:
     path = tmp_path / f"{os.urandom(8).hex()}.db"
-    cache = SQLiteCache(path, max_bytes=LEAST_BYTES)
+    cache = SQLiteCache(path, max_bytes=MIN_BYTES)
     kept: dict[bytes, np.ndarray] = {}
     for round_, (count, size) in enumerate(puts):
         vectors = {key_of((round_, number)): vector((round_, number), size) for number in range(count)}
         kept |= vectors
         await cache.put(vectors)
-        assert pages_in_use(path) <= LEAST_BYTES
+        assert pages_in_use(path) <= MIN_BYTES
         for key, found in (await cache.get(list(kept))).items():
             np.testing.assert_array_equal(found, kept[key])
         newest = list(vectors)[-1]
         assert newest in await cache.get([newest])
     await cache.aclose()
-    assert size_of(path) <= LEAST_BYTES
+    assert size_of(path) <= MIN_BYTES
 
 
-@pytest.mark.parametrize(
-    ("used", "closed"),
-    [pytest.param(MOST_NOTED, False, id="many"), pytest.param(30, True, id="few, until it is closed")],
-)
-async def test_hits_alone_count_as_use_too(path: Path, used: int, closed: bool) -> None:
-    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+async def test_a_hit_does_not_keep_a_vector_but_a_second_write_does(path: Path) -> None:
+    cache = SQLiteCache(path, max_bytes=4 * MIN_BYTES)
     await cache.put(numbered(0, 3_000))
-    await cache.get([key_of(number) for number in range(used)])
-    if closed:
-        await cache.aclose()
+    assert len(await cache.get([key_of(number) for number in range(30)])) == 30
+    await cache.put(numbered(30, 60))
+    await cache.aclose()
 
-    again = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+    again = SQLiteCache(path, max_bytes=4 * MIN_BYTES)
     await again.put(numbered(3_000, 3_900))
     left = await again.get([key_of(number) for number in range(3_000)])
     await again.aclose()
-    await cache.aclose()
-    assert {key_of(number) for number in range(used)} <= set(left)
+    assert {key_of(number) for number in range(30)}.isdisjoint(left)
+    assert {key_of(number) for number in range(30, 60)} <= set(left)
     assert len(left) < 3_000
 
 
-async def test_hits_of_what_was_used_last_are_not_written_again_and_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("asyncembed.caches.sqlite_file.MOST_NOTED", 100)
-    cache = SQLiteCache(path, max_bytes=4 * LEAST_BYTES)
+async def test_a_hit_writes_nothing_to_the_file(path: Path) -> None:
+    cache = SQLiteCache(path, max_bytes=4 * MIN_BYTES)
     await cache.put(numbered(0, 3_000))
-    watching = sqlite3.connect(path)
-    seen: list[int] = []
+    other = sqlite3.connect(path)
+    before = other.execute("PRAGMA data_version").fetchone()  # changes with every commit of another connection
     for _ in range(4):
-        seen.append(watching.execute("PRAGMA data_version").fetchone()[0])  # changes with every commit of others
         for start in range(0, 3_000, 500):
-            await cache.get([key_of(number) for number in range(start, start + 500)])
-    watching.close()
+            assert len(await cache.get([key_of(number) for number in range(start, start + 500)])) == 500
+    assert other.execute("PRAGMA data_version").fetchone() == before
+    other.close()
     await cache.aclose()
-    assert seen[0] < seen[1] == seen[2] == seen[3]
 
 
 async def test_a_lower_limit_holds_from_the_next_writing_on(path: Path) -> None:
     large = SQLiteCache(path, max_bytes=None)
     await large.put(numbered(0, 5_000))
     await large.aclose()
-    small = SQLiteCache(path, max_bytes=LEAST_BYTES)
+    small = SQLiteCache(path, max_bytes=MIN_BYTES)
     await small.put(numbered(5_000, 5_001))
-    assert pages_in_use(path) <= LEAST_BYTES
+    assert pages_in_use(path) <= MIN_BYTES
     assert key_of(5_000) in await small.get([key_of(5_000)])
     await small.aclose()
 
@@ -231,7 +223,7 @@ def test_parts_hold_all_vectors_once_but_those_that_fit_into_none() -> None:
 # ---- files that are none, and options
 
 
-@pytest.mark.parametrize("max_bytes", [0, LEAST_BYTES - 1, 1e9, True])
+@pytest.mark.parametrize("max_bytes", [0, MIN_BYTES - 1, 1e9, True])
 def test_a_size_that_is_too_small_or_none_is_refused(max_bytes: object) -> None:
     with pytest.raises(ConfigError, match="max_bytes"):
         SQLiteCache("cache.db", max_bytes=max_bytes)  # type: ignore[arg-type]
@@ -315,7 +307,7 @@ async def test_a_row_that_holds_no_vector_is_not_found(path: Path) -> None:
 async def test_a_lock_of_another_process_is_waited_for_a_second_and_leaves_nothing_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncembed.caches.sqlite_file.BUSY_S", 0.05)
+    monkeypatch.setattr("asyncembed.caches.sqlite.BUSY_TIMEOUT_S", 0.05)
     cache = SQLiteCache(path)
     await cache.put({key_of("a"): vector("a")})
     other = sqlite3.connect(path, isolation_level=None)
@@ -333,7 +325,6 @@ PROCESS = """
 import asyncio, sys
 from asyncembed.caches.sqlite import SQLiteCache
 from tests.caches.keys import key_of, vector
-from tests.steps import Steps
 
 async def main():
     cache = SQLiteCache(sys.argv[1])
@@ -360,17 +351,24 @@ def test_processes_that_start_at_once_share_one_file(path: Path) -> None:
     database.close()
 
 
+def watch_reads(monkeypatch: pytest.MonkeyPatch, go_on: threading.Event | None = None) -> list[list[bytes]]:
+    """The keys of each read from the file, which waits for the event."""
+    read_keys: list[list[bytes]] = []
+    read = CacheFile.read
+
+    def watched(self: CacheFile, connection: sqlite3.Connection, keys: list[bytes]) -> object:
+        read_keys.append(keys)
+        assert go_on is None or go_on.wait(30)
+        return read(self, connection, keys)
+
+    monkeypatch.setattr(CacheFile, "read", watched)
+    return read_keys
+
+
 async def test_lookups_that_come_while_one_is_under_way_are_answered_together(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    read = CacheFile.read
-
-    def counted(self: CacheFile, keys: list[bytes]) -> object:
-        asked.append(len(keys))
-        return read(self, keys)
-
-    monkeypatch.setattr(CacheFile, "read", counted)
+    read_keys = watch_reads(monkeypatch)
     cache = SQLiteCache(path)
     await cache.put(numbered(0, 100))
 
@@ -382,7 +380,7 @@ async def test_lookups_that_come_while_one_is_under_way_are_answered_together(
         for number in range(99):
             group.create_task(look_up(number))
     await cache.aclose()
-    assert asked == [100 + 99]  # different ones
+    assert [len(set(keys)) for keys in read_keys] == [100 + 99]
 
 
 async def test_lookups_cancelled_at_any_time_harm_nobody(path: Path) -> None:
@@ -399,21 +397,27 @@ async def test_lookups_cancelled_at_any_time_harm_nobody(path: Path) -> None:
             if not task.cancelled():
                 assert set(task.result()) == {key_of(number)}
         assert sum(task.cancelled() for task in tasks) <= 17
-        assert cache._lanes.get().waiting == set()
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await cache.aclose()
 
 
-async def test_a_lookup_cancelled_before_its_turn_is_forgotten(path: Path) -> None:
+async def test_a_lookup_cancelled_before_its_turn_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    read_keys = watch_reads(monkeypatch, go_on)
     cache = SQLiteCache(path)
-    lane = cache._lanes.get()
-    async with lane.turn:
-        task = asyncio.create_task(cache.get([key_of("a")]))
+    first = asyncio.create_task(cache.get([key_of("first")]))
+    while not read_keys:  # noqa: ASYNC110  # no event is set when a read starts
         await asyncio.sleep(0)
-        assert len(lane.waiting) == 1
-        task.cancel()
-        await asyncio.wait([task])
-    assert lane.waiting == set()
+    cancelled = asyncio.create_task(cache.get([key_of("cancelled")]))
+    await asyncio.sleep(0)
+    last = asyncio.create_task(cache.get([key_of("last")]))
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    go_on.set()
+    await asyncio.wait([first, last])
+    await cache.aclose()
+    assert cancelled.cancelled()
+    assert read_keys == [[key_of("first")], [key_of("last")]]
 
 
 async def test_if_the_work_for_all_breaks_off_those_who_wait_do_it_themselves(
@@ -423,10 +427,10 @@ async def test_if_the_work_for_all_breaks_off_those_who_wait_do_it_themselves(
     await cache.put(numbered(0, 5))
     read, errors = CacheFile.read, [MemoryError()]
 
-    def at_first_without_memory(self: CacheFile, keys: list[bytes]) -> object:
+    def at_first_without_memory(self: CacheFile, connection: sqlite3.Connection, keys: list[bytes]) -> object:
         if errors:
             raise errors.pop()
-        return read(self, keys)
+        return read(self, connection, keys)
 
     monkeypatch.setattr(CacheFile, "read", at_first_without_memory)
     tasks = [asyncio.create_task(cache.get([key_of(number)])) for number in range(5)]
@@ -527,9 +531,14 @@ def test_one_cache_serves_one_loop_after_another_and_several_at_once(path: Path)
 
 FORK = """
 import asyncio, os, sys
+
+def log_is_gone():  # so no connection is open; registered first, so it runs last
+    assert not os.path.exists(sys.argv[1] + "-wal")
+
+os.register_at_fork(before=log_is_gone)
+
 from asyncembed.caches.sqlite import SQLiteCache
 from tests.caches.keys import key_of, vector
-from tests.steps import Steps
 
 cache = SQLiteCache(sys.argv[1])
 
@@ -541,8 +550,8 @@ async def use(name):
         await cache.aclose()
 
 asyncio.run(use("parent"))
+assert os.path.exists(sys.argv[1] + "-wal")
 child = os.fork()
-assert cache._file._connection is None
 asyncio.run(use("child" if child == 0 else "parent again"))
 if child == 0:
     os._exit(0)
