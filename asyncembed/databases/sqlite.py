@@ -100,17 +100,18 @@ class Database:
             stop: Set when the call is cancelled, for functions that look at it.
         """
         stop = stop or StopSignal()
-        # In a list, from which it is taken: the thread refers to arguments for a moment after the result is set, and
-        # the owner of this database could then be collected there.
-        job = self._thread.submit(self._attempt, [work], stop)
+        # The thread takes the function out of this list, or a cancelled call does. So the thread does not refer to it,
+        # and to its rows, for a moment longer than the caller.
+        queued = [work]
         # a bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the result would be lost
-        future = asyncio.wrap_future(job)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, self._attempt, queued, stop)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
                 await asyncio.wait([future])
             except asyncio.CancelledError as error:
-                if job.cancel():
+                if _taken_from(queued):
+                    future.cancel()
                     raise
                 stop.set()  # the function ends after one statement, one commit or one attempt to get a lock
                 cancelled = error
@@ -120,9 +121,9 @@ class Database:
             raise cancelled
         raise noted(cancelled, future.result())
 
-    def _attempt(self, works: list[Work[T]], stop: StopSignal) -> T:
-        work, deadline = works.pop(), time.monotonic() + self._busy_timeout_s
-        while True:
+    def _attempt(self, queued: list[Work[T]], stop: StopSignal) -> T:
+        work, deadline = _taken_from(queued), time.monotonic() + self._busy_timeout_s
+        while work is not None:
             stop.check()
             try:
                 with self._in_use:
@@ -132,6 +133,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if primary_code(error) not in _BUSY or time.monotonic() >= deadline:
                     raise
+        raise WorkStoppedError
 
     async def aclose(self) -> None:
         """Close the connection after the queued functions, and end the thread."""
@@ -166,6 +168,13 @@ class Database:
         if in_child:
             self._thread = _new_thread()
         self._in_use.release()
+
+
+def _taken_from(queued: list[Work[T]]) -> Work[T] | None:
+    try:
+        return queued.pop()
+    except IndexError:
+        return None
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()

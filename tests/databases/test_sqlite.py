@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from asyncembed.databases.sqlite import concatenated, placeholders, batched
+from asyncembed.databases.sqlite import batched, concatenated, placeholders
 
 
 @pytest.mark.parametrize(
