@@ -14,16 +14,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import cast
 
-from ..databases.sqlite import (
-    KEYS_PER_STATEMENT,
-    Database,
-    T,
-    Work,
-    batched,
-    connect,
-    placeholders,
-    single_value,
-)
+from ..databases.sqlite import KEYS_PER_STATEMENT, Database, T, Work, batched, connect, placeholders, single_value
 from ..errors import ConfigError, SinkError
 from ..sending.run import Run
 from ..sources.records import in_slices

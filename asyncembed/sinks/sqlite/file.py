@@ -36,25 +36,25 @@ class SinkFile:
     """The file of a sink. It has a connection to write and one to read: in WAL mode a reader never waits for a writer.
 
     Args:
-        path: The file, or ":memory:", which has one connection for both.
-        busy_timeout: Seconds to wait for the locks of other processes.
+        path: Absolute; None is in memory, with one connection for both.
+        shown: The path as messages show it.
         owner: The sink as messages show it.
+        busy_timeout: Seconds to wait for the locks of other processes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], busy_timeout: float, owner: str) -> None:
-        self._shown = os.fspath(path)
-        self._busy_timeout = busy_timeout
+    def __init__(self, path: Path | None, shown: str, owner: str, busy_timeout: float) -> None:
+        self._path = path
+        self._shown = shown
         self._owner = owner
+        self._busy_timeout = busy_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._path = Path(path).absolute()
-        if self._shown == ":memory:":
-            self._identity = _Identity(None)
-            self._writer = Database(partial(_open_writer, "file::memory:", self._identity), is_private=True)
+        self._identity = _FileIdentity(path)
+        if path is None:
+            self._writer = Database(partial(_open, "file::memory:", self._identity, writes=True), is_private=True)
             self._reader = self._writer
         else:
-            uri, self._identity = self._path.as_uri(), _Identity(self._path)
-            open_writer = partial(_open_writer, f"{uri}?mode=rwc", self._identity)
-            open_reader = partial(_open_reader, f"{uri}?mode=rw", self._identity)
+            open_writer = partial(_open, f"{path.as_uri()}?mode=rwc", self._identity, writes=True)
+            open_reader = partial(_open, f"{path.as_uri()}?mode=rw", self._identity, writes=False)
             self._writer = Database(open_writer, busy_timeout_s=busy_timeout)
             self._reader = Database(open_reader, busy_timeout_s=busy_timeout)
 
@@ -105,31 +105,29 @@ class SinkFile:
 
     def _explained(self, error: sqlite3.Error, *, writing: bool) -> SinkError:
         kind, meaning = _MEANINGS.get(primary_code(error), (SinkError, f"failed: {error}"))
-        if primary_code(error) == sqlite3.SQLITE_CANTOPEN:
-            kind, meaning = SinkConfigError, self._why_not_opened(writing)
+        if primary_code(error) == sqlite3.SQLITE_CANTOPEN and self._path is not None:
+            kind, meaning = SinkConfigError, _why_not_opened(self._path, writing)
         elif kind is SinkBusyError:
             meaning = f"{meaning}, or wait longer than busy_timeout={self._busy_timeout:g} s"
         return kind(f"{self._shown} {meaning}")
 
-    def _why_not_opened(self, writing: bool) -> str:
-        if self._path.is_dir():
-            return "is a folder: name a file in it"
-        if not self._path.parent.is_dir():
-            return f"cannot be made: there is no folder {self._path.parent}"
-        if not writing and not self._path.exists():
-            return "does not exist yet: ingest into it first"
-        return "cannot be opened: let this user read and write it, and its folder"
+
+def _why_not_opened(path: Path, writing: bool) -> str:
+    if path.is_dir():
+        return "is a folder: name a file in it"
+    if not path.parent.is_dir():
+        return f"cannot be made: there is no folder {path.parent}"
+    if not writing and not path.exists():
+        return "does not exist yet: ingest into it first"
+    return "cannot be opened: let this user read and write it, and its folder"
 
 
 class _MovedError(Exception):
     """The path leads to another file than when it was opened, so nobody will open the file that was written."""
 
 
-class _Identity:
-    """Remembers which file a path led to when it was opened; None is no file.
-
-    SQLite checks it, too (os_unix.c, fileHasMoved), but not if there is a write-ahead log.
-    """
+class _FileIdentity:
+    """Which file a path led to when it was opened. SQLite compares it, too, but not if there is a write-ahead log."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -153,17 +151,12 @@ class _Identity:
         return None
 
 
-def _open_reader(uri: str, identity: _Identity) -> sqlite3.Connection:
+def _open(uri: str, identity: _FileIdentity, *, writes: bool) -> sqlite3.Connection:
     connection = connect(uri, uri=True)
-    identity.remember()
-    return connection
-
-
-def _open_writer(uri: str, identity: _Identity) -> sqlite3.Connection:
-    connection = _open_reader(uri, identity)
     try:
-        # FULL syncs at every commit, so that paid vectors survive a power cut, too: 10 % slower
-        set_up_for_writing(connection, page_bytes=PAGE_BYTES, synchronous="FULL")
+        identity.remember()
+        if writes:  # FULL syncs at every commit, so that paid vectors survive a power cut, too: 10 % slower
+            set_up_for_writing(connection, page_bytes=PAGE_BYTES, synchronous="FULL")
     except BaseException:
         connection.close()
         raise

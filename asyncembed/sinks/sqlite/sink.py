@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 from ...databases.sqlite import StopSignal, transaction
@@ -43,7 +44,8 @@ class SQLiteSink:
             raise SinkConfigError("the path contains a NUL character, which no file name can")
         self._table = Table(contract.check_table(table), f"table {table!r} in {shown}")
         self._shown = f"SQLiteSink({shown!r}, table={table!r})"
-        self._file = SinkFile(path, busy_timeout, self._shown)
+        location = None if shown == ":memory:" else Path(path).absolute()
+        self._file = SinkFile(location, shown, self._shown, busy_timeout)
 
     def __repr__(self) -> str:
         return self._shown

@@ -53,11 +53,11 @@ _ID_IN = "id IN (SELECT value FROM json_each(?))"
 # Errors about a row: it violates a constraint that the user added, or has more than a gigabyte.
 _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 
-# Rows of one statement. While another thread computes, each statement takes up to 5 ms (`databases.sqlite`). While none
-# does, statements of 384 KiB are as fast as `executemany`, and those of 768 KiB 10 % slower (rows of 1,536 dimensions,
-# 2026-11). After each statement the caller may have been cancelled.
+# The most that one statement stores. While another thread computes, each statement takes up to 5 ms, so few are better
+# (`databases.sqlite`). While none does, those of 256 KiB take the CPU time of `executemany`, and those of 768 KiB 10 %
+# more (256 to 3,072 dimensions, 2026-11). A cancelled call ends after the current statement.
 ROWS_PER_STATEMENT = 128
-BYTES_PER_STATEMENT = 384 * 1024
+BYTES_PER_STATEMENT = 256 * 1024
 
 # Blobs that one step of a search reads and ranks: its other costs are small beside reading them.
 SLICE_BYTES = 8 << 20
