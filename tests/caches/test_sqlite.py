@@ -271,6 +271,32 @@ async def test_a_cache_of_a_later_version_is_refused(path: Path) -> None:
     await refused(path, "has version 2; this library writes 1")
 
 
+async def test_a_file_of_an_earlier_release_is_read_and_evicted_by_its_used_numbers(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.executescript("""
+        PRAGMA page_size = 32768;
+        CREATE TABLE vectors (
+            id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, used INTEGER NOT NULL, vector BLOB NOT NULL
+        );
+        CREATE INDEX vectors_by_use ON vectors (used);
+        PRAGMA application_id = 1634037091;
+        PRAGMA user_version = 1;
+    """)
+    # that release raised `used` at a hit, too, so it does not follow the order of the ids
+    rows = [(key_of(number), 500 - number, vector(number, 256).tobytes()) for number in range(500)]
+    database.executemany("INSERT INTO vectors (key, used, vector) VALUES (?, ?, ?)", rows)
+    database.commit()
+    database.close()
+    cache = SQLiteCache(path, max_bytes=MIN_BYTES)
+    for key, found in (await cache.get([key for key, *_ in rows])).items():
+        np.testing.assert_array_equal(found, numbered(0, 500)[key])
+    await cache.put(numbered(500, 900))
+    left = await cache.get([key for key, *_ in rows])
+    await cache.aclose()
+    assert 0 < len(left) < 500
+    assert set(left) == {key_of(number) for number in range(len(left))}
+
+
 async def test_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
     await refused(tmp_path, "Is a directory")
     await refused(tmp_path / "none" / "cache.db", "No such file or directory")
