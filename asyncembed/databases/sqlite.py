@@ -72,7 +72,7 @@ class Database:
 
     Args:
         connect: Makes the connection, with `connect` below.
-        busy_timeout_s: Seconds to wait for the locks of other connections. Each attempt calls the function anew.
+        busy_timeout_s: Seconds to wait for the locks of other connections. Each attempt calls the function again.
         is_private: No other process can open the database, which is in memory or temporary. It is kept over a fork.
     """
 

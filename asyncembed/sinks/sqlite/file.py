@@ -123,7 +123,7 @@ def _why_not_opened(path: Path, writing: bool) -> str:
 
 
 class _MovedError(Exception):
-    """The path leads to another file than when it was opened, so nobody will open the file that was written."""
+    """The path leads to another file than when it was opened, so the written file will not be found."""
 
 
 class _FileIdentity:
