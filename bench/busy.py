@@ -2,9 +2,9 @@
 
     python -m bench.busy [--rows 2000] [--dimensions 1536] [--json]
 
-Python's sqlite3 lets go of the interpreter at every step of a statement, and gets it back when the other thread has had
-its 5 ms (`sys.getswitchinterval`). Bare takes a step for every row: `executemany` to write, `fetchall` to read. This
-needs a core for each of the two threads: where there is none free, who lets go is often the next one, too.
+Python's sqlite3 releases the GIL at every step of a statement, and gets it back when the other thread has had it for
+5 ms (`sys.getswitchinterval`). Bare takes a step for every row: `executemany` to write, `fetchall` to read. The
+benchmark needs a core for each of the two threads: on one core, the thread that releases the GIL often gets it again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Measured = Mapping[str, float]
 
 @contextmanager
 def another_thread_computing() -> Iterator[None]:
-    ended = threading.Event()
+    stop = threading.Event()
 
     def compute() -> None:
-        while not ended.is_set():
+        while not stop.is_set():
             pass
 
     thread = threading.Thread(target=compute)
@@ -43,17 +43,17 @@ def another_thread_computing() -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
+        stop.set()
         thread.join()
 
 
 async def timed(jobs: Mapping[str, Callable[[], Awaitable[object]]]) -> Measured:
-    found = {}
-    for what, job in jobs.items():
-        began = time.perf_counter()
+    seconds = {}
+    for name, job in jobs.items():
+        start = time.perf_counter()
         await job()
-        found[what] = time.perf_counter() - began
-    return found
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 async def bare(rows: Sequence[Row], folder: Path) -> Measured:
@@ -91,10 +91,10 @@ async def ours(rows: Sequence[Row], folder: Path) -> Measured:
         )
 
 
-def measure(way: Callable[[Sequence[Row], Path], Awaitable[Measured]], rows: Sequence[Row]) -> Measured:
+def measure(store: Callable[[Sequence[Row], Path], Awaitable[Measured]], rows: Sequence[Row]) -> Measured:
     async def run() -> Measured:
         with tempfile.TemporaryDirectory() as folder:
-            return await way(rows, Path(folder))
+            return await store(rows, Path(folder))
 
     return asyncio.run(run())
 
@@ -111,9 +111,9 @@ def main() -> None:
         busy = {"bare": measure(bare, rows), "ours": measure(ours, rows)}
     print("| job | bare, idle ms | ours, idle ms | bare, busy ms | ours, busy ms | busy: bare / ours |")
     print("|---|---:|---:|---:|---:|---:|")
-    for what in idle["ours"]:
-        milliseconds = [f"{1_000 * when[who][what]:,.0f}" for when in (idle, busy) for who in ("bare", "ours")]
-        print(f"| {what} | {' | '.join(milliseconds)} | {busy['bare'][what] / busy['ours'][what]:.0f} |")
+    for name in idle["ours"]:
+        milliseconds = [f"{1_000 * load[store][name]:,.0f}" for load in (idle, busy) for store in ("bare", "ours")]
+        print(f"| {name} | {' | '.join(milliseconds)} | {busy['bare'][name] / busy['ours'][name]:.0f} |")
     if options.json:
         print(json.dumps({"rows": len(rows), "idle_s": idle, "busy_s": busy}))
 

@@ -1,4 +1,4 @@
-"""How often sqlite3 lets go of the interpreter: at every statement that starts, and at every row that it yields."""
+"""Counts how often sqlite3 releases the GIL: at every statement that starts, and at every row that it returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 class Steps:
-    """Counts the steps of all connections that are made after it."""
+    """Counts the steps of all connections that are made after this object."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0

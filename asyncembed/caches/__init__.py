@@ -1,6 +1,6 @@
-"""Vectors that need not be paid for again, in memory or in a file.
+"""Caches: vectors that need not be paid for again, in memory or in a file.
 
-A cache knows neither texts nor models, but keys of 32 bytes; `lookup` makes them, asks, and keeps what comes back.
+A cache knows neither texts nor models, only keys of 32 bytes. `embedder.caching` makes the keys, reads and writes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["MemoryCache", "open_cache"]
 
 
 def open_cache(option: object) -> tuple[Cache | None, bool]:
-    """Return the cache that an option stands for, and whether it was made here, so that it is to be closed.
+    """Return the cache that the option `cache=` means, and whether it was made here, so that its owner closes it.
 
     Raises:
-        ConfigError: The option stands for none.
+        ConfigError: The option is no cache.
     """
     if option is None or option is False:
         return None, False

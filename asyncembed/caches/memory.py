@@ -1,4 +1,4 @@
-"""Vectors in memory, least recently used ones leaving first: `MemoryCache`."""
+"""`MemoryCache`: vectors in this process, with LRU eviction."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ..types import Vectors
 
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
 
-# What an entry takes beside key and numbers: the headers of two bytes objects, an OrderedDict's node, and its share of
-# two hash tables. tracemalloc, CPython 3.11, 2026-11: 140 to 190 bytes while it grows, up to 260 when full.
+# The overhead of an entry: the headers of two bytes objects, an OrderedDict's node, and its share of two hash tables.
+# tracemalloc, CPython 3.11, 2026-11: 140 to 190 bytes while the cache grows, up to 260 when it is full.
 ENTRY_BYTES = 288
 
-# Copied in 1 ms; then it is the loop's turn.
-VECTORS_A_TURN = 512
+# Copied in 1 ms; then other tasks run.
+VECTORS_PER_TURN = 512
 
 
 class MemoryCache:
-    """Keeps vectors in this process; the least recently used ones leave first.
+    """Keeps vectors in this process; the least recently used ones are evicted first.
 
-    May be shared by embedders, event loops and threads. It needs no closing.
+    Embedders, event loops and threads may share it. It need not be closed.
 
     Args:
-        max_bytes: What it may take, its own overhead included.
+        max_bytes: The most memory it may take, including its overhead.
 
     Raises:
-        ConfigError: `max_bytes` is no whole number, or less than 1.
+        ConfigError: `max_bytes` is not a whole number, or less than 1.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         check_range("max_bytes", max_bytes, 1)
         self._max_bytes = max_bytes
         self._bytes = 0
-        # As bytes: nobody can alter them, and a view of them costs nothing.
+        # As bytes: they cannot be altered, and a view of them costs nothing.
         self._vectors: OrderedDict[bytes, bytes] = OrderedDict()
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<MemoryCache: {len(self):,} vectors, {self._bytes:,} of {self._max_bytes:,} bytes>"
@@ -50,13 +50,13 @@ class MemoryCache:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes now."""
+        """The memory it takes now."""
         return self._bytes
 
     async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
-        """Return those it has, each float32[d] and read-only. Answers within the same turn of the loop."""
+        """Return the stored vectors of these keys, each float32[d] and read-only, without waiting."""
         found: dict[bytes, Vectors] = {}
-        with self._changing:
+        with self._lock:
             for key in keys:
                 vector = self._vectors.get(key)
                 if vector is not None:
@@ -65,18 +65,18 @@ class MemoryCache:
         return found
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
-        """Keep copies of the vectors; those too large for the whole cache are left out."""
+        """Keep copies of the vectors, except those too large for the whole cache."""
         items = list(vectors.items())
-        for start in range(0, len(items), VECTORS_A_TURN):
+        for start in range(0, len(items), VECTORS_PER_TURN):
             if start:
                 await asyncio.sleep(0)
-            with self._changing:
-                for key, vector in items[start : start + VECTORS_A_TURN]:
+            with self._lock:
+                for key, vector in items[start : start + VECTORS_PER_TURN]:
                     self._keep(key, vector.astype(np.float32, copy=False).tobytes())
 
     async def aclose(self) -> None:
-        """Forget everything. It may be used again."""
-        with self._changing:
+        """Remove all vectors. The cache may be used again."""
+        with self._lock:
             self._vectors.clear()
             self._bytes = 0
 

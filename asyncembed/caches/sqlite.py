@@ -1,7 +1,7 @@
-"""Vectors in an SQLite file, shared by processes and kept over restarts: `SQLiteCache`.
+"""`SQLiteCache`: vectors in an SQLite file, shared by processes and kept over restarts.
 
-`sqlite3` blocks, so it runs in a thread, one piece of work at a time. Calls that ask while one is under way are
-answered together by the next, so a thousand lookups of one text each do not go through a thread a thousand times.
+Lookups that arrive while the file is in use are answered together by the next read, so that a thousand lookups of one
+text each take a few hops to the file's thread, not a thousand.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from ..concurrency import PerLoop, finished
+from ..concurrency import PerLoop
+from ..databases.sqlite import Database, T, Work
 from ..errors import AsyncEmbedError, ConfigError
 from ..options import check_range
 from ..types import Vectors
@@ -22,102 +25,110 @@ from .sqlite_file import CacheFile, parts
 DEFAULT_MAX_BYTES = 2 * 1024 * 1024 * 1024
 
 # Less would be little more than the file's own pages.
-LEAST_BYTES = 1024 * 1024
+MIN_BYTES = 1024 * 1024
 
 # Written in one transaction: 20 ms, for which lookups wait.
-BYTES_A_TURN = 4 * 1024 * 1024
+BYTES_PER_TRANSACTION = 4 * 1024 * 1024
+
+# How long the lock of another process is waited for. It is short, because a vector that is not read or kept is only a
+# miss.
+BUSY_TIMEOUT_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class _Lookup:
-    """What one call asks for, and what has come of it."""
+    """The keys of one `get`, and its outcome."""
 
     keys: Sequence[bytes]
-    done: asyncio.Future[Mapping[bytes, Vectors]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    outcome: Mapping[bytes, Vectors] | AsyncEmbedError | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
-    """One event loop's way to the file, and the lookups that wait for their turn on it."""
+class _LookupQueue:
+    """The lookups of one event loop that have no outcome yet; the holder of the lock reads for all of them."""
 
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: set[_Lookup] = field(default_factory=set)
 
 
 class SQLiteCache:
-    """Keeps vectors in a file; the least recently used ones leave first.
+    """Keeps vectors in a file; the oldest are evicted first.
 
-    May be shared by embedders, event loops, threads and processes. It connects at first use, and after `aclose` anew.
+    Embedders, event loops, threads and processes may share it. It connects at first use, and again when it is used
+    after `aclose`.
 
     Args:
         path: The file; created at first use, readable by this user alone.
-        max_bytes: What the file may take, at least 1 MiB; None for as much as the disk has. The log beside it takes
-            some megabytes more while it is in use.
+        max_bytes: The most that the file may take, at least 1 MiB; None is no limit. The log beside it takes some
+            megabytes more while it is in use.
 
     Raises:
-        ConfigError: An option cannot be used. At first use: the file is none of ours, damaged, or cannot be opened.
+        ConfigError: An option cannot be used. At first use: the file is another database, damaged, or cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_MAX_BYTES) -> None:
         if max_bytes is not None:
-            check_range("max_bytes", max_bytes, LEAST_BYTES)
+            check_range("max_bytes", max_bytes, MIN_BYTES)
         self._shown = os.fspath(path)
         if not isinstance(self._shown, str) or self._shown in ("", ":memory:"):
             raise ConfigError(f"cache={self._shown!r}; it must be the path of a file, or True for a cache in memory")
-        self._most_at_once = BYTES_A_TURN if max_bytes is None else min(BYTES_A_TURN, max_bytes // 8)
+        self._part_bytes = BYTES_PER_TRANSACTION if max_bytes is None else min(BYTES_PER_TRANSACTION, max_bytes // 8)
         self._file = CacheFile(os.path.abspath(self._shown), max_bytes)
-        self._lanes = PerLoop(_Lane)
+        self._database = Database(self._file.open, busy_timeout_s=BUSY_TIMEOUT_S)
+        self._queues = PerLoop(_LookupQueue)
 
     def __repr__(self) -> str:
         return f"SQLiteCache({self._shown!r})"
 
     async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
-        """Return those it has, each float32[d] and read-only.
+        """Return the stored vectors of these keys, each float32[d] and read-only.
 
         Raises:
             ConfigError: The file can never be a cache.
             AsyncEmbedError: It cannot be read now.
         """
-        lane, lookup = self._lanes.get(), _Lookup(keys)
-        lane.waiting.add(lookup)
+        queue, lookup = self._queues.get(), _Lookup(keys)
+        queue.waiting.add(lookup)
         try:
-            async with lane.turn:
-                if not lookup.done.done():
-                    await finished(self._serve(lane))
-            return lookup.done.result()
+            async with queue.reading:
+                if lookup.outcome is None:
+                    await asyncio.sleep(0)  # lookups that start at the same time join this read
+                    await self._answer(queue.waiting)
         finally:
-            lane.waiting.discard(lookup)  # if it was cancelled before its turn
+            queue.waiting.discard(lookup)  # if it was cancelled
+        if isinstance(lookup.outcome, AsyncEmbedError):
+            raise copy.copy(lookup.outcome)  # each call raises its own error, since raising adds a traceback
+        assert lookup.outcome is not None
+        return lookup.outcome
+
+    async def _answer(self, waiting: set[_Lookup]) -> None:
+        """Give all waiting lookups their outcome, by one read."""
+        lookups = list(waiting)
+        keys = list({key: None for lookup in lookups for key in lookup.keys})
+        try:
+            found = await self._run(partial(self._file.read, keys=keys))
+        except AsyncEmbedError as error:
+            for lookup in lookups:
+                lookup.outcome = error
+        else:
+            for lookup in lookups:
+                lookup.outcome = {key: found[key] for key in lookup.keys if key in found}
+        waiting.difference_update(lookups)
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
-        """Store the vectors; those too large for the whole cache are left out. Cancelled, some of them are stored.
+        """Store the vectors, except those too large for the whole cache. A cancelled call has stored some of them.
 
         Raises: as `get`.
         """
-        lane = self._lanes.get()
-        for part in parts(vectors, self._most_at_once):
-            async with lane.turn:
-                await finished(asyncio.to_thread(self._file.write, part))
+        for part in parts(vectors, self._part_bytes):
+            await self._run(partial(self._file.write, vectors=part))
 
     async def aclose(self) -> None:
-        """Close the file, after what is under way."""
-        async with self._lanes.get().turn:
-            await finished(asyncio.to_thread(self._file.close))
+        """Close the file after the work under way."""
+        await self._database.aclose()
 
-    async def _serve(self, lane: _Lane) -> None:
-        """Answer all lookups that wait."""
-        lookups, lane.waiting = lane.waiting, set()
-        keys = list({key: None for lookup in lookups for key in lookup.keys})
+    async def _run(self, work: Work[T]) -> T:
         try:
-            found = await asyncio.to_thread(self._file.read, keys)
-        except AsyncEmbedError as error:
-            for lookup in lookups:
-                lookup.done.set_exception(copy.copy(error))  # each its own: a traceback is added where it is raised
-                lookup.done.exception()  # seen, or asyncio would log it as lost for who was cancelled
-            return
-        except BaseException:  # the loop is ending, perhaps; whoever still waits takes the next turn
-            lane.waiting |= lookups
-            raise
-        for lookup in lookups:
-            lookup.done.set_result({key: found[key] for key in lookup.keys if key in found})
+            return await self._database.run(work)
+        except sqlite3.Error as error:
+            raise AsyncEmbedError(f"the cache {self._file.path} cannot be used: {error}") from error

@@ -1,20 +1,19 @@
-"""`ingest(..., prune=True)`: after a complete pass, the rows whose ids the source no longer has are deleted.
+"""`ingest(..., prune=True)`: after a complete pass, delete the rows whose ids are no longer in the source.
 
-What was seen is kept in a temporary file beside the run, neither in memory, which it would outgrow, nor in the store,
-where marking rows would rewrite every vector and its place in the index to say that nothing has changed.
+The ids of the source are kept in a temporary file beside the run. They could outgrow memory, and marking rows in the
+store would rewrite every vector and its index entry to record that nothing has changed.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
 
-from ..databases.sqlite import KEYS_A_STATEMENT, marks, pieces
+from ..databases.sqlite import KEYS_PER_STATEMENT, Database, T, Work, batched, connect, placeholders, single_value
 from ..errors import ConfigError, SinkError
 from ..sending.context import CallContext
 from ..sources.records import in_chunks
@@ -24,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Pruning:
-    """Remembers which ids a pass has seen, and deletes the others.
+    """Remembers which ids a pass has seen, and deletes all others from the sink.
 
     Args:
-        sink: Where from.
-        model: Whose rows; those of other models stay.
+        sink: The sink to prune.
+        model: The model whose rows are deleted; those of other models stay.
 
     Raises:
         ConfigError: The sink cannot list and delete ids.
@@ -43,26 +42,17 @@ class Pruning:
             )
         self._sink = sink
         self._model = model
-        self._lock = threading.Lock()  # a cancelled run closes the file while a thread may still write to it
-        # SQLite documentation, "Temporary Databases": an empty name is a file of its own that nobody else sees,
-        # deleted when it is closed, and not even made as long as little is in it.
-        self._seen = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._seen.execute("PRAGMA journal_mode = OFF")
-        self._seen.execute("CREATE TABLE seen (id BLOB PRIMARY KEY) WITHOUT ROWID")
-        self._seen.execute("BEGIN")  # never committed: nobody reads it afterwards
+        # Opened once, so that after `close` it is an error: a new one would be empty, and all rows would be deleted.
+        connection = _open_temporary()
+        self._seen = Database(lambda: connection, is_private=True)
 
     async def see(self, ids: Iterable[RecordId]) -> None:
-        """Remember ids of the source, those of failed records as well."""
+        """Remember ids of the source, including those of failed records."""
         keys = [_key(self._sink.stored_id(id)) for id in ids]
-        await asyncio.to_thread(self._add, keys)
-
-    def _add(self, keys: Sequence[bytes]) -> None:
-        with self._lock, _errors_of_ours():
-            for some in pieces(keys, KEYS_A_STATEMENT):
-                self._seen.execute(f"INSERT OR IGNORE INTO seen VALUES {marks(len(some), '(?)')}", some)
+        await self._run(partial(_add, keys=keys))
 
     async def finish(self, call: CallContext, unknown: int) -> int | None:
-        """Delete what was not seen; return how many rows that were, None if the pass does not allow to tell.
+        """Delete the rows that were not seen; return how many, or None if the pass was not complete.
 
         Args:
             call: Deleting ends when it is stopped.
@@ -79,36 +69,49 @@ class Pruning:
         pruned = 0
         async with aclosing(in_chunks(self._sink.ids(self._model))) as slices:
             async for some in slices:
-                gone = await asyncio.to_thread(self._unseen, some)
+                unseen = await self._run(partial(_unseen, ids=some))
                 if _is_stopped(call):
                     break
-                if gone:
-                    deleted = await self._sink.delete(gone, self._model)
+                if unseen:
+                    deleted = await self._sink.delete(unseen, self._model)
                     pruned += deleted
         return pruned
 
-    def _unseen(self, ids: Sequence[str]) -> list[str]:
-        seen: set[bytes] = set()
-        with self._lock, _errors_of_ours():
-            for some in pieces(map(_key, ids), KEYS_A_STATEMENT):
-                sql = f"SELECT json_group_array(hex(id)) FROM seen WHERE id IN ({marks(len(some))})"
-                seen.update(map(bytes.fromhex, json.loads(self._seen.execute(sql, some).fetchone()[0])))
-        return [id for id in ids if _key(id) not in seen]
-
     def close(self) -> None:
-        """Forget all of it."""
-        with self._lock:
-            self._seen.close()
+        """Close and delete the temporary file."""
+        self._seen.close()
+
+    async def _run(self, work: Work[T]) -> T:
+        try:
+            return await self._seen.run(work)
+        except sqlite3.Error as error:
+            raise SinkError(
+                f"the ids of the source cannot be kept: {error}; make room in the folder for temporary files, or name "
+                "another one in SQLITE_TMPDIR"
+            ) from error
 
 
-@contextmanager
-def _errors_of_ours() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise SinkError(
-            f"what was seen cannot be noted: {error}; it is kept in the folder for temporary files (SQLITE_TMPDIR)"
-        ) from error
+def _open_temporary() -> sqlite3.Connection:
+    # SQLite documentation, "Temporary Databases": an empty name is a new file that no other connection can open. It is
+    # deleted when it is closed, and not created while its content is small.
+    connection = connect("")
+    connection.execute("PRAGMA journal_mode = OFF")
+    connection.execute("CREATE TABLE seen (id BLOB PRIMARY KEY) WITHOUT ROWID")
+    connection.execute("BEGIN")  # never committed: nothing reads the file afterwards
+    return connection
+
+
+def _add(connection: sqlite3.Connection, keys: Sequence[bytes]) -> None:
+    for some in batched(keys, KEYS_PER_STATEMENT):
+        connection.execute(f"INSERT OR IGNORE INTO seen VALUES {placeholders(len(some), '(?)')}", some)
+
+
+def _unseen(connection: sqlite3.Connection, ids: Sequence[str]) -> list[str]:
+    seen: set[bytes] = set()
+    for some in batched(map(_key, ids), KEYS_PER_STATEMENT):
+        sql = f"SELECT json_group_array(hex(id)) FROM seen WHERE id IN ({placeholders(len(some))})"
+        seen.update(map(bytes.fromhex, json.loads(single_value(connection, sql, tuple(some)))))
+    return [id for id in ids if _key(id) not in seen]
 
 
 def _is_stopped(call: CallContext) -> bool:
@@ -116,4 +119,4 @@ def _is_stopped(call: CallContext) -> bool:
 
 
 def _key(id: str) -> bytes:
-    return id.encode("utf-8", "surrogatepass")  # half a pair is in no store, but it may be in a source
+    return id.encode("utf-8", "surrogatepass")  # a source may contain half a surrogate pair, which no store takes

@@ -1,4 +1,4 @@
-"""Keys and vectors by name, and a look at whether something waits."""
+"""Keys and vectors by name, and whether a coroutine waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asyncembed.types import Vectors
 
 
 def key_of(name: object) -> bytes:
-    """The key of whatever has this name."""
+    """The key of a text or vector with this name."""
     return hashlib.sha256(str(name).encode()).digest()
 
 
@@ -23,7 +23,7 @@ def vector(name: object, size: int = 8) -> Vectors:
 
 
 def in_one_turn(coroutine: Coroutine[Any, Any, object]) -> bool:
-    """Tell whether it comes to its end without waiting for anything; if not, it is given up."""
+    """Whether the coroutine ends without waiting; if it waits, it is closed."""
     try:
         coroutine.send(None)
     except StopIteration:

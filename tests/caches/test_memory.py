@@ -1,4 +1,4 @@
-"""`MemoryCache`: who leaves first, what it takes, and that nobody can alter what is in it."""
+"""`MemoryCache`: eviction, memory use, and that stored vectors cannot be altered."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncembed.caches.memory import ENTRY_BYTES, VECTORS_A_TURN, MemoryCache
+from asyncembed.caches.memory import ENTRY_BYTES, VECTORS_PER_TURN, MemoryCache
 from asyncembed.errors import ConfigError
 from asyncembed.types import Vectors
 from tests.caches.keys import in_one_turn, key_of, vector
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1, True, 1.5, "1"])
-def test_a_size_that_is_none_is_refused(max_bytes: object) -> None:
+def test_an_invalid_max_bytes_is_refused(max_bytes: object) -> None:
     with pytest.raises(ConfigError, match="max_bytes"):
         MemoryCache(max_bytes)  # type: ignore[arg-type]
 
 
-async def test_what_was_used_last_stays() -> None:
+async def test_the_least_recently_used_vector_is_evicted_first() -> None:
     entry = ENTRY_BYTES + 32 + 4 * 8
     cache = MemoryCache(3 * entry)
     for name in "abc":
@@ -40,7 +40,7 @@ async def test_what_was_used_last_stays() -> None:
     assert (len(cache), cache.size_bytes) == (3, 3 * entry)
 
 
-async def test_nobody_can_alter_what_is_kept() -> None:
+async def test_a_stored_vector_cannot_be_altered() -> None:
     cache, given_in = MemoryCache(), vector("a")
     await cache.put({key_of("a"): given_in})
     given_in[:] = 0
@@ -52,7 +52,7 @@ async def test_nobody_can_alter_what_is_kept() -> None:
     np.testing.assert_array_equal(found, vector("a"))
 
 
-async def test_a_row_of_a_matrix_keeps_the_matrix_out_of_memory() -> None:
+async def test_storing_a_row_of_a_matrix_does_not_keep_the_matrix_in_memory() -> None:
     cache = MemoryCache()
     rows = np.zeros((2_000, 1_024), np.float32)
     tracemalloc.start()
@@ -62,14 +62,14 @@ async def test_a_row_of_a_matrix_keeps_the_matrix_out_of_memory() -> None:
     assert peak < 50_000
 
 
-async def test_a_vector_larger_than_all_is_not_kept_and_pushes_nobody_out() -> None:
+async def test_a_vector_larger_than_the_cache_is_not_stored_and_evicts_nothing() -> None:
     cache = MemoryCache(1_000)
     await cache.put({key_of("a"): vector("a")})
     await cache.put({key_of("b"): np.zeros(1_000, np.float32)})
     assert set(await cache.get([key_of("a"), key_of("b")])) == {key_of("a")}
 
 
-async def test_a_key_that_comes_again_has_its_new_vector() -> None:
+async def test_a_second_put_replaces_the_vector_of_a_key() -> None:
     cache = MemoryCache()
     await cache.put({key_of("a"): vector("a", 16)})
     await cache.put({key_of("a"): vector("b")})
@@ -83,7 +83,7 @@ async def test_a_key_that_comes_again_has_its_new_vector() -> None:
         st.tuples(st.booleans(), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 300)), max_size=6)), max_size=30
     ),
 )
-async def test_it_agrees_with_a_plain_model_and_is_never_too_large(
+async def test_the_cache_agrees_with_a_simple_model_and_never_exceeds_max_bytes(
     max_bytes: int, steps: list[tuple[bool, list[tuple[int, int]]]]
 ) -> None:
     cache = MemoryCache(max_bytes)
@@ -110,7 +110,7 @@ async def test_it_agrees_with_a_plain_model_and_is_never_too_large(
 
 
 @pytest.mark.parametrize("size", [16, 256, 1_536])
-async def test_it_takes_no_more_memory_than_it_says(size: int) -> None:
+async def test_the_cache_takes_no_more_memory_than_max_bytes(size: int) -> None:
     cache = MemoryCache(4_000_000)
     some = np.zeros(size, np.float32)
     gc.collect()
@@ -122,15 +122,15 @@ async def test_it_takes_no_more_memory_than_it_says(size: int) -> None:
     assert 0.6 * 4_000_000 < taken < 4_000_000
 
 
-async def test_a_hit_needs_no_turn_of_the_loop_and_a_large_put_takes_several() -> None:
+async def test_a_get_never_waits_and_a_large_put_lets_other_tasks_run() -> None:
     cache = MemoryCache()
-    vectors = {key_of(number): vector(number) for number in range(VECTORS_A_TURN + 1)}
+    vectors = {key_of(number): vector(number) for number in range(VECTORS_PER_TURN + 1)}
     assert not in_one_turn(cache.put(vectors))
     await cache.put(vectors)
     assert in_one_turn(cache.get(list(vectors)))
 
 
-def test_threads_may_share_it() -> None:
+def test_threads_may_share_a_cache() -> None:
     cache = MemoryCache(40 * (ENTRY_BYTES + 64))
     wrong: list[object] = []
 
@@ -152,7 +152,7 @@ def test_threads_may_share_it() -> None:
     assert cache.size_bytes == len(cache) * (ENTRY_BYTES + 64)
 
 
-async def test_closed_it_is_empty_and_may_be_used_again() -> None:
+async def test_a_closed_cache_is_empty_and_may_be_used_again() -> None:
     cache = MemoryCache()
     await cache.put({key_of("a"): vector("a")})
     await cache.aclose()

@@ -279,7 +279,7 @@ async def test_a_row_that_is_too_large_is_refused_alone(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 3)
         # SQLite's own limit is a gigabyte; it counts the row as well as each of its values
-        await sink._write(lambda connection, check: connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000))
+        await sink._file.write(lambda connection: connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000))
         refused = await sink.write(
             MODEL, [row("a"), row("b", text="b" * 100_001), row("c", text="c" * 99_990), row("d")]
         )

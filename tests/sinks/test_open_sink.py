@@ -70,9 +70,9 @@ def test_drivers_are_loaded_by_their_own_sink_alone() -> None:
     script = """
 import sys
 import asyncembed.sinks
-assert not {"aiosqlite", "asyncpg", "pgvector"} & set(sys.modules)
+assert not {"sqlite3", "asyncpg", "pgvector"} & set(sys.modules)
 asyncembed.sinks.open_sink("x.db")
-assert "aiosqlite" in sys.modules
+assert "sqlite3" in sys.modules
 assert not {"asyncpg", "pgvector"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""What only SQLite does: its bytes, its files, its locks, its threads."""
+"""`SQLiteSink`, beyond the contract of all sinks: stored bytes, files, locks, threads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from asyncembed.databases.sqlite import THREAD_NAME
 from asyncembed.errors import RowRefusedError, SinkBusyError, SinkConfigError, SinkError
 from asyncembed.sinks import SQLiteSink
 from asyncembed.sinks.sqlite import table
-from asyncembed.sinks.sqlite.connection import PAGE_BYTES, connect
+from asyncembed.sinks.sqlite.file import PAGE_BYTES
 from asyncembed.types import Row
 
 from ..steps import Steps
@@ -36,8 +37,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store" / "vectors.db"
 
 
-def asked(path: Path, sql: str, *parameters: object) -> list[Any]:
-    """Ask the file itself, at once or not at all."""
+def query_file(path: Path, sql: str, *parameters: object) -> list[Any]:
+    """Query the file through another connection, without waiting for a lock."""
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
         return connection.execute(sql, parameters).fetchall()
 
@@ -46,13 +47,13 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-# ---- what is in the file ----
+# ---- stored bytes ----
 
 
-async def test_a_vector_is_stored_as_its_little_endian_float32_bytes_alone(path: Path) -> None:
+async def test_a_vector_is_stored_as_exactly_its_little_endian_float32_bytes(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row(7, vec(1, -2.5, 0.1), "text", '{"a": 1}')])
-    ((key, model, blob, digest, text, metadata),) = asked(
+    ((key, model, blob, digest, text, metadata),) = query_file(
         path, "SELECT id, model, embedding, content_hash, text, metadata FROM embeddings"
     )
     assert blob == bytes.fromhex("0000803f 000020c0 cdcccc3d")
@@ -68,18 +69,18 @@ async def test_a_vector_is_stored_as_its_little_endian_float32_bytes_alone(path:
         pytest.param(np.array([1.5, 0, -2.0], dtype=np.float32)[::2], id="not contiguous"),
     ],
 )
-async def test_any_array_of_the_right_numbers_becomes_the_same_bytes(path: Path, vector: Any) -> None:
+async def test_arrays_with_equal_numbers_are_stored_as_equal_bytes(path: Path, vector: Any) -> None:
     async with SQLiteSink(path) as sink:
         assert await sink.write(MODEL, [row("a", vector)]) == {}
-    assert asked(path, "SELECT embedding FROM embeddings") == [(bytes.fromhex("0000c03f 000000c0"),)]
+    assert query_file(path, "SELECT embedding FROM embeddings") == [(bytes.fromhex("0000c03f 000000c0"),)]
 
 
-async def test_a_replaced_row_keeps_when_it_was_created(path: Path) -> None:
+async def test_a_replaced_row_keeps_its_created_at(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])
-        asked(path, "UPDATE embeddings SET created_at = 'then', updated_at = 'then'")
+        query_file(path, "UPDATE embeddings SET created_at = 'then', updated_at = 'then'")
         await sink.write(MODEL, [row("a", text="new")])
-    ((created, updated),) = asked(path, "SELECT created_at, updated_at FROM embeddings")
+    ((created, updated),) = query_file(path, "SELECT created_at, updated_at FROM embeddings")
     assert created == "then"
     assert updated.endswith("+00:00")
 
@@ -87,14 +88,14 @@ async def test_a_replaced_row_keeps_when_it_was_created(path: Path) -> None:
 async def test_a_new_file_has_large_pages_and_a_write_ahead_log(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 3)
-        assert asked(path, "PRAGMA page_size") == [(16_384,)]
-        assert asked(path, "PRAGMA journal_mode") == [("wal",)]
+        assert query_file(path, "PRAGMA page_size") == [(16_384,)]
+        assert query_file(path, "PRAGMA journal_mode") == [("wal",)]
 
 
-async def test_rows_put_in_by_hand_tell_the_size_of_their_model(path: Path) -> None:
+async def test_rows_inserted_by_hand_define_the_dimensions_of_their_model(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, None)
-        asked(path, "INSERT INTO embeddings VALUES ('a', ?, NULL, ?, NULL, NULL, '', '')", MODEL, bytes(12))
+        query_file(path, "INSERT INTO embeddings VALUES ('a', ?, NULL, ?, NULL, NULL, '', '')", MODEL, bytes(12))
         with pytest.raises(SinkConfigError, match="3 dimensions"):
             await sink.prepare(MODEL, 4)
 
@@ -107,36 +108,36 @@ async def test_rows_put_in_by_hand_tell_the_size_of_their_model(path: Path) -> N
         pytest.param("CREATE VIEW embeddings AS SELECT 1 AS id", id="a view"),
     ],
 )
-async def test_a_table_that_is_not_ours_is_left_alone(path: Path, ddl: str) -> None:
-    asked(path, ddl)
-    before = asked(path, "SELECT sql FROM sqlite_master")
+async def test_a_table_of_another_program_is_refused_and_not_changed(path: Path, ddl: str) -> None:
+    query_file(path, ddl)
+    before = query_file(path, "SELECT sql FROM sqlite_master")
     async with SQLiteSink(path) as sink:
         with pytest.raises(SinkConfigError, match=r"table 'embeddings' in .*vectors.db .*another table name"):
             await sink.prepare(MODEL, 3)
-    assert asked(path, "SELECT sql FROM sqlite_master") == before
+    assert query_file(path, "SELECT sql FROM sqlite_master") == before
 
 
-async def test_a_column_that_hides_the_number_of_each_row_is_refused(path: Path) -> None:
+async def test_a_column_that_hides_the_rowid_is_refused(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])
-        asked(path, "ALTER TABLE embeddings ADD COLUMN RowId TEXT")
+        query_file(path, "ALTER TABLE embeddings ADD COLUMN RowId TEXT")
         with pytest.raises(SinkConfigError, match=r"do not fit: \['RowId'\]"):
             await sink.write(MODEL, [row("b")])
 
 
-async def test_columns_that_do_without_us_may_be_added(path: Path) -> None:
+async def test_columns_with_a_default_may_be_added(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])
-        asked(path, "ALTER TABLE embeddings ADD COLUMN seen INTEGER NOT NULL DEFAULT 0")
+        query_file(path, "ALTER TABLE embeddings ADD COLUMN seen INTEGER NOT NULL DEFAULT 0")
         await sink.write(MODEL, [row("b")])
         assert await sink.count() == 2
 
 
-async def test_a_row_against_a_constraint_of_the_user_is_refused_alone(path: Path) -> None:
+async def test_only_the_rows_that_violate_a_users_constraint_are_refused(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 3)
-        asked(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (length(text) < 20)")
-        asked(path, "CREATE UNIQUE INDEX one_text ON embeddings (text)")
+        query_file(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (length(text) < 20)")
+        query_file(path, "CREATE UNIQUE INDEX one_text ON embeddings (text)")
         refused = await sink.write(MODEL, [row("a"), row("b", text="b" * 30), row("c", text="text of a"), row("d")])
         assert set(refused) == {"b", "c"}
         assert all(isinstance(error, RowRefusedError) for error in refused.values())
@@ -144,31 +145,31 @@ async def test_a_row_against_a_constraint_of_the_user_is_refused_alone(path: Pat
 
 
 @pytest.mark.parametrize("when", ["INSERT", "UPDATE"])
-async def test_a_row_that_a_trigger_leaves_out_is_not_told_as_stored(path: Path, when: str) -> None:
+async def test_a_row_that_a_trigger_leaves_out_is_reported_as_refused(path: Path, when: str) -> None:
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 8)
         if when == "UPDATE":
             await sink.write(MODEL, [row(one.id, one.vector, "another text") for one in rows(10)])
         ignore = f"BEFORE {when} ON embeddings WHEN NEW.id = 'id-00003' BEGIN SELECT RAISE(IGNORE); END"
-        asked(path, f"CREATE TRIGGER picky {ignore}")
+        query_file(path, f"CREATE TRIGGER picky {ignore}")
         refused = await sink.write(MODEL, rows(10))
         assert list(refused) == ["id-00003"]
         assert "left out by a trigger" in str(refused["id-00003"])
         assert len(await sink.existing(MODEL, hashes(rows(10)))) == 9
 
 
-async def test_a_blob_that_something_else_wrote_is_named_not_misread(path: Path) -> None:
+async def test_a_blob_of_the_wrong_size_is_an_error_that_names_the_row(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a"), row("b")])
-        asked(path, "UPDATE embeddings SET embedding = x'0102' WHERE id = 'b'")
+        query_file(path, "UPDATE embeddings SET embedding = x'0102' WHERE id = 'b'")
         with pytest.raises(SinkError, match=r"row 'b' .* 2 bytes where 3 float32"):
             await sink.search(vec(1, 2, 3))
 
 
-# ---- the search ----
+# ---- search ----
 
 
-async def test_a_search_holds_slices_not_the_table(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_search_holds_slices_in_memory_not_the_table(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "SLICE_BYTES", 1 << 18)
     stored = rows(2_000, dimensions=1_024)  # 8 MB
     async with SQLiteSink(path) as sink:
@@ -183,7 +184,7 @@ async def test_a_search_holds_slices_not_the_table(path: Path, monkeypatch: pyte
     assert peak < 3 << 20
 
 
-async def test_slices_of_any_size_find_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_slice_size_does_not_change_the_hits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = [*rows(50), *(row(f"same-{number}", rows(1)[0].vector) for number in range(9))]
     async with SQLiteSink(path) as sink:
         await sink.write("other", [row("first", vec(1, 2, 3))])
@@ -194,11 +195,8 @@ async def test_slices_of_any_size_find_the_same(path: Path, monkeypatch: pytest.
             assert await sink.search(rows(1)[0].vector, k=12, model=MODEL) == whole
 
 
-async def test_where_others_compute_no_call_takes_a_step_for_every_row(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # after each step another thread that computes keeps the interpreter for 5 ms: 2,000 rows were stored in 9 s
-    monkeypatch.setattr(table, "CROWDED_ROW_S", 0.0)
+async def test_no_call_takes_a_step_for_every_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # after each step another thread that computes holds the GIL for 5 ms: 2,000 rows were stored in 9 s
     steps = Steps(monkeypatch)
     stored = rows(2_000, 64)
     taken = {}
@@ -220,30 +218,28 @@ async def test_where_others_compute_no_call_takes_a_step_for_every_row(
     assert all(0 < count < 40 for count in taken.values()), taken
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["alone", "crowded"])
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 1_000])
-async def test_rows_and_refusals_are_the_same_however_many_a_statement_holds(
-    path: Path, most: int, crowded: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 1_000])
+async def test_rows_and_refusals_are_the_same_for_any_number_of_rows_per_statement(
+    path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "ROWS_AT_ONCE", most)
-    monkeypatch.setattr(table, "CROWDED_ROW_S", 0.0 if crowded else 1.0)
+    monkeypatch.setattr(table, "ROWS_PER_STATEMENT", count)
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 8)
-        asked(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (id NOT IN ('id-00003', 'id-00019'))")
+        query_file(path, "ALTER TABLE embeddings ADD COLUMN short INTEGER CHECK (id NOT IN ('id-00003', 'id-00019'))")
         refused = await sink.write(MODEL, rows(30))
         assert set(refused) == {"id-00003", "id-00019"}
         assert [id async for id in sink.ids(MODEL)] == [f"id-{n:05}" for n in range(30) if n not in (3, 19)]
 
 
-async def test_large_vectors_are_stored_a_few_megabytes_a_statement(path: Path) -> None:
-    large = rows(3, table.BYTES_AT_ONCE // 4 + 1)
+async def test_vectors_larger_than_a_statement_should_be_are_stored(path: Path) -> None:
+    large = rows(3, table.BYTES_PER_STATEMENT // 4 + 1)
     async with SQLiteSink(path) as sink:
         assert await sink.write(MODEL, large) == {}
         assert [hit.id for hit in await sink.search(large[1].vector, 3)] == nearest(large, large[1].vector, 3)
 
 
 @pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le", "UTF-16be"])
-async def test_a_file_of_any_encoding_gives_back_the_bytes_it_was_given(path: Path, encoding: str) -> None:
+async def test_a_file_of_any_encoding_returns_the_stored_bytes(path: Path, encoding: str) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA encoding = '{encoding}'")
         connection.execute("CREATE TABLE notes (note TEXT)")
@@ -310,36 +306,34 @@ async def test_a_lock_held_for_too_long_is_a_busy_error_and_the_loop_stays_live(
     assert ticks > 50
 
 
-async def test_a_lock_that_is_let_go_in_time_is_waited_for(path: Path, locker: sqlite3.Connection) -> None:
+async def test_a_lock_that_is_released_in_time_is_waited_for(path: Path, locker: sqlite3.Connection) -> None:
     async with SQLiteSink(path, busy_timeout=30) as sink:
         writing = asyncio.create_task(sink.write(MODEL, rows(3)))
-        await until_it_tries(sink)
+        await until_a_thread_runs()
         locker.execute("ROLLBACK")
         assert await writing == {}
 
 
-async def test_a_writer_waiting_for_a_lock_is_cancelled_without_waiting_longer(
-    path: Path, locker: sqlite3.Connection
-) -> None:
+async def test_a_write_that_waits_for_a_lock_is_cancelled_without_delay(path: Path, locker: sqlite3.Connection) -> None:
     async with SQLiteSink(path, busy_timeout=3_600) as sink:
         writing = asyncio.create_task(sink.write(MODEL, rows(3)))
-        await until_it_tries(sink)
+        await until_a_thread_runs()
         writing.cancel()
         await asyncio.wait([writing], timeout=30)
         assert writing.cancelled()
 
 
-async def until_it_tries(sink: SQLiteSink) -> None:
-    while not (sink._connections and sink._connections[0]._db):  # noqa: ASYNC110  # no event is set when it opened
+async def until_a_thread_runs() -> None:
+    while not sink_threads():  # noqa: ASYNC110  # no event is set when it starts
         await asyncio.sleep(0)
 
 
-async def test_a_writer_has_the_lock_from_its_first_statement_on(path: Path) -> None:
+async def test_a_write_holds_the_lock_from_its_first_statement_on(path: Path) -> None:
     held = HeldRow("held")
     async with SQLiteSink(path) as sink, SQLiteSink(path, busy_timeout=0) as other:
         await sink.prepare(MODEL, 3)
         writing = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
-        await asyncio.to_thread(held.reached.wait)  # it has only read so far
+        await asyncio.to_thread(held.reached.wait)  # it has only read until now
         try:
             with pytest.raises(SinkBusyError):
                 await other.write(MODEL, [row("other")])
@@ -349,17 +343,17 @@ async def test_a_writer_has_the_lock_from_its_first_statement_on(path: Path) -> 
         assert [id async for id in sink.ids(MODEL)] == ["held"]
 
 
-async def test_a_batch_that_was_stored_is_not_held_in_memory(path: Path) -> None:
+async def test_a_stored_batch_is_not_kept_in_memory(path: Path) -> None:
     vector = vec(1, 2, 3)
     alive = weakref.ref(vector)
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a", vector)])
         del vector
-        while alive() is not None:  # noqa: ASYNC110  # the thread lets go of it a moment later
+        while alive() is not None:  # noqa: ASYNC110  # the thread releases it a moment later
             await asyncio.sleep(0)
 
 
-async def test_readers_of_a_file_without_a_write_ahead_log_hold_a_writer_up_only_while_they_read(path: Path) -> None:
+async def test_without_a_write_ahead_log_a_reader_blocks_a_write_only_while_it_reads(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("CREATE TABLE theirs (x)")
         reader.execute("INSERT INTO theirs VALUES (1)")
@@ -383,20 +377,20 @@ async def test_a_write_cancelled_between_two_rows_is_rolled_back_before_it_raise
         writing = asyncio.create_task(sink.write(MODEL, [*rows(3, dimensions=3), cast(Row, held)]))
         await asyncio.to_thread(held.reached.wait)
         with pytest.raises(sqlite3.OperationalError, match="locked"):
-            asked(path, "BEGIN IMMEDIATE")
+            query_file(path, "BEGIN IMMEDIATE")
         writing.cancel()
         await asyncio.sleep(0)
-        writing.cancel()  # and once more: impatience changes nothing
+        writing.cancel()  # a second time: this changes nothing
         await asyncio.sleep(0)
         assert not writing.done()
         held.go_on.set()
         await asyncio.wait([writing])
         assert writing.cancelled()
-        asked(path, "BEGIN IMMEDIATE")
+        query_file(path, "BEGIN IMMEDIATE")
         assert await sink.count() == 0
 
 
-async def test_a_cancelled_writer_in_the_queue_leaves_at_once_and_harms_nobody(path: Path) -> None:
+async def test_a_cancelled_write_leaves_the_queue_at_once_and_does_not_affect_others(path: Path) -> None:
     held = HeldRow("held")
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, 3)
@@ -415,19 +409,19 @@ async def test_a_cancelled_writer_in_the_queue_leaves_at_once_and_harms_nobody(p
         assert [id async for id in sink.ids(MODEL)] == ["held", "third"]
 
 
-def test_a_run_that_is_torn_down_in_the_middle_of_a_write_ends_cleanly(path: Path) -> None:
+def test_an_event_loop_that_ends_during_a_write_rolls_it_back(path: Path) -> None:
     held = HeldRow("held")
     sink = SQLiteSink(path)
 
-    async def leave_it_running() -> None:
+    async def leave_it_writing() -> None:
         await sink.prepare(MODEL, 3)
         task = asyncio.create_task(sink.write(MODEL, [cast(Row, held)]))
         await asyncio.to_thread(held.reached.wait)
         threading.Timer(0.05, held.go_on.set).start()
         assert not task.done()
 
-    asyncio.run(leave_it_running())  # cancels the task
-    asked(path, "BEGIN IMMEDIATE")
+    asyncio.run(leave_it_writing())  # cancels the task
+    query_file(path, "BEGIN IMMEDIATE")
     assert asyncio.run(counted(sink)) == 0
 
 
@@ -453,13 +447,16 @@ async def test_closing_leaves_no_thread_and_no_log(path: Path) -> None:
         await sink.write(MODEL, rows(3))
         await sink.search(rows(1)[0].vector)
         assert threading.active_count() > before
-    # asyncio.to_thread keeps its own threads, by name
-    left = [thread for thread in threading.enumerate() if "_connection_worker_thread" in thread.name]
-    assert left == []
+    assert sink_threads() == []
     assert names(path.parent) == ["vectors.db"]
 
 
-async def test_one_sink_in_two_running_loops_is_an_error_not_a_muddle(path: Path) -> None:
+def sink_threads() -> list[threading.Thread]:
+    """The running threads of databases; those of `asyncio.to_thread` have another name."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+
+
+async def test_using_one_sink_in_two_running_loops_is_an_error(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(1))
         with pytest.raises(SinkError, match="another running event loop"):
@@ -475,7 +472,7 @@ def notes(path: Path) -> str:
     return "precious notes " * 100
 
 
-async def test_a_file_that_is_no_database_is_left_as_it_is(path: Path, notes: str) -> None:
+async def test_a_file_that_is_no_database_is_refused_and_not_changed(path: Path, notes: str) -> None:
     async with SQLiteSink(path) as sink:
         for use in (sink.prepare(MODEL, 3), sink.write(MODEL, rows(1)), sink.search(vec(1, 2, 3))):
             with pytest.raises(SinkConfigError, match=r"vectors\.db is not an SQLite database"):
@@ -484,19 +481,19 @@ async def test_a_file_that_is_no_database_is_left_as_it_is(path: Path, notes: st
         assert file.read() == notes
 
 
-async def test_a_folder_is_no_file(tmp_path: Path) -> None:
+async def test_a_folder_is_refused(tmp_path: Path) -> None:
     async with SQLiteSink(tmp_path) as sink:
         with pytest.raises(SinkConfigError, match="is a folder: name a file in it"):
             await sink.prepare(MODEL, 3)
 
 
-async def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     async with SQLiteSink(tmp_path / "no" / "vectors.db") as sink:
         with pytest.raises(SinkConfigError, match=r"there is no folder .*no"):
             await sink.prepare(MODEL, 3)
 
 
-async def test_reading_does_not_make_a_file(path: Path) -> None:
+async def test_reading_does_not_create_a_file(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         with pytest.raises(SinkConfigError, match=r"vectors\.db does not exist yet"):
             await sink.search(vec(1, 0, 0))
@@ -505,7 +502,7 @@ async def test_reading_does_not_make_a_file(path: Path) -> None:
 
 @pytest.fixture
 def read_only_folder() -> Iterator[Callable[[Path], Path]]:
-    """Puts a file into a folder of another user's, and returns the folder."""
+    """Copies a file into a folder of another user, and returns the folder."""
     folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     as_root = os.geteuid() == 0
 
@@ -513,7 +510,7 @@ def read_only_folder() -> Iterator[Callable[[Path], Path]]:
         shutil.copy(path, folder)
         for file in [folder, *folder.iterdir()]:
             file.chmod(0o555)
-        if as_root:  # who may write everywhere
+        if as_root:  # which may write everywhere
             os.seteuid(65_534)
         return folder
 
@@ -524,12 +521,12 @@ def read_only_folder() -> Iterator[Callable[[Path], Path]]:
     shutil.rmtree(folder)
 
 
-async def test_a_file_that_may_not_be_written_can_be_searched_and_says_so_when_written(
+async def test_a_read_only_file_can_be_searched_and_a_write_is_an_error(
     read_only_folder: Callable[[Path], Path], path: Path
 ) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])
-    asked(path, "PRAGMA journal_mode = DELETE")  # a write-ahead log needs a folder it can write to
+    query_file(path, "PRAGMA journal_mode = DELETE")  # a write-ahead log needs a folder it can write to
     folder = read_only_folder(path)
     async with SQLiteSink(folder / "vectors.db") as sink:
         assert [hit.id for hit in await sink.search(vec(1, 2, 3))] == ["a"]
@@ -540,15 +537,15 @@ async def test_a_file_that_may_not_be_written_can_be_searched_and_says_so_when_w
             await sink.prepare(MODEL, 3)
 
 
-async def test_a_full_disk_stores_nothing_of_the_batch_and_all_of_it_later(path: Path) -> None:
+async def test_a_full_disk_stores_no_row_of_the_batch_and_a_retry_stores_all(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(3, dimensions=1_000))
-        # per connection, so it must be the sink's own
-        await sink._write(lambda connection, check: connection.execute("PRAGMA max_page_count = 40").fetchall())
+        # a limit of one connection, so it must be the sink's
+        await sink._file.write(lambda connection: connection.execute("PRAGMA max_page_count = 40").fetchall())
         with pytest.raises(SinkError, match=r"vectors\.db cannot grow: its disk is full"):
             await sink.write(MODEL, rows(500, dimensions=1_000))
         assert await sink.count() == 3
-        await sink._write(lambda connection, check: connection.execute("PRAGMA max_page_count = 4000").fetchall())
+        await sink._file.write(lambda connection: connection.execute("PRAGMA max_page_count = 4000").fetchall())
         await sink.write(MODEL, rows(500, dimensions=1_000))
         assert await sink.count() == 500
 
@@ -564,7 +561,7 @@ async def test_a_damaged_file_is_an_error_that_says_what_to_do(path: Path) -> No
             await sink.search(rows(1, dimensions=500)[0].vector)
 
 
-async def test_a_log_left_by_a_killed_process_is_taken_in(path: Path, tmp_path: Path) -> None:
+async def test_a_log_left_by_a_killed_process_is_recovered(path: Path, tmp_path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(20))
         moved = tmp_path / "moved"
@@ -572,18 +569,18 @@ async def test_a_log_left_by_a_killed_process_is_taken_in(path: Path, tmp_path: 
     assert "vectors.db-wal" in names(moved)
     async with SQLiteSink(moved / "vectors.db") as sink:
         assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(20)}
-    assert asked(moved / "vectors.db", "PRAGMA integrity_check") == [("ok",)]
+    assert query_file(moved / "vectors.db", "PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.parametrize("name", ["with space.db", "100%.db", "a?b.db", "a#b.db", "ü.db"])
-async def test_any_file_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+async def test_special_characters_in_a_file_name_are_kept(tmp_path: Path, name: str) -> None:
     async with SQLiteSink(tmp_path / name) as sink:
         await sink.write(MODEL, [row("a")])
         assert await sink.count() == 1
     assert names(tmp_path) == [name]
 
 
-async def test_a_relative_path_stays_what_it_was_when_the_folder_changes(
+async def test_a_relative_path_does_not_change_with_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -594,17 +591,32 @@ async def test_a_relative_path_stays_what_it_was_when_the_folder_changes(
     assert (tmp_path / "vectors.db").exists()
 
 
-async def test_a_store_in_memory_lives_until_it_is_closed() -> None:
+async def test_a_store_in_memory_is_kept_until_it_is_closed() -> None:
     async with SQLiteSink(":memory:") as sink:
         await sink.write(MODEL, rows(3))
         assert (await sink.count(), len(await sink.search(rows(1)[0].vector))) == (3, 3)
     assert ":memory:" not in names(Path())
 
 
-# ---- forgotten ----
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_file_moved_during_a_fork_is_noticed(path: Path, tmp_path: Path) -> None:
+    sink = SQLiteSink(path)
+    asyncio.run(sink.write(MODEL, rows(1)))
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert names(path.parent) == ["vectors.db"]  # SQLite deletes the log when the last connection is closed
+    path.rename(tmp_path / "moved.db")
+    with pytest.raises(SinkError, match="was moved, replaced or deleted"):
+        asyncio.run(sink.write(MODEL, rows(2)))
+    asyncio.run(sink.aclose())
 
 
-def test_a_process_that_forgot_to_close_its_sink_ends_and_is_told(path: Path) -> None:
+# ---- sinks that were not closed ----
+
+
+def test_a_process_that_did_not_close_its_sink_ends_with_a_warning(path: Path) -> None:
     script = f"""
 import asyncio, numpy
 from asyncembed.sinks import SQLiteSink
@@ -618,42 +630,42 @@ asyncio.run(sink.write("m", [Row("a", "t", numpy.ones(3, "f4"), "0")]))
     assert done.returncode == 0
     assert "ResourceWarning: SQLiteSink(" in done.stderr
     assert "Traceback" not in done.stderr
-    assert asked(path, "SELECT id FROM embeddings") == [("a",)]
+    assert query_file(path, "SELECT id FROM embeddings") == [("a",)]
 
 
-async def test_a_forgotten_sink_lets_go_of_its_file(path: Path) -> None:
+async def test_a_sink_that_was_not_closed_closes_its_file_when_it_is_collected(path: Path) -> None:
     sink = SQLiteSink(path)
     await sink.write(MODEL, rows(1))
-    (writer,) = (connection for connection in sink._connections if connection._db is not None)
-    assert writer._db is not None
-    thread = writer._db._thread
-    del writer
+    assert names(path.parent) != ["vectors.db"]
     with pytest.warns(ResourceWarning, match="was not closed: use `async with`"):
         del sink
-    await asyncio.to_thread(thread.join, 30)
-    assert not thread.is_alive()
+    assert names(path.parent) == ["vectors.db"]  # SQLite deletes the log when the last connection is closed
+    for thread in sink_threads():
+        await asyncio.to_thread(thread.join, 30)
+    assert sink_threads() == []
 
 
 def test_a_sink_shows_its_file_and_table() -> None:
     assert repr(SQLiteSink("some/x.db", table="docs")) == "SQLiteSink('some/x.db', table='docs')"
 
 
-def test_a_negative_patience_is_refused() -> None:
+def test_a_negative_busy_timeout_is_refused() -> None:
     with pytest.raises(SinkConfigError, match="busy_timeout is -1"):
         SQLiteSink("x.db", busy_timeout=-1)
 
 
-# ---- what somebody else has done to the file ----
+# ---- files changed by another program, and options ----
 
 
-def test_what_undoes_a_statement_is_kept_in_memory(path: Path) -> None:
-    # else a full folder for temporary files ends every write, and is taken for a full disk
-    with closing(connect(path.as_uri(), writes=True)) as connection:
-        assert connection.execute("PRAGMA temp_store").fetchone() == (2,)
+async def test_the_undo_log_of_a_statement_is_kept_in_memory(path: Path) -> None:
+    # else a full folder for temporary files fails every write, and is taken for a full disk
+    async with SQLiteSink(path) as sink:
+        found = await sink._file.write(lambda connection: connection.execute("PRAGMA temp_store").fetchone())
+    assert found == (2,)
 
 
 @pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le", "UTF-16be"])
-async def test_every_id_is_listed_once_whatever_the_encoding(
+async def test_every_id_is_listed_once_in_any_encoding(
     path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 7)
@@ -670,24 +682,26 @@ async def test_every_id_is_listed_once_whatever_the_encoding(
     assert set(listed) == {one.id for one in stored}
 
 
-async def test_what_is_no_text_is_not_shown_and_what_is_no_json_is_named(path: Path) -> None:
+async def test_a_text_that_is_a_blob_is_none_and_invalid_metadata_is_an_error_that_does_not_quote_it(
+    path: Path,
+) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a"), row("b", vec(3, 2, 1))])
-        asked(path, "UPDATE embeddings SET text = x'00ff', rowid = -5 WHERE id = 'a'")
+        query_file(path, "UPDATE embeddings SET text = x'00ff', rowid = -5 WHERE id = 'a'")
         (hit,) = await sink.search(vec(1, 2, 3), 1)
         assert (hit.id, hit.text) == ("a", None)
-        asked(path, "UPDATE embeddings SET metadata = 'secret' WHERE id = 'a'")
+        query_file(path, "UPDATE embeddings SET metadata = 'secret' WHERE id = 'a'")
         with pytest.raises(SinkError, match="metadata that is no JSON") as caught:
             await sink.search(vec(1, 2, 3), 1)
     assert "secret" not in repr(caught.value)
 
 
-def test_a_path_with_nul_is_refused() -> None:
+def test_a_path_with_a_nul_character_is_refused() -> None:
     with pytest.raises(SinkConfigError, match="NUL"):
         SQLiteSink("a\0b.db")
 
 
-async def test_a_file_that_cannot_be_written_is_refused_before_anything_is_paid(path: Path) -> None:
+async def test_prepare_refuses_a_file_that_cannot_be_written(path: Path) -> None:
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, [row("a")])
     with open(path, "r+b") as file:  # noqa: ASYNC230

@@ -1,4 +1,4 @@
-"""`ingest(..., prune=True)`: what the source no longer has goes, and nothing else does."""
+"""`ingest(..., prune=True)`: rows that the source no longer has are deleted, and no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def ids(sink: Any, model: str = "fake") -> list[str]:
     return [id async for id in sink.ids(model)]
 
 
-async def test_rows_whose_ids_are_gone_from_the_source_are_deleted(open_store: OpenStore) -> None:
+async def test_rows_whose_ids_are_not_in_the_source_are_deleted(open_store: OpenStore) -> None:
     embedder, provider = make()
     async with open_store() as sink:
         first = await ingest(records(1, 2, 3), embedder, sink, prune=True)
@@ -47,7 +47,7 @@ async def test_rows_whose_ids_are_gone_from_the_source_are_deleted(open_store: O
         assert ", 2 pruned;" in str(report)
 
 
-async def test_without_being_asked_for_nothing_is_pruned(open_store: OpenStore) -> None:
+async def test_nothing_is_pruned_by_default(open_store: OpenStore) -> None:
     embedder, _ = make()
     async with open_store() as sink:
         await ingest(records(1, 2), embedder, sink)
@@ -66,7 +66,7 @@ async def test_rows_of_other_models_stay(open_store: OpenStore) -> None:
         assert (await ids(sink), await ids(sink, "other")) == (["id 1", "id 2"], ["id 2"])
 
 
-async def test_an_empty_source_leaves_no_row(open_store: OpenStore) -> None:
+async def test_an_empty_source_deletes_every_row(open_store: OpenStore) -> None:
     embedder, _ = make()
     async with open_store() as sink:
         await ingest(records(1, 2), embedder, sink)
@@ -74,7 +74,7 @@ async def test_an_empty_source_leaves_no_row(open_store: OpenStore) -> None:
         assert await ids(sink) == []
 
 
-async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
+async def test_many_pages_of_ids_are_pruned_while_they_are_listed(
     open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 700)
@@ -87,7 +87,6 @@ async def test_far_more_than_a_page_is_pruned_while_it_is_listed(
 
 
 async def test_neither_a_rerun_nor_pruning_takes_a_step_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncembed.sinks.sqlite.table.CROWDED_ROW_S", 0.0)
     steps = Steps(monkeypatch)
     embedder, _ = make()
     async with SQLiteSink(":memory:") as sink:
@@ -98,7 +97,7 @@ async def test_neither_a_rerun_nor_pruning_takes_a_step_for_every_row(monkeypatc
     assert 0 < steps.count < 200
 
 
-# ---- what failed is still in the source ----
+# ---- failed records are still in the source ----
 
 
 async def test_the_row_of_a_failed_record_stays(open_store: OpenStore) -> None:
@@ -112,7 +111,7 @@ async def test_the_row_of_a_failed_record_stays(open_store: OpenStore) -> None:
         assert await ids(sink) == ["id 1", "id 3"]
 
 
-async def test_a_row_that_the_store_refuses_counts_as_seen(open_store: OpenStore) -> None:
+async def test_the_id_of_a_refused_row_counts_as_seen(open_store: OpenStore) -> None:
     embedder, _ = make()
     long = "x" * 3_000
     async with open_store() as sink:
@@ -122,7 +121,7 @@ async def test_a_row_that_the_store_refuses_counts_as_seen(open_store: OpenStore
 
 
 @pytest.mark.parametrize("broken", [InvalidRecordError("line 2 is broken"), {"text": "without an id"}, 5])
-async def test_a_record_that_failed_without_an_id_might_be_any_row_so_nothing_is_pruned(
+async def test_nothing_is_pruned_if_a_record_failed_without_an_id(
     open_store: OpenStore, broken: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     embedder, _ = make()
@@ -134,10 +133,10 @@ async def test_a_record_that_failed_without_an_id_might_be_any_row_so_nothing_is
     assert caplog.messages == ["nothing was pruned: 1 records failed without an id, and any row might be theirs"]
 
 
-# ---- only after a complete pass ----
+# ---- pruning needs a complete pass ----
 
 
-async def test_a_run_that_was_asked_to_end_prunes_nothing(open_store: OpenStore) -> None:
+async def test_a_stopped_run_prunes_nothing(open_store: OpenStore) -> None:
     stop = asyncio.Event()
     embedder, _ = make(max_batch_size=10, concurrency=1)
 
@@ -152,7 +151,7 @@ async def test_a_run_that_was_asked_to_end_prunes_nothing(open_store: OpenStore)
         assert "id -1" in await ids(sink)
 
 
-async def test_a_fatal_answer_prunes_nothing(open_store: OpenStore) -> None:
+async def test_a_fatal_error_of_the_provider_prunes_nothing(open_store: OpenStore) -> None:
     embedder, _ = make(lambda number, texts: QuotaError("no money") if number else None)
     async with open_store() as sink:
         await ingest(records(1), embedder, sink)
@@ -162,7 +161,7 @@ async def test_a_fatal_answer_prunes_nothing(open_store: OpenStore) -> None:
         assert await ids(sink) == ["id 1"]
 
 
-async def test_a_source_that_breaks_off_prunes_nothing(open_store: OpenStore) -> None:
+async def test_a_source_that_fails_prunes_nothing(open_store: OpenStore) -> None:
     async def source() -> AsyncIterator[Record]:
         yield records(2)[0]
         raise OSError("the disk is gone")
@@ -175,7 +174,7 @@ async def test_a_source_that_breaks_off_prunes_nothing(open_store: OpenStore) ->
         assert "id 1" in await ids(sink)
 
 
-async def test_a_deadline_prunes_nothing(open_store: OpenStore) -> None:
+async def test_a_run_that_reaches_its_deadline_prunes_nothing(open_store: OpenStore) -> None:
     async def source() -> AsyncIterator[Record]:
         yield records(2)[0]
         await asyncio.Event().wait()
@@ -188,7 +187,7 @@ async def test_a_deadline_prunes_nothing(open_store: OpenStore) -> None:
         assert "id 1" in await ids(sink)
 
 
-async def test_a_run_that_ends_while_it_prunes_has_pruned_whole_pages_and_says_how_many(open_store: OpenStore) -> None:
+async def test_a_run_stopped_while_it_prunes_has_pruned_whole_pages_and_reports_how_many(open_store: OpenStore) -> None:
     stop = asyncio.Event()
     embedder, _ = make()
     async with open_store() as sink:
@@ -198,7 +197,7 @@ async def test_a_run_that_ends_while_it_prunes_has_pruned_whole_pages_and_says_h
         async def delete_and_stop(gone: Any, model: str) -> int:
             deleted: int = await delete(gone, model)
             stop.set()
-            for _ in range(5):  # until the run has seen it
+            for _ in range(5):  # until the run has noticed it
                 await asyncio.sleep(0)
             return deleted
 
@@ -208,7 +207,7 @@ async def test_a_run_that_ends_while_it_prunes_has_pruned_whole_pages_and_says_h
         assert await sink.count() == 3_000 - report.pruned_count
 
 
-async def test_a_store_that_fails_while_it_prunes_ends_the_run_with_its_report(open_store: OpenStore) -> None:
+async def test_a_store_that_fails_during_pruning_ends_the_run_with_its_report(open_store: OpenStore) -> None:
     embedder, _ = make()
     async with open_store() as sink:
 
@@ -238,7 +237,7 @@ async def test_a_sink_that_cannot_list_its_ids_is_refused_before_anything_is_sen
     assert provider.requests == []
 
 
-async def test_ids_are_compared_as_their_column_holds_them(dsn: str) -> None:
+async def test_ids_are_compared_as_their_column_stores_them(dsn: str) -> None:
     number, given = uuid.uuid4(), uuid.uuid4()
     told(dsn, "CREATE TABLE numbers (n bigint UNIQUE, v vector)", "CREATE TABLE uuids (u uuid UNIQUE, v vector)")
     embedder, _ = make()
@@ -252,7 +251,7 @@ async def test_ids_are_compared_as_their_column_holds_them(dsn: str) -> None:
         assert await ids(sink) == [str(number)]
 
 
-async def test_rows_that_are_only_filled_lose_their_vectors_not_themselves(dsn: str) -> None:
+async def test_with_update_only_pruning_clears_vectors_and_keeps_rows(dsn: str) -> None:
     told(dsn, "CREATE TABLE docs (id int PRIMARY KEY, v vector)", "INSERT INTO docs VALUES (1), (2)")
     embedder, _ = make()
     async with PostgresSink(dsn, table="docs", columns={"id": "id", "embedding": "v"}, update_only=True) as sink:
@@ -261,7 +260,7 @@ async def test_rows_that_are_only_filled_lose_their_vectors_not_themselves(dsn: 
     assert told(dsn, "SELECT id, v IS NULL FROM docs ORDER BY id") == [(1, True), (2, False)]
 
 
-async def test_what_was_seen_is_not_held_in_memory(tmp_path: Any) -> None:
+async def test_seen_ids_are_not_kept_in_memory(tmp_path: Any) -> None:
     async with SQLiteSink(tmp_path / "v.db") as sink:
         pruning = Pruning(sink, "fake")
         tracemalloc.start()
@@ -275,7 +274,7 @@ async def test_what_was_seen_is_not_held_in_memory(tmp_path: Any) -> None:
     assert peak < 2_000_000  # of 7 MB of ids
 
 
-async def test_a_run_cancelled_while_it_remembers_leaves_nothing_behind(open_store: OpenStore) -> None:
+async def test_a_run_cancelled_while_it_remembers_ids_leaves_no_task_behind(open_store: OpenStore) -> None:
     embedder, _ = make()
     async with open_store() as sink:
         for steps in range(0, 60, 3):
@@ -290,7 +289,7 @@ async def test_a_run_cancelled_while_it_remembers_leaves_nothing_behind(open_sto
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_full_folder_for_temporary_files_is_told_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_folder_for_temporary_files_is_an_error_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = sqlite3.connect
 
     def full(database: str, **options: Any) -> sqlite3.Connection:
