@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,6 @@ from tests.stores import address, told
 
 from .sink_rows import MODEL, hashes, nearest, row, rows, vec
 
-SEND_BUFFER = socket.SOL_SOCKET, socket.SO_SNDBUF
 UUIDS = [UUID(int=number) for number in (7, 3, 5)]
 
 
@@ -627,19 +625,6 @@ async def test_a_pool_that_was_closed_is_an_error(dsn: str) -> None:
     await pool.close()
     with pytest.raises(SinkError, match="pool is closed"):
         await PostgresSink(pool, retry_for=0).count()
-
-
-# ---- connections of our own ----
-
-
-async def test_on_a_unix_socket_a_connection_may_send_more_than_the_server_has_read(dsn: str) -> None:
-    async with PostgresSink(dsn) as sink:
-        await sink.prepare(MODEL, 8)
-        async with (await sink._pool.open()).acquire() as connection:
-            ours = connection._transport.get_extra_info("socket")
-            assert ours.family == socket.AF_UNIX
-            with socket.socket(socket.AF_UNIX) as usual:
-                assert ours.getsockopt(*SEND_BUFFER) > usual.getsockopt(*SEND_BUFFER)
 
 
 # ---- addresses and secrets ----

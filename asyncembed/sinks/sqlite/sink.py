@@ -84,7 +84,7 @@ class SQLiteSink:
             SinkConfigError: The file cannot be written, the table has other columns, or vectors of another size.
             SinkBusyError: Another process held the lock for longer than `busy_timeout`.
         """
-        schema.check_model(model, dimensions)
+        schema.check_model_key(model, dimensions)
 
         def job(connection: sqlite3.Connection, check: Callable[[], None]) -> None:
             with transaction(connection):
@@ -116,7 +116,7 @@ class SQLiteSink:
         """
         if not rows:
             return {}
-        schema.check_model(model, rows[0].vector.size)
+        schema.check_model_key(model, rows[0].vector.size)
         table = self._table
 
         def job(connection: sqlite3.Connection, check: Callable[[], None]) -> schema.Refusals:
