@@ -58,7 +58,7 @@ def address(server: Any, database: str, user: str = "postgres") -> str:
     return f"postgresql://{user}@/{database}?host={server.get_postmaster_info().socket_dir}"
 
 
-def told(dsn: str, *statements: str) -> list[Any]:
+def run_sql(dsn: str, *statements: str) -> list[Any]:
     """Run the statements, each for itself; return the rows of the last one."""
 
     async def tell() -> list[Any]:
@@ -82,8 +82,8 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def shared_dsn(postgres: Any) -> str:
-    told(address(postgres, "postgres"), "CREATE DATABASE shared")
-    told(address(postgres, "shared"), "CREATE EXTENSION vector")
+    run_sql(address(postgres, "postgres"), "CREATE DATABASE shared")
+    run_sql(address(postgres, "shared"), "CREATE EXTENSION vector")
     return address(postgres, "shared")
 
 
@@ -91,18 +91,18 @@ def shared_dsn(postgres: Any) -> str:
 def dsn(shared_dsn: str) -> Iterator[str]:
     """An empty schema, with pgvector in reach: as good as a database of the test's own, and far faster made."""
     name = f"test_{next(_numbers)}"
-    told(shared_dsn, f"CREATE SCHEMA {name}")
+    run_sql(shared_dsn, f"CREATE SCHEMA {name}")
     yield f"{shared_dsn}&search_path={name},public"
-    told(shared_dsn, f"DROP SCHEMA {name} CASCADE")
+    run_sql(shared_dsn, f"DROP SCHEMA {name} CASCADE")
 
 
 @pytest.fixture
 def bare_dsn(postgres: Any) -> Iterator[str]:
     """A database of the test's own, without pgvector."""
     name = f"test_{next(_numbers)}"
-    told(address(postgres, "postgres"), f"CREATE DATABASE {name}")
+    run_sql(address(postgres, "postgres"), f"CREATE DATABASE {name}")
     yield address(postgres, name)
-    told(address(postgres, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    run_sql(address(postgres, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -40,7 +40,7 @@ def run(server: EmbeddingServer, folder: object, script: str, *flags: str) -> No
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_an_embedder_that_nobody_closed_keeps_no_process_from_ending(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_process_ends_with_an_embedder_that_was_not_closed(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         await make().embed(TEXTS)
@@ -50,7 +50,7 @@ def test_an_embedder_that_nobody_closed_keeps_no_process_from_ending(server: Emb
     run(server, tmp_path, script)
 
 
-def test_a_store_that_nobody_closed_keeps_no_process_from_ending(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_process_ends_with_a_store_that_was_not_closed(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         sink = SQLiteSink(os.path.join(FOLDER, "vectors.db"))
@@ -60,7 +60,7 @@ def test_a_store_that_nobody_closed_keeps_no_process_from_ending(server: Embeddi
     run(server, tmp_path, script, "-W", "ignore::ResourceWarning")  # which it gives
 
 
-def test_leaving_a_stream_without_closing_it_loses_no_task(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_stream_that_was_left_without_closing_leaves_no_task(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         async with make(max_batch_size=5) as embedder:
@@ -75,7 +75,9 @@ def test_leaving_a_stream_without_closing_it_loses_no_task(server: EmbeddingServ
     run(server, tmp_path, script)
 
 
-def test_a_program_that_is_cancelled_as_a_whole_ends_well(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_program_that_is_cancelled_as_a_whole_ends_without_warnings(
+    server: EmbeddingServer, tmp_path: object
+) -> None:
     script = """
     async def main():
         embedder = make(max_batch_size=5)
@@ -96,7 +98,7 @@ def test_a_program_that_is_cancelled_as_a_whole_ends_well(server: EmbeddingServe
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_parent_and_child_of_a_fork_both_go_on_with_one_embedder(server: EmbeddingServer, tmp_path: object) -> None:
+def test_parent_and_child_of_a_fork_can_both_use_one_embedder(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     embedder = make(max_batch_size=5)
     async def main():
@@ -111,7 +113,7 @@ def test_parent_and_child_of_a_fork_both_go_on_with_one_embedder(server: Embeddi
     run(server, tmp_path, script)
 
 
-def test_a_spawned_process_makes_an_embedder_of_its_own_and_is_told_so(
+def test_an_embedder_passed_to_a_spawned_process_is_an_error_with_advice(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """
@@ -127,7 +129,7 @@ def test_a_spawned_process_makes_an_embedder_of_its_own_and_is_told_so(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_with_few_file_descriptors_a_job_goes_on_with_fewer_connections(
+def test_a_job_with_few_file_descriptors_goes_on_with_fewer_connections(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """
@@ -145,7 +147,7 @@ def test_with_few_file_descriptors_a_job_goes_on_with_fewer_connections(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_without_any_file_descriptor_a_job_ends_with_its_error_and_does_not_spin(
+def test_a_job_without_any_file_descriptor_ends_with_an_error_and_does_not_spin(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """

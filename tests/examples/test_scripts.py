@@ -15,7 +15,7 @@ import pytest
 from asyncembed.testing import EmbeddingServer, InvalidInput, poison, script
 from examples.etl import ARTICLES, CHANGES, transfer
 from tests.examples.held import Held
-from tests.stores import told
+from tests.stores import run_sql as told
 
 ROOT = Path(__file__).parent.parent.parent
 

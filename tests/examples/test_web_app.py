@@ -14,7 +14,7 @@ from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, Late, ServerEr
 from examples.web_app.app import PAGE
 from examples.web_app.settings import Settings
 from tests.examples.conftest import OpenApp
-from tests.stores import told
+from tests.stores import run_sql as told
 
 HOUSE = """# Bread
 

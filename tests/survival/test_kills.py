@@ -23,7 +23,7 @@ from bench.kills import DIMENSIONS, MODEL, Figures, Job, Store, finish, inputs_o
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 
 
-def test_killed_at_any_instant_every_id_is_stored_once_and_little_is_paid_twice(target: str) -> None:
+def test_kills_at_any_instant_store_every_id_once_and_pay_little_twice(target: str) -> None:
     dice = random.Random(4)
     requests = threading.Semaphore(0)
 
@@ -67,7 +67,7 @@ def test_a_batch_is_paid_twice_only_if_it_was_not_committed(target: str, die: st
     ("die", "stored"),
     [pytest.param("inside", 100, id="inside the transaction"), pytest.param("after", 150, id="after the commit")],
 )
-async def test_a_kill_without_a_write_ahead_log_leaves_whole_batches_too(tmp_path: Path, die: str, stored: int) -> None:
+async def test_a_kill_without_a_write_ahead_log_leaves_whole_batches(tmp_path: Path, die: str, stored: int) -> None:
     path = tmp_path / "vectors.db"
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, DIMENSIONS)

@@ -17,7 +17,8 @@ from asyncembed.pipeline.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
 from tests.steps import Steps
-from tests.stores import OpenStore, told
+from tests.stores import OpenStore
+from tests.stores import run_sql as told
 
 
 def make(script: Script | None = None, *, model: str = "fake", **options: Any) -> tuple[Embedder, FakeProvider]:
