@@ -290,6 +290,11 @@ async def test_a_lock_that_is_released_is_waited_for(path: Path, locker: Callabl
         await check(sink)
 
 
+def without_progress(err: str) -> list[str]:
+    """The lines on standard error, except those that a slow machine prints every few seconds."""
+    return [line for line in err.splitlines() if " done (" not in line]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of processes exist only in POSIX")
 def test_a_file_that_may_not_grow_is_a_one_line_error_and_the_same_command_does_the_rest(
     tmp_path: Path, path: Path
@@ -308,7 +313,8 @@ def test_a_file_that_may_not_grow_is_a_one_line_error_and_the_same_command_does_
         with process(*arguments, env=environment, preexec_fn=limit) as child:
             out, err = child.communicate(timeout=30)
         assert child.returncode == 1
-        assert err.startswith(f"asyncembed: {path} could not be read or written")
+        [line] = without_progress(err)
+        assert line.startswith(f"asyncembed: {path} could not be read or written")
         first = int(out.split()[0].replace(",", ""))
         assert 0 < first < 5_000
         assert Store(str(path)).is_sound()
@@ -316,6 +322,6 @@ def test_a_file_that_may_not_grow_is_a_one_line_error_and_the_same_command_does_
 
         with process(*arguments, env=environment) as child:
             out, err = child.communicate(timeout=30)
-    assert (child.returncode, err) == (0, "")
+    assert (child.returncode, without_progress(err)) == (0, [])
     assert out.startswith(f"{5_000 - first:,} stored, {first:,} skipped, 0 failed; ")
     assert len(Store(str(path)).rows()) == 5_000
