@@ -93,7 +93,9 @@ async def _find(connection: Any, target: Target, extension: Extension) -> Table 
     if found is None:
         return None
     columns = await connection.fetch(
-        "SELECT attname, format_type(atttypid, NULL) AS type, atttypmod, "
+        # PostgreSQL's varchar.c, VARHDRSZ: the modifier of varchar(n) is n + 4
+        "SELECT attname, format_type(atttypid, NULL) AS type, "
+        "CASE WHEN atttypmod > 0 THEN atttypmod - CASE atttypid WHEN 'varchar'::regtype THEN 4 ELSE 0 END END AS size, "
         "attnotnull AND NOT atthasdef AND attidentity = '' AS required "
         "FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
         found["oid"],
@@ -114,7 +116,7 @@ async def _find(connection: Any, target: Target, extension: Extension) -> Table 
         update_only=target.update_only,
         where=target.where,
         extension=extension,
-        catalog={row["attname"]: Column(row["type"], row["atttypmod"], row["required"]) for row in columns},
+        catalog={row["attname"]: Column(row["type"], row["size"], row["required"]) for row in columns},
         unique=tuple(frozenset(row["names"]) for row in keys),
         has_models=found["models"],
     )

@@ -34,19 +34,13 @@ class Column:
 
     Attributes:
         type: Its type without a modifier.
-        modifier: n of `vector(n)`, n + 4 of `varchar(n)`; -1 if there is none.
+        size: n of `vector(n)` and `varchar(n)`; None if it is not limited.
         required: Whether an INSERT must give a value.
     """
 
     type: str
-    modifier: int
+    size: int | None
     required: bool
-
-    @property
-    def max_characters(self) -> int | None:
-        """n of `varchar(n)`; None for a text of any length."""
-        # PostgreSQL's varchar.c, VARHDRSZ: the modifier is n + 4
-        return self.modifier - 4 if self.type == "character varying" and self.modifier > 4 else None
 
 
 def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
@@ -130,8 +124,7 @@ class Table(Target):
     @property
     def fixed_size(self) -> int | None:
         """The dimensions in the type of the embedding column; None if it takes any."""
-        modifier = self._column("embedding").modifier
-        return modifier if modifier > 0 else None
+        return self._column("embedding").size
 
     @property
     def id_type(self) -> str:
@@ -204,7 +197,7 @@ class Table(Target):
     def check_lengths(self, model: str) -> None:
         """Raise SinkConfigError if the model's name, or any content hash, is too long for its column."""
         for role, needed in (("model", len(model)), ("content_hash", HASH_CHARACTERS)):
-            most = self._column(role).max_characters if role in self.columns else None
+            most = self._column(role).size if role in self.columns else None
             if most is not None and needed > most:
                 raise SinkConfigError(
                     f"{self.where}: its column {self.columns[role]} holds {most} characters; {needed} are needed"
@@ -219,7 +212,7 @@ class Table(Target):
             ValueError: The column cannot hold it.
         """
         if self.has_text_ids:
-            most = self._column("id").max_characters
+            most = self._column("id").size
             if not contract.is_storable_text(key):
                 raise ValueError("is no text")
             if most is not None and len(key) > most:
