@@ -1,4 +1,4 @@
-"""Tables that somebody alters and files that somebody moves, before a run and in the middle of one."""
+"""Tables that are altered and files that are moved, before a run and during one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def records(count: int) -> list[Record]:
 async def altered_midway(sink: Any, alter: Callable[[], object]) -> tuple[IngestReport, SinkError | None]:
     """Ingest 30 records in batches of 10, one at a time, and alter something after the first."""
     embedder = Embedder("fake", provider=FakeProvider(latency_s=0), max_batch_size=10, concurrency=1)
-    told_of: list[int] = []
+    altered: list[int] = []
 
     def once(progress: Any) -> None:
-        if progress.done >= 10 and not told_of:
-            told_of.append(progress.done)
+        if progress.done >= 10 and not altered:
+            altered.append(progress.done)
             alter()
 
     try:
@@ -43,7 +43,7 @@ async def altered_midway(sink: Any, alter: Callable[[], object]) -> tuple[Ingest
         return error.report, error
 
 
-# ---- PostgreSQL, in the middle of a run ----
+# ---- PostgreSQL, during a run ----
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ async def test_an_alteration_that_takes_no_rows_any_more_ends_the_run_and_keeps_
         if words is None:
             ddl = ddl.replace("int", "int DEFAULT 1") + "; ALTER TABLE embeddings ALTER lang DROP DEFAULT"
         report, error = await altered_midway(sink, lambda: run_sql(dsn, *ddl.split("; ")))
-        if words is None:  # the server says so of every row
+        if words is None:  # the server refuses every row
             assert error is None
             assert {type(failure.error) for failure in report.failures} == {RowRefusedError}
         else:
@@ -167,7 +167,7 @@ async def test_a_table_whose_plans_depend_on_the_values_is_accepted(dsn: str) ->
         dsn,
         "CREATE TABLE docs (id int PRIMARY KEY, embedding vector(3))",
         "INSERT INTO docs VALUES (7)",
-        "CREATE RULE no AS ON UPDATE TO docs DO ALSO SELECT 1 / 0",  # found out by the planner: SQLSTATE 22012
+        "CREATE RULE no AS ON UPDATE TO docs DO ALSO SELECT 1 / 0",  # the planner fails: SQLSTATE 22012
     )
     columns = {"id": "id", "embedding": "embedding"}
     async with PostgresSink(dsn, table="docs", columns=columns, update_only=True) as sink:
@@ -238,7 +238,7 @@ async def test_a_copy_without_its_log_is_an_older_consistent_state_and_the_next_
         await sink.write(MODEL, rows(5))
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(20))
-        shutil.copy(path, copy)  # not its log, where the last transaction is
+        shutil.copy(path, copy)  # without its log, which holds the last transaction
     async with SQLiteSink(copy) as sink:
         assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(5)}
         await sink.write(MODEL, rows(20))

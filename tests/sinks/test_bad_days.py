@@ -1,4 +1,4 @@
-"""Everything real: the SDK, HTTP, a store, and a provider on a bad day."""
+"""`ingest` through the real SDK, HTTP and stores, from a provider with many faults."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def records(count: int) -> list[Record]:
 
 
 async def check_rows(sink: Any, expected: list[Record]) -> None:
-    """Every record once, and each with the vector of its own text: it finds itself first, at a cosine of one."""
+    """Every record is stored once, with the vector of its own text: that vector finds it first, with a score of 1."""
     assert await sink.count() == len(expected)
     for record in expected[:: max(1, len(expected) // 40)]:
         vector = embedding_of(record.text, dimensions=DIMENSIONS, model="fake")
@@ -50,7 +50,7 @@ async def check_rows(sink: Any, expected: list[Record]) -> None:
 
 
 def sparing_single_texts(schedule: Schedule) -> Schedule:
-    """Let no single text meet more than three faults: five in a row make a good one the culprit, by REJECT_AFTER."""
+    """Let no single text meet more than three faults: after five in a row it would be rejected (REJECT_AFTER)."""
     met: Counter[tuple[str, ...]] = Counter()
 
     def ask(request: LoggedRequest) -> Fault | None:
@@ -76,7 +76,7 @@ async def test_every_good_record_is_stored_once_when_a_third_of_the_requests_fai
 
         assert report.failed_ids == ["id 7", "id 2500", "id 4999"]
         assert (report.success_count, report.seen) == (4_997, 5_000)
-        assert report.requests >= len(server.requests)  # a connection that is cut takes a request unread
+        assert report.requests >= len(server.requests)  # a request on a connection that is cut may never be read
         await check_rows(sink, good)
 
 
@@ -150,9 +150,8 @@ async def test_a_job_over_a_rate_limit_ends_in_time_with_few_refusals(open_store
         refused = sum(request.status == 429 for request in server.requests)
         assert report.failed_count == 0
         assert loop.time() - began <= 1.10 * ideal_s + 0.5  # half a second for connections and vocabulary
-        assert (
-            refused <= 0.02 * len(server.requests) + 8
-        )  # the first eight, before headers have told of an empty bucket
+        # the first eight requests are sent before any header has reported an empty bucket
+        assert refused <= 0.02 * len(server.requests) + 8
 
 
 async def test_two_concurrent_runs_into_one_store_do_not_break_each_other(open_store: OpenStore) -> None:

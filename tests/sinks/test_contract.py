@@ -205,7 +205,7 @@ async def test_a_row_that_cannot_be_stored_is_refused_alone(open_store: OpenStor
 
 
 async def test_ids_and_models_of_the_greatest_length_are_stored(open_store: OpenStore) -> None:
-    noise = np.random.default_rng(0).bytes(1_250).hex()  # nothing that an index could compress
+    noise = np.random.default_rng(0).bytes(1_250).hex()  # which an index cannot compress
     async with open_store() as sink:
         await sink.prepare(noise[:500], 3)
         assert await sink.write(noise[:500], [row(noise[500:])]) == {}
@@ -438,7 +438,7 @@ async def test_a_write_cancelled_at_any_step_has_stored_all_or_nothing(open_stor
         writing.cancel()
         await asyncio.wait([writing])
         assert await other.count() in (0, 100)
-        await other.write(MODEL, stored)  # at once: no lock was left
+        await other.write(MODEL, stored)  # at once, since no lock was left
         await sink.write(MODEL, stored[:1])
         assert await other.count() == 100
 
@@ -451,7 +451,7 @@ async def test_a_search_in_an_empty_store_finds_nothing_with_and_without_a_model
 
 
 async def test_an_id_that_no_store_can_hold_matches_no_row(open_store: OpenStore) -> None:
-    # at a NUL SQLite's JSON ends a text
+    # SQLite's JSON ends a text at a NUL
     async with open_store() as sink:
         await sink.write(MODEL, [row("abc")])
         assert await sink.existing(MODEL, {"abc\0other": row("abc").content_hash}) == set()

@@ -1,4 +1,4 @@
-"""Addresses to sinks."""
+"""`open_sink`: the sink for an address."""
 
 from __future__ import annotations
 

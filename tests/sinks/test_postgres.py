@@ -1,4 +1,4 @@
-"""What only PostgreSQL does: its bytes, its rights, tables of the user's, indexes, pools that were handed in."""
+"""Only in PostgreSQL: stored bytes, rights, the user's tables, indexes, pools that were handed in, addresses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .sink_rows import MODEL, hashes, nearest, row, rows, vec
 UUIDS = [UUID(int=number) for number in (7, 3, 5)]
 
 
-# ---- what is in the table ----
+# ---- the stored rows ----
 
 
 async def test_a_vector_is_stored_as_pgvector_stores_it(dsn: str) -> None:
@@ -92,7 +92,7 @@ async def test_a_missing_extension_is_created_and_serves_the_same_sink(bare_dsn:
 async def test_an_extension_that_another_process_creates_meanwhile_serves_the_same_sink(bare_dsn: str) -> None:
     async with PostgresSink(bare_dsn) as sink:
         with pytest.raises(SinkConfigError, match="ingest into it first"):
-            await sink.count()  # by a connection that knows of no pgvector
+            await sink.count()  # through a connection without the codec of pgvector
         run_sql(bare_dsn, "CREATE EXTENSION vector")
         await sink.prepare(MODEL, 8)
         await sink.write(MODEL, rows(3))
@@ -113,7 +113,7 @@ async def test_many_processes_may_start_at_once_on_an_empty_database(bare_dsn: s
 
 @pytest.fixture
 def low_dsn(postgres: Any, bare_dsn: str) -> str:
-    """A user who may do nothing that not everybody may, in the database of `bare_dsn`."""
+    """The database of `bare_dsn` for a user without any rights of its own."""
     run_sql(
         bare_dsn,
         "DO $$ BEGIN CREATE ROLE low LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
@@ -198,7 +198,7 @@ def test_a_table_name_that_is_not_a_plain_identifier_in_a_schema_is_refused(tabl
             "CREATE TABLE embeddings (id date, model text, embedding vector, content_hash text, text text, "
             "metadata jsonb, created_at timestamptz, updated_at timestamptz, PRIMARY KEY (id, model))",
             r"id is date, not a text, an integer or a uuid",
-            id="an id that is none",
+            id="an id of another type",
         ),
         pytest.param(
             "CREATE TABLE embeddings (id text, model text, embedding vector, content_hash text, text text, "
@@ -241,7 +241,7 @@ async def test_a_table_that_vanishes_is_an_error_and_created_again_by_the_next_p
         assert await sink.count() == 2
 
 
-# ---- tables of the user's ----
+# ---- the user's tables ----
 
 SECTIONS = {"id": "section_id", "model": "model_name", "embedding": "embedding", "created_at": "created_at"}
 
@@ -470,7 +470,7 @@ async def test_a_condition_on_metadata_needs_a_metadata_column(dsn: str) -> None
 
 async def until_an_index_was_used(dsn: str) -> None:
     used = "SELECT coalesce(sum(idx_scan), 0) > 0 FROM pg_stat_user_indexes WHERE indexrelname ~ 'hnsw'"
-    while run_sql(dsn, used) != [(True,)]:  # noqa: ASYNC110  # backends tell when they end, or a moment later
+    while run_sql(dsn, used) != [(True,)]:  # noqa: ASYNC110  # backends report it when they end, or a moment later
         await asyncio.sleep(0)
 
 
@@ -563,7 +563,7 @@ async def test_a_pool_that_was_handed_in_is_neither_closed_nor_changed(dsn: str)
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
         async with PostgresSink(pool) as sink:
             await sink.prepare(MODEL, 8)
-            for _ in range(8):  # more often than it takes PostgreSQL to make a general plan of a cached statement
+            for _ in range(8):  # PostgreSQL makes a general plan of a cached statement after five executions
                 await sink.write(MODEL, rows(5))
                 assert len(await sink.search(rows(1)[0].vector)) == 5
                 assert pool.get_idle_size() == 1
@@ -572,16 +572,16 @@ async def test_a_pool_that_was_handed_in_is_neither_closed_nor_changed(dsn: str)
 
 
 async def test_the_codec_of_a_pool_that_was_handed_in_is_queried_once(dsn: str) -> None:
-    asked: list[str] = []
+    queries: list[str] = []
 
     async def init(connection: Any) -> None:
-        connection.add_query_logger(lambda record: asked.append(record.query))
+        connection.add_query_logger(lambda record: queries.append(record.query))
 
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1, init=init) as pool, PostgresSink(pool) as sink:
         for _ in range(3):
             assert await sink.write(MODEL, rows(5)) == {}
-        assert sum("SELECT '[1]'::" in query for query in asked) == 1
-        assert sum(query.startswith("INSERT INTO") for query in asked) >= 3
+        assert sum("SELECT '[1]'::" in query for query in queries) == 1
+        assert sum(query.startswith("INSERT INTO") for query in queries) >= 3
 
 
 async def test_the_codecs_of_a_pool_that_was_handed_in_do_not_matter(dsn: str) -> None:
@@ -634,7 +634,7 @@ async def test_a_pool_that_was_closed_is_an_error(dsn: str) -> None:
 
 @pytest.fixture
 def guarded(postgres: Any) -> str:
-    """A user with a password that is hard to write."""
+    """A user whose password has special characters; returns it encoded."""
     run_sql(
         address(postgres, "postgres"),
         "DO $$ BEGIN CREATE ROLE guarded LOGIN PASSWORD 'p/w#?@:%41'; "
@@ -653,11 +653,11 @@ async def test_a_password_with_every_special_character_works_when_it_is_encoded(
     "change",
     [
         pytest.param(lambda dsn: dsn.replace("postgres@", "guarded:SECRET@"), id="wrong password"),
-        pytest.param(lambda dsn: dsn.replace("postgres@", "nobody:SECRET@"), id="unknown user"),
+        pytest.param(lambda dsn: dsn.replace("postgres@", "unknown:SECRET@"), id="unknown user"),
         pytest.param(lambda dsn: dsn.replace("s@/shared", "s:SECRET@/nothing"), id="unknown database"),
-        pytest.param(lambda dsn: "postgresql://u:SECRET@127.0.0.1:1/db", id="nobody listens"),
+        pytest.param(lambda dsn: "postgresql://u:SECRET@127.0.0.1:1/db", id="no server"),
         pytest.param(lambda dsn: "postgresql://u:SECRET@no.such.host.invalid/db", id="no such host"),
-        pytest.param(lambda dsn: "postgresql://u:pw@h/db?sslmode=SECRET", id="an option that is none"),
+        pytest.param(lambda dsn: "postgresql://u:pw@h/db?sslmode=SECRET", id="an unknown option"),
     ],
 )
 async def test_a_wrong_address_is_an_error_at_once_and_without_the_password(

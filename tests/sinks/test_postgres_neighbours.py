@@ -1,4 +1,4 @@
-"""PostgreSQL with others in it: tables made by hand, triggers, policies, limits, migrations, pools of the app's."""
+"""The PostgreSQL sink beside others: tables made by hand, triggers, policies, limits, migrations, the app's pools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OURS = """
 
 
 def refuse(dsn: str, what: str, table: str = "embeddings", when: str = "NEW.id = 'id-00003'") -> None:
-    """Have a trigger do that with one row."""
+    """Create a trigger that does `what` with the rows for which `when` is true."""
     run_sql(
         dsn,
         f"CREATE FUNCTION picky() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF {when} THEN {what}; END IF; "
@@ -142,7 +142,7 @@ async def test_an_index_over_the_old_size_of_a_model_is_reported_before_anything
         await sink.delete([f"id-{number:05}" for number in range(5)], MODEL)
         with pytest.raises(SinkConfigError, match=r"index over 8 dimensions of model 'model-a'.*DROP INDEX \S+_hnsw"):
             await sink.prepare(MODEL, 4)
-        await sink.prepare("another", 4)  # it is not over its rows
+        await sink.prepare("another", 4)  # the index is not over its rows
 
 
 async def test_an_index_over_another_column_does_not_matter(dsn: str) -> None:
@@ -237,18 +237,18 @@ async def test_an_error_about_the_server_that_a_trigger_raises_ends_the_write_wi
 
 
 def everything(error: BaseException | None) -> str:
-    """All that is said by an error, its causes and its contexts, shown or not."""
-    told = ""
+    """The text of an error, its causes and its contexts, whether they are shown or not."""
+    text = ""
     while error is not None:
-        told += "".join(traceback.format_exception(error)) + repr(vars(error))
+        text += "".join(traceback.format_exception(error)) + repr(vars(error))
         error = error.__cause__ or error.__context__
-    return told
+    return text
 
 
 async def test_a_refused_row_is_in_no_context_of_an_error(dsn: str) -> None:
     async with PostgresSink(dsn, timeout=0.5, retry_for=0) as sink:
         await sink.prepare(MODEL, 8)
-        # first refused for the row, then, when it is looked for, slow
+        # refused for one row at first, then slow while that row is searched
         refuse(dsn, "RAISE EXCEPTION 'bad: %', NEW.text")
         run_sql(dsn, "CREATE SEQUENCE times")
         run_sql(
@@ -280,7 +280,7 @@ async def test_a_row_that_a_policy_forbids_is_refused_alone(bare_dsn: str) -> No
         assert await sink.count() == 9
         assert list(await sink.write(MODEL, rows(4)[3:])) == ["id-00003"]  # alone in its batch, too
         run_sql(bare_dsn, "REVOKE INSERT ON embeddings FROM low")
-        with pytest.raises(SinkConfigError, match="permission denied"):  # that is not about rows
+        with pytest.raises(SinkConfigError, match="permission denied"):  # which is not about rows
             await sink.write(MODEL, rows(30))
 
 
@@ -299,11 +299,11 @@ async def test_a_row_that_a_trigger_leaves_out_is_not_reported_as_stored(dsn: st
         assert len(await sink.existing(MODEL, hashes(stored))) == 9
 
 
-# ---- others at work ----
+# ---- other processes ----
 
 
 async def until(connection: Any, condition: str) -> None:
-    """Wait until the query has a row; it is another connection's doing, so there is no event to wait for."""
+    """Wait until the query has a row; another connection causes that, so there is no event to wait for."""
     while not await connection.fetchval(f"SELECT EXISTS ({condition})"):
         pass
 
@@ -370,7 +370,9 @@ async def test_an_index_may_take_longer_than_the_limits_of_a_role(bare_dsn: str,
     other = await asyncpg.connect(bare_dsn)
     run_sql(bare_dsn, f"ALTER DATABASE {name} SET {limit} = '100ms'")
     async with PostgresSink(bare_dsn) as sink, asyncio.TaskGroup() as group, other.transaction():
-        await other.execute("UPDATE embeddings SET text = text")  # whoever builds an index waits for its end
+        await other.execute(
+            "UPDATE embeddings SET text = text"
+        )  # the build of an index waits for the end of this transaction
         building = group.create_task(sink.create_index())
         await until(other, "SELECT FROM pg_locks WHERE NOT granted AND clock_timestamp() - waitstart > '0.3s'")
         assert not building.done()
@@ -473,7 +475,7 @@ async def test_numbers_too_long_for_pythons_int_are_read(dsn: str) -> None:
         assert hit.metadata == {"n": float("inf")}
 
 
-# ---- pools of the app ----
+# ---- the app's pools ----
 
 
 async def test_a_pool_that_is_not_open_is_an_error(dsn: str) -> None:
@@ -507,7 +509,7 @@ async def test_a_refused_row_costs_a_pool_that_was_handed_in_no_connection(dsn: 
         before = await pool.fetchval("SELECT pg_backend_pid()")
         assert list(await sink.write(MODEL, rows(10))) == ["id-00003"]
         assert await pool.fetchval("SELECT pg_backend_pid()") == before
-        assert await pool.fetchval("SELECT '[1]'::vector") == "[1]"  # and our codec is off again
+        assert await pool.fetchval("SELECT '[1]'::vector") == "[1]"  # our codec is reset
 
 
 async def test_the_apps_own_codecs_do_not_affect_ids(dsn: str) -> None:

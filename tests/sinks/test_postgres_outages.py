@@ -1,4 +1,4 @@
-"""PostgreSQL on a bad day: locks, deadlocks, lost connections and answers, restarts, black holes, full pools."""
+"""The PostgreSQL sink in trouble: locks, deadlocks, lost connections and answers, restarts, black holes, full pools."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ async def proxy(socket: Path) -> AsyncIterator[Proxy]:
 
 
 def through(stand_in: Proxy | Pooler, dsn: str) -> str:
-    """The same database by way of the stand-in."""
+    """The address of the same database through the stand-in."""
     return f"postgresql://postgres@127.0.0.1:{stand_in.port}/shared?search_path={dsn.rpartition('=')[2]}"
 
 
 def fails_first(dsn: str, times: int, sqlstate: str) -> None:
-    """Have the first so many inserts fail; a sequence counts them, since it is not rolled back."""
+    """Create a trigger that fails the first inserts; a sequence counts them, since it is not rolled back."""
     run_sql(
         dsn,
         "CREATE SEQUENCE tries",
@@ -49,7 +49,7 @@ def fails_first(dsn: str, times: int, sqlstate: str) -> None:
     )
 
 
-# ---- what passes by itself ----
+# ---- errors that may pass ----
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ async def test_only_one_of_several_writers_with_different_sizes_for_a_new_model_
 async def test_another_size_waits_for_the_first_rows_of_a_new_model(dsn: str) -> None:
     async with PostgresSink(dsn) as sink, PostgresSink(dsn) as other:
         await sink.prepare(MODEL, 8)
-        async with a_batch_in_the_middle(dsn, sink, lock="SHARE") as writing:  # its size is agreed on, its rows wait
+        async with a_batch_in_the_middle(dsn, sink, lock="SHARE") as writing:  # its size is recorded, its rows wait
             late = asyncio.create_task(other.prepare(MODEL, 4))
             while not late.done() and not run_sql(dsn, f"SELECT 1 FROM {WAITING_FOR_SIZE}"):  # noqa: ASYNC110  # only the server knows
                 await asyncio.sleep(0)
@@ -168,7 +168,7 @@ WAITING_FOR_SIZE = "pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 
 async def a_batch_in_the_middle(
     dsn: str, sink: PostgresSink, lock: str = "ACCESS EXCLUSIVE"
 ) -> AsyncIterator[asyncio.Task[Any]]:
-    """A write of 50 rows that waits for somebody's lock, within its transaction."""
+    """A write of 50 rows that waits for a lock inside its transaction."""
     async with (
         asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool,
         pool.acquire() as blocker,
@@ -218,7 +218,7 @@ async def test_a_commit_whose_answer_is_lost_is_an_error_if_it_cannot_be_repeate
         proxy.lose_commits = 1
         with pytest.raises(SinkError, match="given up"):
             await sink.write(MODEL, rows(20))
-        assert await sink.count() == 20  # stored, and only the answer was lost: a rerun finds that out
+        assert await sink.count() == 20  # they are stored, only the answer was lost: a rerun skips them
         assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(20)}
 
 
@@ -241,7 +241,7 @@ async def test_a_write_into_a_black_hole_ends_at_the_timeout_even_if_the_send_bu
     async with PostgresSink(through(proxy, dsn), timeout=0.5, retry_for=0) as sink:
         await sink.prepare(MODEL, 1_500)
         proxy.let_through.clear()
-        async with asyncio.timeout(4):  # eight times as long as it may take
+        async with asyncio.timeout(4):  # eight times the timeout
             with pytest.raises(SinkBusyError, match=r"no answer on it, within 0\.5 s"):
                 await sink.write(MODEL, stored)
         proxy.let_through.set()
@@ -254,7 +254,7 @@ async def test_a_write_survives_a_black_hole_that_passes(dsn: str, proxy: Proxy)
         before = proxy.connections
         proxy.let_through.clear()
         writing = asyncio.create_task(sink.write(MODEL, rows(20)))
-        while proxy.connections == before:  # noqa: ASYNC110  # a new connection tells that it tries again
+        while proxy.connections == before:  # noqa: ASYNC110  # a new connection shows the next attempt
             await asyncio.sleep(0)
         proxy.let_through.set()
         assert await writing == {}
@@ -292,7 +292,7 @@ async def test_a_primary_that_became_a_replica_is_left_for_a_new_connection(dsn:
         run_sql(dsn, "ALTER ROLE failover SET default_transaction_read_only = on")  # read when a session begins
         proxy.cut()
         writing = asyncio.create_task(sink.write(MODEL, rows(3)))
-        while proxy.connections < 3:  # noqa: ASYNC110  # the second session was refused, and left
+        while proxy.connections < 3:  # noqa: ASYNC110  # until the second session was refused and closed
             await asyncio.sleep(0)
         run_sql(dsn, "ALTER ROLE failover SET default_transaction_read_only = off")
         assert await writing == {}
@@ -408,7 +408,7 @@ async def test_a_sink_that_was_not_closed_warns(dsn: str) -> None:
     with pytest.warns(ResourceWarning, match="was not closed: use `async with`"):
         del sink
     await asyncio.sleep(0)
-    await asyncio.wait(asyncio.all_tasks() - before)  # asyncio closes its connections, being asked to by the collector
+    await asyncio.wait(asyncio.all_tasks() - before)  # the collector has asyncio close its connections
 
 
 async def test_the_loop_stays_live_while_a_large_batch_is_written(dsn: str) -> None:

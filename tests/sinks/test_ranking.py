@@ -1,4 +1,4 @@
-"""The ranking, without a store."""
+"""`Ranking` and `check_query`, without a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`PostgresSource`: rows to records on a real server, and what goes wrong."""
+"""`PostgresSource`: rows become records on a real server; invalid queries, lost connections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def read(source: PostgresSource) -> list[Any]:
 
 
 def backends(dsn: str) -> list[Any]:
-    """What is going on in connections that read as a source does."""
+    """The queries of connections that read as a source does."""
     return run_sql(
         dsn,
         "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
@@ -135,7 +135,7 @@ async def test_rows_without_a_vector_are_filled_and_the_next_run_finds_none(dsn:
     assert run_sql(dsn, "SELECT count(*) FROM docs WHERE v IS NULL") == [(0,)]
 
 
-# ---- as a server sees it ----
+# ---- memory, connections, pools ----
 
 
 async def test_a_large_result_is_read_in_bounded_memory(dsn: str) -> None:
@@ -193,7 +193,7 @@ async def test_a_pool_that_was_handed_in_is_returned_unchanged(docs: str) -> Non
         assert await pool.fetchval("SELECT count(*) FROM docs") == 2
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Processes that are killed with SIGKILL, and the run after them: every id once, and how much was paid twice."""
+"""Processes that are killed with SIGKILL, and the next run: every id is stored once, and little is paid twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from asyncembed import SQLiteSink
 from asyncembed.testing import EmbeddingServer
 from bench.kills import DIMENSIONS, MODEL, Figures, Job, Store, finish, inputs_of, run_and_kill, start, work
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists only in POSIX")
 
 
 def test_kills_at_any_instant_store_every_id_once_and_pay_little_twice(target: str) -> None:
@@ -28,13 +28,13 @@ def test_kills_at_any_instant_store_every_id_once_and_pay_little_twice(target: s
     requests = threading.Semaphore(0)
 
     def wait(child: subprocess.Popen[str]) -> None:
-        for _ in range(dice.randrange(60)):  # five of these are less than the 300 requests that the job takes
+        for _ in range(dice.randrange(60)):  # five times at most 59, of the 300 requests of the job
             assert requests.acquire(timeout=30)
 
-    def tell(request: Any) -> None:
+    def count(request: Any) -> None:
         requests.release()
 
-    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005, faults=tell, keep_texts=False).in_thread() as server:
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005, faults=count, keep_texts=False).in_thread() as server:
         job = Job(target, server.base_url, 3_000, max_batch_size=10)
         figures = Figures()
         kills = run_and_kill(job, 5, wait)

@@ -1,4 +1,4 @@
-"""The command and signals, and several processes on one store; on every store."""
+"""The command with signals, and several processes on one store, for every kind of store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, star
 from tests.cli.test_cli import Held, process
 from tests.stores import run_sql
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="these signals exist only in POSIX")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_two_processes_with_the_same_job_and_store_store_every_id_once(target: s
     assert [finish(child) for child in children] == [0, 0]
     figures = checked(job, server)
     assert figures == Figures(jobs=1, repaid=figures.repaid, over_bound=figures.over_bound)
-    assert 0 <= figures.repaid <= 2_000  # at worst each of them pays for everything
+    assert 0 <= figures.repaid <= 2_000  # at worst both pay for everything
 
 
 def test_processes_with_overlapping_jobs_store_all_rows(target: str, server: EmbeddingServer) -> None:
