@@ -20,7 +20,7 @@ from ..types import RecordId, Row, Vectors
 
 TABLE = "embeddings"
 
-# Records the models of each table of ours, and the size of their vectors.
+# The second table, which records the models of our tables and the size of their vectors.
 MODELS_TABLE = "asyncembed_models"
 
 # PostgreSQL documentation, 4.1.1: "By default, NAMEDATALEN is 64 so the maximum identifier length is 63 bytes."

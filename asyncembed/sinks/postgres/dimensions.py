@@ -1,4 +1,4 @@
-"""The models of a table and the size of their vectors: one size per model, recorded beside tables of ours."""
+"""The models of a table and the size of their vectors: one size per model, recorded in a second table beside ours."""
 
 from __future__ import annotations
 
