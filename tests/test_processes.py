@@ -1,4 +1,4 @@
-"""Whole processes, with warnings as errors: forks, forgotten closing, few file descriptors, other loops."""
+"""Whole processes, with warnings as errors: forks, missing `aclose`, few file descriptors, cancellation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asyncembed.testing import EmbeddingServer
 HEAD = """
 import asyncio, gc, logging, multiprocessing, os, resource, sys
 from asyncembed import Embedder, SQLiteSink, ingest
-logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode tells of slow imports
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode reports slow imports
 URL, FOLDER = sys.argv[1:]
 TEXTS = [f"text {number}" for number in range(200)]
 def make(**options):
@@ -30,9 +30,9 @@ def server() -> Iterator[EmbeddingServer]:
 
 
 def run(server: EmbeddingServer, folder: object, script: str, *flags: str) -> None:
-    """Run it in dev mode with warnings as errors; it must end by itself, well, and say nothing on standard error.
+    """Run the script in dev mode with warnings as errors; it must exit with 0 and write nothing to standard error.
 
-    But for the warning that an embedder was not closed, which tests/test_lifetime.py looks at.
+    The warning that an embedder was not closed is ignored; tests/embedder/test_lifetime.py checks it.
     """
     warnings = ["-W", "error", "-W", "ignore:<OpenAIProvider:ResourceWarning"]
     command = [sys.executable, "-X", "dev", *warnings, *flags, "-c", HEAD + dedent(script)]
@@ -40,7 +40,7 @@ def run(server: EmbeddingServer, folder: object, script: str, *flags: str) -> No
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_an_embedder_that_nobody_closed_keeps_no_process_from_ending(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_process_ends_with_an_embedder_that_was_not_closed(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         await make().embed(TEXTS)
@@ -50,17 +50,17 @@ def test_an_embedder_that_nobody_closed_keeps_no_process_from_ending(server: Emb
     run(server, tmp_path, script)
 
 
-def test_a_store_that_nobody_closed_keeps_no_process_from_ending(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_process_ends_with_a_store_that_was_not_closed(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         sink = SQLiteSink(os.path.join(FOLDER, "vectors.db"))
         await ingest(enumerate(TEXTS), make(), sink)
     asyncio.run(main())
     """
-    run(server, tmp_path, script, "-W", "ignore::ResourceWarning")  # which it gives
+    run(server, tmp_path, script, "-W", "ignore::ResourceWarning")  # the sink warns that it was not closed
 
 
-def test_leaving_a_stream_without_closing_it_loses_no_task(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_stream_that_was_left_without_closing_leaves_no_task(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     async def main():
         async with make(max_batch_size=5) as embedder:
@@ -75,7 +75,9 @@ def test_leaving_a_stream_without_closing_it_loses_no_task(server: EmbeddingServ
     run(server, tmp_path, script)
 
 
-def test_a_program_that_is_cancelled_as_a_whole_ends_well(server: EmbeddingServer, tmp_path: object) -> None:
+def test_a_program_that_is_cancelled_as_a_whole_ends_without_warnings(
+    server: EmbeddingServer, tmp_path: object
+) -> None:
     script = """
     async def main():
         embedder = make(max_batch_size=5)
@@ -95,8 +97,8 @@ def test_a_program_that_is_cancelled_as_a_whole_ends_well(server: EmbeddingServe
     run(server, tmp_path, script)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_parent_and_child_of_a_fork_both_go_on_with_one_embedder(server: EmbeddingServer, tmp_path: object) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is missing")
+def test_parent_and_child_of_a_fork_can_both_use_one_embedder(server: EmbeddingServer, tmp_path: object) -> None:
     script = """
     embedder = make(max_batch_size=5)
     async def main():
@@ -111,7 +113,7 @@ def test_parent_and_child_of_a_fork_both_go_on_with_one_embedder(server: Embeddi
     run(server, tmp_path, script)
 
 
-def test_a_spawned_process_makes_an_embedder_of_its_own_and_is_told_so(
+def test_an_embedder_passed_to_a_spawned_process_is_an_error_with_advice(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """
@@ -126,12 +128,12 @@ def test_a_spawned_process_makes_an_embedder_of_its_own_and_is_told_so(
     run(server, tmp_path, script)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_with_few_file_descriptors_a_job_goes_on_with_fewer_connections(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_job_with_few_file_descriptors_goes_on_with_fewer_connections(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """
-    logging.getLogger("asyncembed").setLevel(logging.ERROR)  # it tells that requests had no answer
+    logging.getLogger("asyncembed").setLevel(logging.ERROR)  # it reports requests without an answer
     async def main():
         async with make(max_batch_size=1, concurrency=100) as embedder:
             await embedder.embed(["imports"])
@@ -144,13 +146,13 @@ def test_with_few_file_descriptors_a_job_goes_on_with_fewer_connections(
     run(server, tmp_path, script)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_without_any_file_descriptor_a_job_ends_with_its_error_and_does_not_spin(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_job_without_any_file_descriptor_ends_with_an_error_and_does_not_spin(
     server: EmbeddingServer, tmp_path: object
 ) -> None:
     script = """
     from asyncembed import FatalProviderError
-    logging.disable()  # it tells why the run is stopped
+    logging.disable()  # it reports why the run is stopped
     async def main():
         embedder = make(max_retries=2)
         await embedder.embed(["imports"])

@@ -1,16 +1,14 @@
-"""asyncpg, for what reads rows and for what writes them: how a connection is made, and what it raises."""
+"""asyncpg, for the PostgreSQL source and sink: how a connection is made, and the errors it raises."""
 
 from __future__ import annotations
 
 import re
-import socket
-from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs
 
 from ..errors import ConfigError
 
-__all__ = ["CLOSE_S", "CONNECT_S", "FOREIGN", "Connection", "Pool", "connect", "create_pool", "described", "widen"]
+__all__ = ["CLOSE_S", "CONNECT_S", "FOREIGN", "Connection", "Pool", "connect", "create_pool", "described"]
 
 try:
     import asyncpg
@@ -22,40 +20,25 @@ except ModuleNotFoundError as error:
 CONNECT_S = 10.0
 CLOSE_S = 5.0
 
-# What asyncpg raises, and what comes through it.
+# The errors of asyncpg, and those of other libraries that it passes on.
 FOREIGN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, ValueError)
 
-# What the system may hold of what the server has not read yet. Linux lets a TCP connection have 4 MiB when it needs
-# them (net.ipv4.tcp_wmem), a Unix socket 208 KiB (net.core.wmem_default): then the server waits for the event loop to
-# come back. (20,000 records in 10 requests of 1 s, by turns: `ingest` took 1.22 times as long as embedding alone, now
-# 1.12; of 50 ms: 0.8 of what it took.)
-SEND_BYTES = 4 << 20
-
-# No cached statements, so that a pooler may change the backend between transactions.
+# Without cached statements, so that a pooler may change the backend between transactions.
 _OPTIONS: dict[str, Any] = {"timeout": CONNECT_S, "statement_cache_size": 0}
 
 
 async def connect(dsn: str) -> Connection:
-    """Return a connection of its own."""
+    """Return a new connection."""
     return await asyncpg.connect(dsn, **_OPTIONS)
 
 
 def create_pool(dsn: str, **options: Any) -> Pool:
-    """Return a pool that connects when it is asked for a connection."""
+    """Return a pool that connects when a connection is acquired."""
     return asyncpg.create_pool(dsn, **_OPTIONS, **options)
 
 
-def widen(connection: Connection) -> None:
-    """Let the system hold more of what is written to the connection, if that is a Unix socket; else do nothing."""
-    transport = getattr(connection, "_transport", None)  # asyncpg has no other word for it
-    sock = transport and transport.get_extra_info("socket")
-    if sock and sock.family == getattr(socket, "AF_UNIX", None):
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
-
-
-# Users and passwords are percent-encoded, or asyncpg takes a part of the password for host or port, and shows it in
-# its error. So nothing is an address here that could be read in two ways.
+# Users and passwords must be percent-encoded, or asyncpg takes a part of the password for host or port, and shows it
+# in its error. So an address that could be read in two ways is refused.
 _HOST = r"(?:[^@:/?#,\[\]]*|\[[0-9A-Fa-f:.%]+\])(?::[0-9]+)?"
 _DSN = re.compile(
     rf"postgres(?:ql)?://(?:[^:@/?#\[\]]*(?::[^@/?#\[\]]*)?@)?({_HOST}(?:,{_HOST})*)(?:/([^@/?#]*))?(?:\?([^@#]*))?"
@@ -63,10 +46,10 @@ _DSN = re.compile(
 
 
 def described(dsn_or_pool: object) -> str:
-    """Return host and database for messages, or that it is a pool.
+    """Return host and database for messages, or "the given pool".
 
     Raises:
-        ConfigError: The address is none. It is not shown: it may hold a password.
+        ConfigError: The address is not valid. It is not shown: it may hold a password.
     """
     if not isinstance(dsn_or_pool, str):
         return "the given pool"

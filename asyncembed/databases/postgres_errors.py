@@ -1,7 +1,7 @@
-"""What an error means for a batch: try again, wait, give a row up, or ask a person. Pure.
+"""The meaning of a PostgreSQL error for a batch: repeat it, wait, give up a row, or report the configuration. Pure.
 
-The server's errors are known by their SQLSTATE, so that no driver is imported. PostgreSQL documentation,
-appendix A: the first two characters of a code are its class, and new codes keep to their class.
+The server's errors are recognised by their SQLSTATE, so no driver is imported. PostgreSQL documentation, appendix A:
+the first two characters of a code are its class, and new codes keep to their class.
 """
 
 from __future__ import annotations
@@ -23,24 +23,13 @@ _CODES: dict[str, Verdict] = {
     "57014": "again",  # query_canceled, by a statement_timeout or a person
     "53300": "busy",  # too_many_connections
     "55P03": "busy",  # lock_not_available
-    "26000": "config",  # invalid_sql_statement_name: a pooler has swapped the backend under a prepared statement
+    "26000": "config",  # invalid_sql_statement_name: a pooler has changed the backend under a prepared statement
     "42P05": "config",  # duplicate_prepared_statement: the same
     "42501": "config",  # insufficient_privilege
 }
 
 _CLASSES: dict[str, Verdict] = {
     "08": "again",  # connection exception
-    "22": "row",  # data exception: NUL, a number out of range, a text too long
-    "P0": "row",  # raised by a trigger
-    "44": "row",  # with check option violation
-    "23": "row",  # integrity constraint violation
-    "21": "row",  # cardinality violation
-    "2F": "row",  # SQL routine exception
-    "38": "row",  # external routine exception
-    "39": "row",  # external routine invocation exception
-    "45": "row",  # unhandled user-defined exception
-    "55": "row",  # object not in prerequisite state
-    "54": "row",  # program limit exceeded: a key too large for its index
     "28": "config",  # invalid authorization specification
     "3D": "config",  # invalid catalog name: no such database
     "3F": "config",  # invalid schema name
@@ -48,36 +37,36 @@ _CLASSES: dict[str, Verdict] = {
     "0A": "config",  # feature not supported: no such extension on this server
 }
 
-# PostgreSQL's own classes that are not about what was sent: transactions, resources, the system, the server itself.
-# What is in none of these is a code of the user's, which a trigger has raised about a row.
+# PostgreSQL's own classes for transactions, resources, the system and the server itself. All others are about a row:
+# data exceptions (22), constraints (23), triggers (P0), limits (54), other routines, and the user's own codes.
 _SYSTEM = frozenset(("00", "01", "02", "03", "09", "0B", "0L", "0P", "24", "25", "27", "2B", "2D", "34", "40", "53"))
 _SYSTEM |= {"57", "58", "72", "F0", "HV", "XX"}
 
 # After a failover only a new connection leads to the new primary.
 NEW_CONNECTION = ("25006",)
 
-# asyncpg has forgotten its statements by the time it raises this (SQLSTATE 0A000), so once more they will do.
+# asyncpg has dropped its cached statements when it raises this (SQLSTATE 0A000), so the next attempt succeeds.
 _STALE = "InvalidCachedStatementError"
 
 
 def sqlstate_of(error: BaseException) -> str | None:
-    """Return the code the server gave; None if it was not the server who complained."""
-    # asyncpg raises some of the server's errors by itself, but the server alone tells a severity
+    """Return the code that the server sent; None if the error is not the server's."""
+    # asyncpg raises some of the server's errors by itself, but only the server sends a severity
     state: str | None = getattr(error, "sqlstate", None) if getattr(error, "severity", None) else None
     return state
 
 
 def is_our_fault(error: BaseException) -> bool:
-    """Return whether asyncpg could not read an address or encode a value. Its message quotes what it could not."""
+    """Return whether asyncpg could not read an address or encode a value. Then its message quotes it."""
     return sqlstate_of(error) is None and (isinstance(error, ValueError) or type(error).__name__ == "DataError")
 
 
 def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
-    """Return what to do about it; "fatal" for what is not known to be anything else.
+    """Return what to do about an error; "fatal" for an unknown one.
 
     Args:
-        error: What the driver raised.
-        reached: Whether the server has ever answered. A wrong address is not waited for, a server that was there is.
+        error: The driver's.
+        reached: Whether the server has ever answered. If not, the address may be wrong, so it is not waited for.
     """
     state = sqlstate_of(error)
     if type(error).__name__ == _STALE:
@@ -92,16 +81,16 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
 
 
 def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
-    """Return what the driver raised in words that may be shown.
+    """Return the error as text that may be shown.
 
     Args:
-        error: What it raised. Its message is left out where it may quote a row, or an address.
-        verdict: What it was found to mean.
-        waited_s: Seconds that an attempt may take, or a connection to be made.
+        error: The driver's. Its message is left out where it may quote a row or an address.
+        verdict: See `verdict_on`.
+        waited_s: Seconds that an attempt, or connecting, may take.
     """
     state, kind = sqlstate_of(error), type(error).__name__
     if state is not None:
-        # a message from within a function may be about a row, whatever its code
+        # an error inside a function has a context, and may be about a row whatever its code
         message = "" if verdict == "row" or getattr(error, "context", None) else f": {error.args[0]}"
         return f"{kind}{message} (SQLSTATE {state})"
     if isinstance(error, TimeoutError):

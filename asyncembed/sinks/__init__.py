@@ -1,4 +1,4 @@
-"""Where vectors go: `SQLiteSink`, `PostgresSink`, and `open_sink` for either. Drivers load at first use."""
+"""Stores for vectors: `SQLiteSink`, `PostgresSink`, and `open_sink` for either. Drivers are loaded at first use."""
 
 from __future__ import annotations
 
@@ -18,43 +18,38 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def open_sink(url: str | os.PathLike[str], **options: Any) -> SQLiteSink | PostgresSink:
-    """Return the sink that the address names; it connects at first use.
+    """Return the sink for an address; it connects at first use.
 
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db`, the path of a file, or `postgresql://…`.
-        options: Handed to the sink as they are, for instance `table="docs"`.
+        options: Passed to the sink unchanged, for instance `table="docs"`.
 
     Raises:
         SinkConfigError: The address is none of these. The message does not show it: it may hold a password.
     """
     address = os.fspath(url)
     if not address:
-        raise SinkConfigError("the address of the sink is empty; name a file, or postgresql://…")
-    scheme = _SCHEME.match(address)
-    if scheme is None:
+        raise SinkConfigError("the address of the sink is empty; use a file path, or postgresql://…")
+    found = _SCHEME.match(address)
+    scheme = found[1] if found else None
+    if scheme in (None, "sqlite"):
         from .sqlite import SQLiteSink
 
-        return SQLiteSink(address, **options)
-    if scheme[1] == "sqlite":
-        from .sqlite import SQLiteSink
-
-        return SQLiteSink(_sqlite_path(address), **options)
-    if scheme[1] in ("postgresql", "postgres"):
+        return SQLiteSink(_sqlite_path(address) if scheme else address, **options)
+    if scheme in ("postgresql", "postgres"):
         from .postgres import PostgresSink
 
         return PostgresSink(address, **options)
     raise SinkConfigError(
-        f"no sink for addresses that begin with {scheme[0]!r}; "
-        "there are sqlite:///file.db, the path of a file, and postgresql://user@host/database"
+        f"no sink for addresses that begin with {scheme}://; "
+        "use sqlite:///file.db, a file path, or postgresql://user@host/database"
     )
 
 
 def _sqlite_path(address: str) -> str:
     path = address.removeprefix("sqlite:///")
     if path == address or not path or "?" in path:
-        raise SinkConfigError(
-            "an SQLite address is sqlite:///relative.db or sqlite:////absolute.db, without options behind it"
-        )
+        raise SinkConfigError("an SQLite address is sqlite:///relative.db or sqlite:////absolute.db, without options")
     return path
 
 

@@ -1,7 +1,7 @@
-"""The k nearest by cosine similarity, from slices of any size, in bounded memory. Pure.
+"""The k nearest rows by cosine similarity, from slices of any size, in bounded memory. Pure.
 
-Scores are computed from the stored float32 in float64, each row by the same additions wherever it stands in its
-slice: equal vectors have equal scores, and every sink ranks the same rows in the same order.
+Scores are computed in float64 from the stored float32. The additions are the same wherever a row stands in its slice,
+so equal vectors have equal scores, and every sink ranks the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..errors import ConfigError
 from ..types import Vectors
 
 # A float32 dot product of d numbers is wrong by at most d * 2**-24 of the vectors' norms: 1e-3 for d = 16,000,
-# the most that pgvector stores. A row that is farther below the worst of the best cannot be among them.
-ROUGHNESS = 1e-3
+# the most that pgvector stores. A row that scores lower than the worst of the best by more than this cannot be one.
+ROUNDING = 1e-3
 
 
 def check_query(vector: Vectors | Sequence[float], k: int) -> Vectors:
     """Return the query as float32[d].
 
     Raises:
-        ConfigError: It is no vector of finite numbers, or all zero, or k is not a positive int.
+        ConfigError: It is not a vector of finite numbers, or all zero, or k is not a positive int.
     """
     if not isinstance(k, int) or k < 1:
         raise ConfigError(f"k is {k!r}; it must be an int of at least 1")
@@ -40,9 +40,9 @@ def check_query(vector: Vectors | Sequence[float], k: int) -> Vectors:
 
 
 class Ranking:
-    """The k best rows of those offered so far: best first, equal ones in the order of their ids.
+    """The k best of the rows offered so far: best first, rows with equal scores in the order of their ids.
 
-    A row that is all zeros points nowhere: it is never among them.
+    A row of zeros has no direction and is never among them.
     """
 
     def __init__(self, query: Vectors, k: int) -> None:
@@ -54,43 +54,44 @@ class Ranking:
 
     @property
     def dimensions(self) -> int:
-        """The size of the query, and so of every row that is offered."""
+        """The size of the query, and of every row that can be offered."""
         return len(self._query)
 
     def offer(self, ids: Sequence[str], rows: Vectors) -> None:
-        """Rank the rows among the others.
+        """Rank more rows among the best so far.
 
         Args:
-            ids: One id a row.
+            ids: The id of each row.
             rows: float32[n, d], finite.
         """
-        near = self._worth_a_look(rows)
+        near = self._near(rows)
         scores = cosines(rows[near], self._query).tolist()
         new = ((-score, ids[row]) for row, score in zip(near.tolist(), scores, strict=True) if score == score)
         self._best = heapq.nsmallest(self._k, [*self._best, *new])
 
-    def _worth_a_look(self, rows: Vectors) -> npt.NDArray[np.intp]:
+    def _near(self, rows: Vectors) -> npt.NDArray[np.intp]:
+        """Return the positions of the rows that may be among the best, by scores computed in float32."""
         if len(self._best) < self._k:
             return np.arange(len(rows))
         with np.errstate(all="ignore"):
             rough = rows @ self._rough / np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        # what overflows float32 is NaN here, compares as False, and so is looked at
-        return np.flatnonzero(~(rough < -self._best[-1][0] - ROUGHNESS))
+        # a score that overflows float32 is NaN, for which the comparison is False, so its row is kept
+        return np.flatnonzero(~(rough < -self._best[-1][0] - ROUNDING))
 
     def best(self) -> list[tuple[str, float]]:
-        """Return id and score, best first."""
+        """Return id and score of each, best first."""
         return [(id, -negative) for negative, id in self._best]
 
 
 def cosines(rows: Vectors, unit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return float64[n] from -1 to 1: the cosine of each row of float32[n, d] with a vector of length 1."""
     wide = rows.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that stands for "no direction"
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: a row of zeros has no direction
         scores: npt.NDArray[np.float64] = (wide * unit).sum(axis=-1) / _lengths(wide)
     return np.clip(scores, -1.0, 1.0)
 
 
 def _lengths(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # not np.linalg.norm and not BLAS: how these add depends on where a row lies
+    # neither np.linalg.norm nor BLAS: the order of their additions depends on where a row stands
     lengths: npt.NDArray[np.float64] = np.sqrt((rows * rows).sum(axis=-1))
     return lengths

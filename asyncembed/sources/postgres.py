@@ -1,4 +1,4 @@
-"""The rows of a query, from PostgreSQL through a server-side cursor: in bounded memory, and without changing any."""
+"""Reads the rows of a PostgreSQL query as records, through a server-side cursor: in bounded memory, read-only."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from ..databases.postgres_errors import is_our_fault, reason_of, verdict_on
 from ..errors import AsyncEmbedError, ConfigError, SourceError
 from .formats import Fields, RecordOrError, record_from_fields
 
-# Rows fetched at once: half of what a slice of the pipeline holds.
+# Rows fetched at a time: half as many as a slice of the pipeline holds.
 ROWS_AT_ONCE: Final = 500
 
-# The driver's cursor lives as long as a transaction, which waits here for providers, not for the server.
+# A cursor needs an open transaction, which is idle here while the provider works: the limits of the role are lifted.
 _BEGIN: Final = "BEGIN READ ONLY; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 
-# Since version 17 there is a limit for transactions, too.
-_AS_LONG_AS_IT_TAKES: Final = "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'"
+# PostgreSQL 17 added a limit for transactions.
+_NO_TRANSACTION_LIMIT: Final = "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'"
 
 _QUERY: Final = re.compile(r"[?&]query=")
 
 
 class PostgresSource:
-    """An async iterable of the records in a query's rows; an `InputError` stands for each that is none.
+    """An async iterable of the rows of a query as records; a row that is no record is yielded as an `InputError`.
 
-    Columns named `id_field` and `text_field` hold a record's id and text; without a column `text`, `title` and
-    `content` are joined as `title\\ncontent`. All others become metadata, with that of a JSON object in a column
-    `metadata` spread: json and jsonb as what they hold, arrays and points as lists, times as ISO 8601, intervals as
-    seconds, bytea as hexadecimal digits, and all that JSON has no word for (numeric, uuid, inet, ranges) as text.
+    The columns `id_field` and `text_field` hold the id and the text; without a column `text`, `title` and `content`
+    are joined as `title\\ncontent`. All other columns become metadata. A JSON object in a column `metadata` is spread
+    into it. JSON values stay as they are, arrays and points become lists, times ISO 8601, intervals seconds, bytea
+    hexadecimal digits, and types that JSON does not have (numeric, uuid, inet, ranges) text.
 
-    One transaction is open from the first row to the last. It reads what was there when it began, so rows may be
-    changed meanwhile, also by what is made of these records; but VACUUM cannot clean up behind it until it ends.
+    One transaction is open from the first row to the last. It reads the rows as they were when it began, so they may
+    be changed meanwhile, also by a sink that stores these records. VACUUM cannot clean up rows until it ends.
 
     Args:
         dsn_or_pool: `postgresql://user:password@host/database`, or an `asyncpg.Pool`, which is never closed here.
         query: `SELECT id, text FROM docs WHERE embedding IS NULL`; `TABLE docs` reads a whole table.
-        args: The values for $1, $2, … in it.
+        args: The values for its $1, $2, …
         id_field: The column that holds the id.
-        text_field: The one that holds the text.
+        text_field: The column that holds the text.
 
     Raises:
-        ConfigError: The address is none. It is not shown: it may hold a password.
+        ConfigError: The address is not valid. It is not shown: it may hold a password.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class PostgresSource:
     def from_url(cls, url: str, *, id_field: str = "id", text_field: str = "text") -> Self:
         """Return the source for `postgresql://user@host/database?query=…`.
 
-        What follows `query=` up to the end is the query. With a space in it it is taken as it is; without any it is
-        decoded as in every URL, and then ends at the next `&`.
+        The query is everything after `query=`. If it has a space it is used as it is; if not, it is decoded like any
+        URL and ends at the next `&`.
 
         Raises:
-            ConfigError: There is no query, or the rest is no address. It is not shown.
+            ConfigError: The query is missing, or the rest is not a valid address. It is not shown.
         """
         found = _QUERY.search(url)
         if found is None:
@@ -95,17 +95,17 @@ class PostgresSource:
         raise TypeError("a PostgresSource cannot be pickled: it holds a password")
 
     async def check(self) -> None:
-        """See whether the query can be run, and has the columns that are needed; run nothing.
+        """Check that the query can be run and has the columns that are needed, without running it.
 
         Raises:
-            ConfigError: It cannot, or has not.
+            ConfigError: It cannot be run, or lacks a column.
             SourceError: The server does not answer.
         """
-        async with self._connected() as connection:
+        async with self._transaction() as connection:
             await self._prepared(connection)
 
     async def __aiter__(self) -> AsyncIterator[RecordOrError]:
-        async with self._connected() as connection:
+        async with self._transaction() as connection:
             statement, plain = await self._prepared(connection)
             number = 0
             async for row in statement.cursor(*self._args, prefetch=ROWS_AT_ONCE):
@@ -114,14 +114,17 @@ class PostgresSource:
                 yield record_from_fields(values, f"row {number}", self._fields)
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncGenerator[Connection, None]:
-        """A connection in a transaction that only reads. If it does not end well it is cut, and so rolled back."""
+    async def _transaction(self) -> AsyncGenerator[Connection, None]:
+        """A connection in a read-only transaction. If the block fails the connection is cut, and so rolled back."""
         connection: Connection | None = None
         ended = False
         try:
-            connection = await self._connect()
+            if isinstance(self._from, str):
+                connection = await connect(self._from)
+            else:
+                connection = await self._from.acquire(timeout=CONNECT_S)
             await connection.execute(_BEGIN)
-            await connection.execute(_AS_LONG_AS_IT_TAKES)
+            await connection.execute(_NO_TRANSACTION_LIMIT)
             yield connection
             await connection.execute("COMMIT")
             ended = True
@@ -131,44 +134,36 @@ class PostgresSource:
             self._fail(error, reached=connection is not None)
         finally:
             if connection is not None:
-                await self._let_go(connection, cut=not ended)
-
-    async def _connect(self) -> Connection:
-        if isinstance(self._from, str):
-            return await connect(self._from)
-        return await self._from.acquire(timeout=CONNECT_S)
-
-    async def _let_go(self, connection: Connection, *, cut: bool) -> None:
-        if cut:
-            connection.terminate()
-        with suppress(*FOREIGN):  # the rows are read, or what kept them from it is told already
-            if isinstance(self._from, str):
-                await connection.close(timeout=CLOSE_S)
-            else:
-                await self._from.release(connection, timeout=CLOSE_S)
+                if not ended:
+                    connection.terminate()
+                with suppress(*FOREIGN):  # all rows were read, or an error is raised already
+                    if isinstance(self._from, str):
+                        await connection.close(timeout=CLOSE_S)
+                    else:
+                        await self._from.release(connection, timeout=CLOSE_S)
 
     def _fail(self, error: Exception, *, reached: bool) -> NoReturn:
         verdict = verdict_on(error, reached=reached)
         kind = ConfigError if verdict == "config" else SourceError
-        # rows may be quoted in the server's errors, and addresses with their passwords in asyncpg's
-        hides = verdict == "row" or is_our_fault(error)
+        # the server's errors quote rows, and asyncpg's quote addresses with their passwords
+        is_secret = verdict == "row" or is_our_fault(error)
         reason = reason_of(error, verdict, waited_s=CONNECT_S)
-        if reached and is_our_fault(error) and type(error).__name__ != "DataError":  # which is about args=
-            # a date before Christ, "24:00": there is none such in Python
+        if reached and is_our_fault(error) and type(error).__name__ != "DataError":  # a DataError is about args=
+            # for instance a date before Christ, or "24:00", which Python's types cannot hold
             kind, reason = SourceError, "a row holds a value that the driver cannot read: cast its column to text"
-        raise kind(f"{self._name}: {reason}") from (None if hides else error)
+        raise kind(f"{self._name}: {reason}") from (None if is_secret else error)
 
     async def _prepared(self, connection: Connection) -> tuple[Any, dict[str, Callable[[Any], Any]]]:
-        """Return the statement, and for each of its columns what makes JSON of its values."""
+        """Return the statement, and for each of its columns the function that makes its values fit for JSON."""
         statement = await connection.prepare(self._query)
         columns = statement.get_attributes()
         names = [column.name for column in columns]
         wanted = len(statement.get_parameters())
         if wanted != len(self._args):
             raise ConfigError(f"{self._name} has {wanted} parameters, and args= has {len(self._args)} values")
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ConfigError(f"{self._name} has several columns named {', '.join(doubled)}: name them apart with AS")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"{self._name} has several columns named {', '.join(repeated)}: name them apart with AS")
         id, text = self._fields.id, self._fields.text
         if id not in names or (text not in names and not (text == "text" and "content" in names)):
             raise ConfigError(
@@ -181,7 +176,7 @@ class PostgresSource:
 
 
 def _parsed(value: Any) -> Any:
-    """Return what a JSON column holds; asyncpg hands it out as text, unless a pool was told otherwise."""
+    """Return the value of a JSON column, which asyncpg returns as text unless a pool has another codec."""
     if not isinstance(value, str):
         return value
     try:
@@ -191,7 +186,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it."""
+    """Return the value in a form that JSON can hold."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, datetime | date | time):
@@ -202,6 +197,6 @@ def _plain(value: Any) -> Any:
         return value.hex()
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    if isinstance(value, Mapping) or hasattr(value, "keys"):  # a composite, which is no Mapping
+    if isinstance(value, Mapping) or hasattr(value, "keys"):  # a composite type
         return {name: _plain(one) for name, one in value.items()}
     return str(value)

@@ -15,7 +15,7 @@ import pytest
 from asyncembed.testing import EmbeddingServer, InvalidInput, poison, script
 from examples.etl import ARTICLES, CHANGES, transfer
 from tests.examples.held import Held
-from tests.stores import told
+from tests.stores import run_sql
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -59,17 +59,17 @@ def provided(server: EmbeddingServer) -> dict[str, str]:
 
 
 def vectors(dsn: str) -> dict[int, Any]:
-    return dict(told(dsn, "SELECT article_id, embedding::text FROM article_embeddings"))
+    return dict(run_sql(dsn, "SELECT article_id, embedding::text FROM article_embeddings"))
 
 
 def test_a_transfer_follows_its_source(dsn: str) -> None:
-    told(dsn, *ARTICLES.split(";"))
+    run_sql(dsn, *ARTICLES.split(";"))
     done = run("examples.etl", DATABASE_URL=dsn)
     assert done.returncode == 0, done.stderr
     assert "3 stored, 0 skipped" in done.stdout
     before = vectors(dsn)
 
-    told(dsn, *CHANGES.split(";"))
+    run_sql(dsn, *CHANGES.split(";"))
     assert "1 stored, 1 skipped, 0 failed, 1 pruned" in run("examples.etl", DATABASE_URL=dsn).stdout
     after = vectors(dsn)
     assert sorted(before) == [1, 2, 3]
@@ -79,9 +79,9 @@ def test_a_transfer_follows_its_source(dsn: str) -> None:
 
 
 async def test_a_stopped_transfer_keeps_its_rows_and_deletes_none(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told(dsn, *ARTICLES.split(";"))
+    run_sql(dsn, *ARTICLES.split(";"))
     assert (await transfer(dsn, "local")).success_count == 3
-    told(dsn, *CHANGES.split(";"))
+    run_sql(dsn, *CHANGES.split(";"))
     stop = asyncio.Event()
     stop.set()
     report = await transfer(dsn, "local", stop)
@@ -90,7 +90,7 @@ async def test_a_stopped_transfer_keeps_its_rows_and_deletes_none(dsn: str, monk
 
 
 async def test_sigterm_lets_a_transfer_store_its_batches_in_flight(dsn: str) -> None:
-    told(dsn, *ARTICLES.split(";"))
+    run_sql(dsn, *ARTICLES.split(";"))
     gate = asyncio.Event()
     async with EmbeddingServer(faults=script([Held(gate)])) as server:
         job = await asyncio.create_subprocess_exec(
@@ -119,7 +119,7 @@ def test_a_transfer_that_fails_prints_one_line_without_a_traceback(dsn: str) -> 
 
 
 async def test_a_refused_article_is_named_and_the_others_are_transferred(dsn: str) -> None:
-    told(dsn, *ARTICLES.split(";"))
+    run_sql(dsn, *ARTICLES.split(";"))
     with EmbeddingServer(faults=poison(lambda text: "Bicycle" in text, InvalidInput())).in_thread() as server:
         done = await asyncio.to_thread(run, "examples.etl", DATABASE_URL=dsn, **provided(server))
     assert done.returncode == 1

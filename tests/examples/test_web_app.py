@@ -14,7 +14,7 @@ from asyncembed.testing import EmbeddingServer, Hang, InvalidKey, Late, ServerEr
 from examples.web_app.app import PAGE
 from examples.web_app.settings import Settings
 from tests.examples.conftest import OpenApp
-from tests.stores import told
+from tests.stores import run_sql
 
 HOUSE = """# Bread
 
@@ -223,7 +223,7 @@ async def test_a_broken_store_is_reported_by_health(open_app: OpenApp, bare_dsn:
     async with open_app(database_url=bare_dsn, check_every_s=0) as client:
         assert await ids(client) == []
         healthy = await client.get("/health")
-        told(bare_dsn, "DROP TABLE embeddings")
+        run_sql(bare_dsn, "DROP TABLE embeddings")
         broken = await client.get("/health")
         found = await client.get("/search", params={"q": "bread"})
     assert (healthy.status_code, healthy.json()["provider"], healthy.json()["store"]) == (200, "ok", "ok")

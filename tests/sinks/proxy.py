@@ -1,4 +1,4 @@
-"""What stands between a client and PostgreSQL on a bad day, and a pooler on a good one."""
+"""Two servers between a client and PostgreSQL: a proxy that breaks connections, and a pooler."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SSL_REQUEST = 80_877_103  # PostgreSQL documentation, 54.7, "SSLRequest"
 
 
 class Proxy:
-    """Passes bytes between a port of its own and the server's socket, until told otherwise.
+    """Passes bytes between its own port and the server's socket; can break, hold or drop them.
 
     Attributes:
         connections: How many were accepted.
-        let_through: Unset, nothing more passes in either direction, but all stays connected: a black hole.
-        lose_commits: So many answers to COMMIT will be lost, together with their connections.
+        let_through: While it is not set, no byte passes but all stays connected: a black hole.
+        lose_commits: How many more answers to COMMIT are lost, together with their connections.
     """
 
     def __init__(self, socket: Path) -> None:
@@ -38,7 +38,7 @@ class Proxy:
         self.let_through.set()
         self.cut()
         await self._server.wait_closed()
-        while self._writers:  # noqa: ASYNC110  # handlers end by themselves, a few steps later
+        while self._writers:  # noqa: ASYNC110  # the handlers end a few steps later
             await asyncio.sleep(0)
 
     def cut(self) -> None:
@@ -78,7 +78,7 @@ class Proxy:
     ) -> None:
         while data := await reader.read(1 << 16):
             await self.let_through.wait()
-            if committing.is_set():  # so the server has committed, and says so
+            if committing.is_set():  # this is the server's answer to COMMIT
                 self.lose_commits -= 1
                 raise EOFError
             writer.write(data)
@@ -87,7 +87,11 @@ class Proxy:
 
 
 class Pooler:
-    """Gives every transaction another backend, as PgBouncer in transaction mode may do at any time."""
+    """Gives every transaction another backend, as PgBouncer in transaction mode may do at any time.
+
+    Attributes:
+        backends: How many were opened.
+    """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
@@ -135,13 +139,13 @@ class Pooler:
 
 
 class _Backend:
-    """One connection to the server, whose answers go to the client until it is closed."""
+    """One connection to the server; its answers are sent to the client until it is closed."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: asyncio.StreamWriter
     ) -> None:
         self._reader, self._writer, self._client = reader, writer, client
-        self._owed = 0  # how often the server has yet to say that it is ready
+        self._owed = 0  # how many ReadyForQuery messages are still to come
         self._state = b"I"
         self._answering = asyncio.create_task(self._answer())
 

@@ -34,7 +34,7 @@ def hashes(stored: Sequence[Row]) -> dict[RecordId, str]:
 
 
 def nearest(stored: Sequence[Row], query: Vectors, k: int) -> list[str]:
-    """The ids that a search must return, by the definition."""
+    """The ids that a search must return, by the definition of the cosine."""
     wide = query.astype(np.float64)
     scores = {
         str(one.id): float(
@@ -46,7 +46,7 @@ def nearest(stored: Sequence[Row], query: Vectors, k: int) -> list[str]:
 
 
 class HeldRow:
-    """A row that stops whoever reads its text until it is let go: a transaction to be caught in the middle."""
+    """A row that blocks the reader of its text until `go_on` is set: to interrupt a transaction in the middle."""
 
     def __init__(self, id: str) -> None:
         self._row = row(id)

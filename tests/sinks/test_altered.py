@@ -1,4 +1,4 @@
-"""Tables that somebody alters and files that somebody moves, before a run and in the middle of one."""
+"""Tables that are altered and files that are moved, before a run and during one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from asyncembed import Embedder, PostgresSink, Record, SQLiteSink, ingest
 from asyncembed.errors import RowRefusedError, SinkConfigError, SinkError
 from asyncembed.report import IngestReport
 from tests.fakes import FakeProvider
-from tests.stores import OpenStore, told
+from tests.stores import OpenStore, run_sql
 
 from .sink_rows import MODEL, hashes, row, rows
 
@@ -30,11 +30,11 @@ def records(count: int) -> list[Record]:
 async def altered_midway(sink: Any, alter: Callable[[], object]) -> tuple[IngestReport, SinkError | None]:
     """Ingest 30 records in batches of 10, one at a time, and alter something after the first."""
     embedder = Embedder("fake", provider=FakeProvider(latency_s=0), max_batch_size=10, concurrency=1)
-    told_of: list[int] = []
+    altered: list[int] = []
 
     def once(progress: Any) -> None:
-        if progress.done >= 10 and not told_of:
-            told_of.append(progress.done)
+        if progress.done >= 10 and not altered:
+            altered.append(progress.done)
             alter()
 
     try:
@@ -43,7 +43,7 @@ async def altered_midway(sink: Any, alter: Callable[[], object]) -> tuple[Ingest
         return error.report, error
 
 
-# ---- PostgreSQL, in the middle of a run ----
+# ---- PostgreSQL, during a run ----
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ async def altered_midway(sink: Any, alter: Callable[[], object]) -> tuple[Ingest
     ],
 )
 @pytest.mark.parametrize("given", [False, True], ids=["its own pool", "a pool with cached statements"])
-async def test_what_still_takes_rows_goes_on_without_a_word(dsn: str, ddl: str, given: bool) -> None:
+async def test_a_run_goes_on_after_an_alteration_that_still_takes_its_rows(dsn: str, ddl: str, given: bool) -> None:
     async with asyncpg.create_pool(dsn, min_size=0, max_size=2) as pool, PostgresSink(pool if given else dsn) as sink:
-        report, error = await altered_midway(sink, lambda: told(dsn, ddl))
+        report, error = await altered_midway(sink, lambda: run_sql(dsn, ddl))
         assert error is None
         assert report.success_count == await sink.count() == 30
         again = await ingest(records(30), Embedder("fake", provider=FakeProvider(latency_s=0)), sink)
@@ -77,15 +77,15 @@ async def test_what_still_takes_rows_goes_on_without_a_word(dsn: str, ddl: str, 
         pytest.param("ALTER TABLE embeddings ALTER id TYPE bytea USING id::bytea", "id is bytea", id="no id any more"),
     ],
 )
-async def test_what_takes_no_rows_any_more_ends_the_run_and_keeps_what_was_stored(
+async def test_an_alteration_that_takes_no_rows_any_more_ends_the_run_and_keeps_the_stored_rows(
     dsn: str, ddl: str, words: str | None
 ) -> None:
     async with PostgresSink(dsn) as sink:
         await sink.prepare("fake", None)
         if words is None:
             ddl = ddl.replace("int", "int DEFAULT 1") + "; ALTER TABLE embeddings ALTER lang DROP DEFAULT"
-        report, error = await altered_midway(sink, lambda: told(dsn, *ddl.split("; ")))
-        if words is None:  # the server says so of every row
+        report, error = await altered_midway(sink, lambda: run_sql(dsn, *ddl.split("; ")))
+        if words is None:  # the server refuses every row
             assert error is None
             assert {type(failure.error) for failure in report.failures} == {RowRefusedError}
         else:
@@ -94,13 +94,13 @@ async def test_what_takes_no_rows_any_more_ends_the_run_and_keeps_what_was_store
     assert report.success_count == 10
     assert report.failed_count == 20
     table = "old" if "RENAME TO" in ddl else "embeddings"
-    assert told(dsn, f"SELECT count(*) FROM {table}") == [(10,)]
+    assert run_sql(dsn, f"SELECT count(*) FROM {table}") == [(10,)]
 
 
-async def test_a_constraint_that_is_added_refuses_its_rows_alone(dsn: str) -> None:
+async def test_a_constraint_added_during_a_run_refuses_only_its_own_rows(dsn: str) -> None:
     check = "ALTER TABLE embeddings ADD CHECK (text NOT IN ('text 15', 'text 22')) NOT VALID"
     async with PostgresSink(dsn) as sink:
-        report, error = await altered_midway(sink, lambda: told(dsn, check))
+        report, error = await altered_midway(sink, lambda: run_sql(dsn, check))
         assert error is None
         assert report.failed_ids == ["id 15", "id 22"]
         assert report.success_count == await sink.count() == 28
@@ -122,7 +122,7 @@ async def test_a_constraint_that_is_added_refuses_its_rows_alone(dsn: str) -> No
 async def test_columns_that_cannot_be_written_are_refused_before_anything_is_paid(
     dsn: str, ddl: str, words: str | None
 ) -> None:
-    told(dsn, f"CREATE TABLE docs ({ddl}, embedding vector(3), UNIQUE (id, model))")
+    run_sql(dsn, f"CREATE TABLE docs ({ddl}, embedding vector(3), UNIQUE (id, model))")
     async with PostgresSink(dsn, table="docs", columns=COLUMNS) as sink:
         if words is None:
             await sink.prepare(MODEL, 3)
@@ -142,10 +142,10 @@ async def test_columns_that_cannot_be_written_are_refused_before_anything_is_pai
         ("SELECT, INSERT, UPDATE", True),
     ],
 )
-async def test_a_user_who_may_not_write_is_told_before_anything_is_paid(
+async def test_missing_rights_are_reported_before_anything_is_paid(
     postgres: Any, bare_dsn: str, rights: str, enough: bool
 ) -> None:
-    told(
+    run_sql(
         bare_dsn,
         "CREATE EXTENSION vector",
         "CREATE TABLE docs (id int, model text, embedding vector(3), UNIQUE (id, model))",
@@ -162,22 +162,22 @@ async def test_a_user_who_may_not_write_is_told_before_anything_is_paid(
                 await sink.prepare(MODEL, 3)
 
 
-async def test_a_table_whose_plans_depend_on_the_values_is_taken(dsn: str) -> None:
-    told(
+async def test_a_table_whose_plans_depend_on_the_values_is_accepted(dsn: str) -> None:
+    run_sql(
         dsn,
         "CREATE TABLE docs (id int PRIMARY KEY, embedding vector(3))",
         "INSERT INTO docs VALUES (7)",
-        "CREATE RULE no AS ON UPDATE TO docs DO ALSO SELECT 1 / 0",  # found out by the planner: SQLSTATE 22012
+        "CREATE RULE no AS ON UPDATE TO docs DO ALSO SELECT 1 / 0",  # the planner fails: SQLSTATE 22012
     )
     columns = {"id": "id", "embedding": "embedding"}
     async with PostgresSink(dsn, table="docs", columns=columns, update_only=True) as sink:
         await sink.prepare(MODEL, 3)
-        told(dsn, "DROP RULE no ON docs")
+        run_sql(dsn, "DROP RULE no ON docs")
         assert await sink.write(MODEL, [row(7)]) == {}
 
 
-async def test_a_replica_is_noticed_before_anything_is_paid(dsn: str) -> None:
-    told(dsn, "CREATE TABLE docs (id int, model text, embedding vector(3), UNIQUE (id, model))")
+async def test_a_replica_is_reported_before_anything_is_paid(dsn: str) -> None:
+    run_sql(dsn, "CREATE TABLE docs (id int, model text, embedding vector(3), UNIQUE (id, model))")
     read_only = f"{dsn}&default_transaction_read_only=on"
     async with PostgresSink(read_only, table="docs", columns=COLUMNS, retry_for=0) as sink:
         with pytest.raises(SinkError, match=r"read-only transaction \(SQLSTATE 25006\)"):
@@ -208,7 +208,9 @@ def put_another_in_its_place(path: Path) -> None:
         pytest.param(lambda path: path.parent.rename(path.parent.with_name("there")), id="its folder renamed"),
     ],
 )
-async def test_rows_for_a_file_that_is_gone_are_not_counted_as_stored(path: Path, move: Callable[[Path], Any]) -> None:
+async def test_rows_written_to_a_file_that_is_gone_are_not_counted_as_stored(
+    path: Path, move: Callable[[Path], Any]
+) -> None:
     async with SQLiteSink(path) as sink:
         report, error = await altered_midway(sink, lambda: move(path))
         assert error is not None
@@ -228,7 +230,7 @@ async def test_after_a_file_was_replaced_the_sink_can_be_closed_and_used_again(p
     await sink.aclose()
 
 
-async def test_a_copy_without_its_log_is_an_older_whole_state_and_the_next_run_does_the_rest(
+async def test_a_copy_without_its_log_is_an_older_consistent_state_and_the_next_run_does_the_rest(
     path: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.db"
@@ -236,7 +238,7 @@ async def test_a_copy_without_its_log_is_an_older_whole_state_and_the_next_run_d
         await sink.write(MODEL, rows(5))
     async with SQLiteSink(path) as sink:
         await sink.write(MODEL, rows(20))
-        shutil.copy(path, copy)  # not its log, where the last transaction is
+        shutil.copy(path, copy)  # without its log, which holds the last transaction
     async with SQLiteSink(copy) as sink:
         assert await sink.existing(MODEL, hashes(rows(20))) == {one.id for one in rows(5)}
         await sink.write(MODEL, rows(20))
@@ -245,7 +247,7 @@ async def test_a_copy_without_its_log_is_an_older_whole_state_and_the_next_run_d
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-async def test_a_log_of_another_file_is_not_taken_in(path: Path, tmp_path: Path) -> None:
+async def test_the_log_of_another_file_is_ignored(path: Path, tmp_path: Path) -> None:
     async with SQLiteSink(path) as sink, SQLiteSink(tmp_path / "other.db") as other:
         await sink.write(MODEL, [row("a")])
         await other.write(MODEL, [row("b"), row("c")])
@@ -290,7 +292,7 @@ async def test_a_row_that_is_too_large_is_refused_alone(path: Path) -> None:
 # ---- both ----
 
 
-async def test_a_table_that_is_emptied_in_the_middle_of_a_run_takes_the_rest(open_store: OpenStore) -> None:
+async def test_a_table_that_is_emptied_during_a_run_takes_the_rest(open_store: OpenStore) -> None:
     async with open_store() as sink, open_store() as other:
         embedder = Embedder("fake", provider=FakeProvider(latency_s=0), max_batch_size=10, concurrency=1)
         await ingest(records(10), embedder, sink)

@@ -1,4 +1,4 @@
-"""Everything real: the SDK, HTTP, a store, and a provider on a bad day."""
+"""`ingest` through the real SDK, HTTP and stores, from a provider with many faults."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def records(count: int) -> list[Record]:
 
 
 async def check_rows(sink: Any, expected: list[Record]) -> None:
-    """Every record once, and each with the vector of its own text: it finds itself first, at a cosine of one."""
+    """Every record is stored once, with the vector of its own text: that vector finds it first, with a score of 1."""
     assert await sink.count() == len(expected)
     for record in expected[:: max(1, len(expected) // 40)]:
         vector = embedding_of(record.text, dimensions=DIMENSIONS, model="fake")
@@ -50,7 +50,7 @@ async def check_rows(sink: Any, expected: list[Record]) -> None:
 
 
 def sparing_single_texts(schedule: Schedule) -> Schedule:
-    """Let no single text meet more than three faults: five in a row make a good one the culprit, by REJECT_AFTER."""
+    """Let no single text meet more than three faults: after five in a row it would be rejected (REJECT_AFTER)."""
     met: Counter[tuple[str, ...]] = Counter()
 
     def ask(request: LoggedRequest) -> Fault | None:
@@ -63,7 +63,7 @@ def sparing_single_texts(schedule: Schedule) -> Schedule:
     return ask
 
 
-async def test_through_a_third_of_faults_every_good_record_is_stored_once(open_store: OpenStore) -> None:
+async def test_every_good_record_is_stored_once_when_a_third_of_the_requests_fail(open_store: OpenStore) -> None:
     poisons = {f"the text of number {number}" for number in (7, 2_500, 4_999)}
     bad_day = first_of(poison(poisons), sparing_single_texts(mixed(rate=0.3, seed=3)))
     good = [record for record in records(5_000) if record.text not in poisons]
@@ -76,7 +76,7 @@ async def test_through_a_third_of_faults_every_good_record_is_stored_once(open_s
 
         assert report.failed_ids == ["id 7", "id 2500", "id 4999"]
         assert (report.success_count, report.seen) == (4_997, 5_000)
-        assert report.requests >= len(server.requests)  # a connection that is cut takes a request unread
+        assert report.requests >= len(server.requests)  # a request on a connection that is cut may never be read
         await check_rows(sink, good)
 
 
@@ -97,7 +97,7 @@ async def test_a_text_that_always_breaks_the_server_fails_alone(open_store: Open
 @pytest.mark.parametrize(
     ("fault", "error"), [(QuotaExceeded(), QuotaError), (InvalidKey(), AuthenticationError)], ids=["quota", "key"]
 )
-async def test_a_fatal_answer_in_the_middle_costs_little_and_a_rerun_pays_for_the_rest_only(
+async def test_a_fatal_answer_during_a_run_costs_little_and_a_rerun_pays_only_for_the_rest(
     open_store: OpenStore, fault: Any, error: type[Exception]
 ) -> None:
     async with (
@@ -120,7 +120,7 @@ async def test_a_fatal_answer_in_the_middle_costs_little_and_a_rerun_pays_for_th
         await check_rows(sink, records(1_000))
 
 
-async def test_a_server_with_a_small_cap_is_learned_and_filled(open_store: OpenStore) -> None:
+async def test_the_small_batch_limit_of_a_server_is_learned_and_used_fully(open_store: OpenStore) -> None:
     async with (
         EmbeddingServer(dialect=TEI, dimensions=DIMENSIONS) as server,
         embedder_at(server) as embedder,
@@ -135,7 +135,7 @@ async def test_a_server_with_a_small_cap_is_learned_and_filled(open_store: OpenS
         await check_rows(sink, records(3_000))
 
 
-async def test_over_a_rate_limit_the_job_ends_in_time_with_few_refusals(open_store: OpenStore) -> None:
+async def test_a_job_over_a_rate_limit_ends_in_time_with_few_refusals(open_store: OpenStore) -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS, tokens_per_minute=600_000, filled=0, keep_texts=False) as server,
         embedder_at(server, max_batch_size=100) as embedder,
@@ -150,12 +150,11 @@ async def test_over_a_rate_limit_the_job_ends_in_time_with_few_refusals(open_sto
         refused = sum(request.status == 429 for request in server.requests)
         assert report.failed_count == 0
         assert loop.time() - began <= 1.10 * ideal_s + 0.5  # half a second for connections and vocabulary
-        assert (
-            refused <= 0.02 * len(server.requests) + 8
-        )  # the first eight, before headers have told of an empty bucket
+        # the first eight requests are sent before any header has reported an empty bucket
+        assert refused <= 0.02 * len(server.requests) + 8
 
 
-async def test_two_runs_at_once_into_one_store_do_not_break_each_other(open_store: OpenStore) -> None:
+async def test_two_concurrent_runs_into_one_store_do_not_break_each_other(open_store: OpenStore) -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS) as server,
         embedder_at(server, max_batch_size=50) as embedder,
@@ -168,7 +167,7 @@ async def test_two_runs_at_once_into_one_store_do_not_break_each_other(open_stor
         await check_rows(one, records(1_000))
 
 
-async def test_the_stored_vectors_are_those_of_the_texts_bit_by_bit() -> None:
+async def test_the_vectors_of_the_texts_are_returned_bit_by_bit() -> None:
     texts = [record.text for record in records(5_000)]
     async with EmbeddingServer(dimensions=DIMENSIONS) as server, embedder_at(server) as embedder:
         result = await embedder.embed(texts)

@@ -1,8 +1,9 @@
-"""What every sink does, whatever stands behind it."""
+"""The behaviour that all sinks share."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from asyncembed.errors import ConfigError, RowRefusedError, SinkConfigError
+from asyncembed.sinks.contract import MAX_ID_BYTES, why_unstorable
 
 from .sink_rows import MODEL, hashes, nearest, row, rows, vec
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.any_loop
 OpenStore = Callable[..., Any]
 
 
-async def test_what_was_written_is_found_with_its_text_and_metadata(open_store: OpenStore) -> None:
+async def test_a_written_row_is_found_with_its_text_and_metadata(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.prepare(MODEL, 3)
         refused = await sink.write(
@@ -37,7 +39,7 @@ async def test_rows_outlive_the_sink_that_wrote_them(open_store: OpenStore) -> N
         assert await sink.count() == 3
 
 
-async def test_a_sink_needs_no_async_with_and_may_be_used_again_after_it_was_closed(open_store: OpenStore) -> None:
+async def test_a_sink_works_without_async_with_and_after_it_was_closed(open_store: OpenStore) -> None:
     sink = open_store()
     await sink.write(MODEL, rows(2))
     await sink.aclose()
@@ -70,7 +72,7 @@ async def test_writing_nothing_does_nothing(open_store: OpenStore) -> None:
 # ---- identity ----
 
 
-async def test_an_id_is_its_text_whether_it_came_as_int_or_str_or_uuid(open_store: OpenStore) -> None:
+async def test_an_id_is_stored_as_text_whether_it_was_an_int_a_str_or_a_uuid(open_store: OpenStore) -> None:
     uuid = UUID("12345678-1234-5678-1234-567812345678")
     async with open_store() as sink:
         await sink.write(MODEL, [row(5), row(uuid), row(2**70)])
@@ -78,7 +80,7 @@ async def test_an_id_is_its_text_whether_it_came_as_int_or_str_or_uuid(open_stor
         assert [id async for id in sink.ids(MODEL)] == sorted(["5", str(uuid), str(2**70), "7"])
 
 
-async def test_existing_gives_back_the_very_ids_it_was_asked_for(open_store: OpenStore) -> None:
+async def test_existing_returns_the_ids_as_they_were_given(open_store: OpenStore) -> None:
     uuid = UUID("12345678-1234-5678-1234-567812345678")
     stored = [row(5), row(uuid), row("c")]
     async with open_store() as sink:
@@ -87,13 +89,13 @@ async def test_existing_gives_back_the_very_ids_it_was_asked_for(open_store: Ope
     assert found == {5, uuid, "c"}
 
 
-async def test_a_changed_text_is_not_existing(open_store: OpenStore) -> None:
+async def test_a_row_with_a_changed_text_does_not_exist(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write(MODEL, [row("a"), row("b")])
         assert await sink.existing(MODEL, hashes([row("a", text="changed"), row("b")])) == {"b"}
 
 
-async def test_what_is_stored_for_one_model_does_not_exist_for_another(open_store: OpenStore) -> None:
+async def test_a_row_stored_for_one_model_does_not_exist_for_another(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write(MODEL, [row("a")])
         assert await sink.existing("model-b", hashes([row("a")])) == set()
@@ -121,11 +123,54 @@ async def test_writing_a_row_again_replaces_it(open_store: OpenStore) -> None:
         assert [(hit.id, hit.score, hit.text, hit.metadata) for hit in hits] == [("a", 1.0, "new", {"v": 2})]
 
 
-async def test_of_rows_with_one_key_the_last_wins(open_store: OpenStore) -> None:
+async def test_the_last_of_several_rows_with_one_key_wins(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write(MODEL, [row(1, text="first"), row("b"), row("1", text="last")])
         hits = await sink.search(vec(1, 2, 3))
     assert [(hit.id, hit.text) for hit in hits] == [("1", "last"), ("b", "text of b")]
+
+
+# ---- records that no store takes ----
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "metadata", "what"),
+    [
+        pytest.param("", "t", None, "id", id="an empty id"),
+        pytest.param("a\0", "t", None, "id", id="NUL in the id"),
+        pytest.param("a\ud800", "t", None, "id", id="half a surrogate pair in the id"),
+        pytest.param("x" * (MAX_ID_BYTES + 1), "t", None, "id", id="an id too long for an index"),
+        pytest.param("é" * (MAX_ID_BYTES // 2) + "x", "t", None, "id", id="an id too long in bytes, not in characters"),
+        pytest.param("a", "b\0c", None, "text", id="NUL in the text"),
+        pytest.param("a", "é\0c", None, "text", id="NUL in a text that is not ASCII"),
+        pytest.param("a", "b\ud800", None, "text", id="half a surrogate pair in the text"),
+        pytest.param("a", "t", json.dumps({"b": "\0"}), "metadata", id="NUL in the metadata"),
+        pytest.param("a", "t", json.dumps({"\\\\\0": 1}), "metadata", id="NUL behind backslashes in the metadata"),
+        pytest.param("a", "t", '{"b": "\ud800"}', "metadata", id="half a surrogate pair in the metadata"),
+    ],
+)
+def test_the_reason_why_a_record_is_unstorable_does_not_show_it(
+    key: str, text: str, metadata: str | None, what: str
+) -> None:
+    reason = why_unstorable(key, text, metadata)
+    assert reason is not None
+    assert what in reason.split(":")[0]
+    assert "\0" not in reason
+    assert "\ud800" not in reason
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "metadata"),
+    [
+        pytest.param("x" * MAX_ID_BYTES, "t", None, id="the longest id"),
+        pytest.param("é" * (MAX_ID_BYTES // 2), "t", None, id="the longest id in bytes"),
+        pytest.param("a", "\x01 \N{GRINNING FACE} <|endoftext|>", None, id="odd characters"),
+        pytest.param("a", "t", json.dumps({"b": "\\u0000"}), id="a text that only spells NUL"),
+        pytest.param("a", "t", json.dumps({"b": "\N{GRINNING FACE}"}), id="a whole escaped surrogate pair"),
+    ],
+)
+def test_unusual_records_that_every_store_takes_are_accepted(key: str, text: str, metadata: str | None) -> None:
+    assert why_unstorable(key, text, metadata) is None
 
 
 # ---- rows and sizes that do not fit ----
@@ -159,22 +204,22 @@ async def test_a_row_that_cannot_be_stored_is_refused_alone(open_store: OpenStor
         assert [id async for id in sink.ids(MODEL)] == ["a", "z"]
 
 
-async def test_ids_and_models_as_long_as_they_may_be_are_stored(open_store: OpenStore) -> None:
-    noise = np.random.default_rng(0).bytes(1_250).hex()  # nothing that an index could compress
+async def test_ids_and_models_of_the_greatest_length_are_stored(open_store: OpenStore) -> None:
+    noise = np.random.default_rng(0).bytes(1_250).hex()  # which an index cannot compress
     async with open_store() as sink:
         await sink.prepare(noise[:500], 3)
         assert await sink.write(noise[:500], [row(noise[500:])]) == {}
         assert [id async for id in sink.ids(noise[:500])] == [noise[500:]]
 
 
-async def test_what_only_looks_like_an_escaped_nul_is_stored(open_store: OpenStore) -> None:
+async def test_metadata_that_only_look_like_an_escaped_nul_are_stored(open_store: OpenStore) -> None:
     async with open_store() as sink:
         assert await sink.write(MODEL, [row("a", metadata='{"path": "\\\\u0000", "e": "\\u00e9"}')]) == {}
         (hit,) = await sink.search(vec(1, 2, 3))
     assert hit.metadata == {"path": "\\u0000", "e": "é"}
 
 
-async def test_numbers_at_the_ends_of_float32_are_stored_and_found(open_store: OpenStore) -> None:
+async def test_the_largest_and_smallest_numbers_of_float32_are_stored_and_found(open_store: OpenStore) -> None:
     huge = vec(3e38, 3e38, -3e38)
     async with open_store() as sink:
         assert await sink.write(MODEL, [row("huge", huge), row("tiny", vec(1e-38, 1e-38, 1e-38))]) == {}
@@ -194,14 +239,14 @@ async def test_another_size_for_a_stored_model_is_refused_before_anything_is_pai
         assert await sink.count() == 1
 
 
-async def test_the_first_vector_tells_the_size_when_prepare_was_not_told(open_store: OpenStore) -> None:
+async def test_the_first_vector_decides_the_size_if_prepare_was_given_none(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.prepare(MODEL, None)
         await sink.write(MODEL, rows(1, dimensions=5))
         assert await sink.models() == {MODEL: 5}
 
 
-async def test_a_model_without_rows_may_come_back_with_another_size(open_store: OpenStore) -> None:
+async def test_a_model_without_rows_may_get_another_size(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write(MODEL, rows(2, dimensions=5))
         assert await sink.delete([one.id for one in rows(2)], MODEL) == 2
@@ -218,12 +263,12 @@ async def test_a_model_whose_name_cannot_be_a_key_is_refused(open_store: OpenSto
 
 
 @pytest.mark.parametrize("table", ["a b", 'x"; DROP TABLE y; --', "1st", "", "t" * 64, "ü", "asyncembed_models"])
-def test_a_table_name_that_is_no_plain_identifier_is_refused(open_store: OpenStore, table: str) -> None:
+def test_a_table_name_that_is_not_a_plain_identifier_is_refused(open_store: OpenStore, table: str) -> None:
     with pytest.raises(SinkConfigError, match="table name"):
         open_store(table=table)
 
 
-async def test_tables_of_one_store_do_not_know_each_other(open_store: OpenStore) -> None:
+async def test_tables_of_one_store_are_independent(open_store: OpenStore) -> None:
     async with open_store(table="one") as one, open_store(table="Order") as other:
         await one.write(MODEL, rows(2, dimensions=4))
         await other.write(MODEL, rows(3, dimensions=6))
@@ -244,7 +289,7 @@ async def test_a_search_returns_the_nearest_by_cosine_best_first(open_store: Ope
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-async def test_equal_vectors_come_in_the_order_of_their_ids(open_store: OpenStore) -> None:
+async def test_equal_vectors_are_ranked_by_id(open_store: OpenStore) -> None:
     ids = [f"{number * 7919 % 1000}" for number in range(100)] + ["Z", "a", "é", "😀", "\ue000"]
     vector = np.random.default_rng(2).standard_normal(33).astype(np.float32)
     async with open_store() as sink:
@@ -255,7 +300,7 @@ async def test_equal_vectors_come_in_the_order_of_their_ids(open_store: OpenStor
     assert first == hits[:3]
 
 
-async def test_fewer_rows_than_asked_for_are_all_of_them(open_store: OpenStore) -> None:
+async def test_a_search_for_more_rows_than_stored_returns_all_of_them(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write(MODEL, rows(3))
         assert len(await sink.search(rows(1)[0].vector, k=1_000)) == 3
@@ -310,7 +355,7 @@ async def test_a_query_of_another_size_is_refused(open_store: OpenStore) -> None
         pytest.param(vec(1, 2, 3), 0, id="no hits wanted"),
     ],
 )
-async def test_a_query_that_is_none_is_refused(open_store: OpenStore, query: Any, k: int) -> None:
+async def test_an_invalid_query_is_refused(open_store: OpenStore, query: Any, k: int) -> None:
     async with open_store() as sink:
         with pytest.raises(ConfigError):
             await sink.search(query, k)
@@ -322,7 +367,7 @@ async def test_a_query_may_be_a_list_of_numbers(open_store: OpenStore) -> None:
         assert [hit.id for hit in await sink.search([1, 2.5, 3])] == ["a"]
 
 
-async def test_searching_where_nothing_was_ever_stored_says_so(open_store: OpenStore) -> None:
+async def test_a_search_where_nothing_was_ever_stored_is_an_error(open_store: OpenStore) -> None:
     async with open_store() as sink:
         with pytest.raises(SinkConfigError, match="ingest into it first"):
             await sink.search(vec(1, 0, 0))
@@ -331,7 +376,7 @@ async def test_searching_where_nothing_was_ever_stored_says_so(open_store: OpenS
 # ---- deleting ----
 
 
-async def test_delete_takes_the_named_rows_of_that_model_only(open_store: OpenStore) -> None:
+async def test_delete_deletes_only_the_named_rows_of_that_model(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.write("old", [row(1), row(2), row(3)])
         await sink.write("new", [row(1)])
@@ -340,7 +385,7 @@ async def test_delete_takes_the_named_rows_of_that_model_only(open_store: OpenSt
         assert [id async for id in sink.ids("new")] == ["1"]
 
 
-async def test_the_ids_come_in_order_and_in_pages(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ids_are_listed_in_order_and_in_pages(open_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = open_store()
     monkeypatch.setattr("asyncembed.sinks.contract.IDS_PER_PAGE", 3)
     async with sink:
@@ -351,7 +396,7 @@ async def test_the_ids_come_in_order_and_in_pages(open_store: OpenStore, monkeyp
 # ---- many at once ----
 
 
-async def test_many_tasks_write_and_read_through_one_sink(open_store: OpenStore) -> None:
+async def test_many_tasks_write_and_read_with_one_sink(open_store: OpenStore) -> None:
     stored = rows(200)
     async with open_store() as sink:
         await sink.prepare(MODEL, 8)
@@ -393,20 +438,20 @@ async def test_a_write_cancelled_at_any_step_has_stored_all_or_nothing(open_stor
         writing.cancel()
         await asyncio.wait([writing])
         assert await other.count() in (0, 100)
-        await other.write(MODEL, stored)  # at once: no lock was left
+        await other.write(MODEL, stored)  # at once, since no lock was left
         await sink.write(MODEL, stored[:1])
         assert await other.count() == 100
 
 
-async def test_a_store_that_holds_nothing_yet_finds_nothing_whatever_is_asked_for(open_store: OpenStore) -> None:
+async def test_a_search_in_an_empty_store_finds_nothing_with_and_without_a_model(open_store: OpenStore) -> None:
     async with open_store() as sink:
         await sink.prepare(MODEL, None)
         assert await sink.search(vec(1, 0, 0), model=MODEL) == []
         assert await sink.search(vec(1, 0, 0)) == []
 
 
-async def test_an_id_that_no_store_holds_is_nobodys(open_store: OpenStore) -> None:
-    # at a NUL SQLite's JSON ends a text
+async def test_an_id_that_no_store_can_hold_matches_no_row(open_store: OpenStore) -> None:
+    # SQLite's JSON ends a text at a NUL
     async with open_store() as sink:
         await sink.write(MODEL, [row("abc")])
         assert await sink.existing(MODEL, {"abc\0other": row("abc").content_hash}) == set()

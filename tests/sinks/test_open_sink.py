@@ -1,4 +1,4 @@
-"""Addresses to sinks."""
+"""`open_sink`: the sink for an address."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from asyncembed.sinks import PostgresSink, SQLiteSink, open_sink
         (Path("some") / "x.db", str(Path("some") / "x.db")),
     ],
 )
-def test_a_path_or_an_sqlite_address_is_a_file(address: str | Path, shown: str) -> None:
+def test_a_path_or_an_sqlite_address_opens_a_file(address: str | Path, shown: str) -> None:
     assert repr(open_sink(address)) == f"SQLiteSink({shown!r}, table='embeddings')"
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
-def test_a_postgresql_address_is_a_database(scheme: str) -> None:
+def test_a_postgresql_address_opens_a_database(scheme: str) -> None:
     sink = open_sink(f"{scheme}://user:SECRET@host/db", table="docs", pool_size=2)
     assert isinstance(sink, PostgresSink)
     assert repr(sink) == "PostgresSink(table 'docs' in db on host)"
@@ -59,14 +59,14 @@ def test_other_addresses_are_refused_without_being_shown(address: str) -> None:
     assert "sqlite:///" in str(caught.value)
 
 
-def test_a_sink_that_does_not_exist_is_an_attribute_error() -> None:
+def test_an_unknown_sink_is_an_attribute_error() -> None:
     import asyncembed.sinks
 
     with pytest.raises(AttributeError, match="MongoSink"):
         asyncembed.sinks.MongoSink  # noqa: B018
 
 
-def test_drivers_are_loaded_by_their_own_sink_alone() -> None:
+def test_a_driver_is_loaded_only_by_its_own_sink() -> None:
     script = """
 import sys
 import asyncembed.sinks

@@ -1,4 +1,4 @@
-"""The ranking, without a store."""
+"""`Ranking` and `check_query`, without a store."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def ranked(matrix: np.ndarray, query: np.ndarray, k: int, slices: int) -> list[t
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 60), st.integers(1, 7), st.integers(1, 9))
-def test_any_slices_of_any_rows_give_the_k_best_by_the_definition(
-    seed: int, dimensions: int, count: int, slices: int, k: int
-) -> None:
+def test_any_slices_of_any_rows_give_the_k_nearest(seed: int, dimensions: int, count: int, slices: int, k: int) -> None:
     random = np.random.default_rng(seed)
     matrix = random.standard_normal((count, dimensions)).astype(np.float32)
     query = random.standard_normal(dimensions).astype(np.float32)
@@ -33,7 +31,7 @@ def test_any_slices_of_any_rows_give_the_k_best_by_the_definition(
     assert all(-1.0 <= score <= 1.0 for _, score in best)
 
 
-def test_rows_that_differ_by_less_than_float32_can_tell_in_a_product_are_told_apart() -> None:
+def test_rows_are_distinguished_even_if_their_float32_products_are_equal() -> None:
     random = np.random.default_rng(5)
     query = random.standard_normal(1_536).astype(np.float32)
     matrix = query + 1e-4 * random.standard_normal((500, 1_536)).astype(np.float32)
@@ -42,7 +40,7 @@ def test_rows_that_differ_by_less_than_float32_can_tell_in_a_product_are_told_ap
 
 
 @pytest.mark.parametrize("dimensions", [1, 7, 256, 1_536, 3_072])
-def test_a_vector_has_the_same_score_wherever_it_stands(dimensions: int) -> None:
+def test_a_vector_has_the_same_score_at_every_position(dimensions: int) -> None:
     random = np.random.default_rng(dimensions)
     vector, query = random.standard_normal((2, dimensions)).astype(np.float32)
     matrix = np.tile(vector, (999, 1))
@@ -50,21 +48,21 @@ def test_a_vector_has_the_same_score_wherever_it_stands(dimensions: int) -> None
     assert len(scores) == 1
 
 
-def test_of_equal_rows_the_first_ids_are_kept_in_any_order_of_arrival() -> None:
+def test_equal_rows_with_the_lowest_ids_are_kept_in_any_order_of_arrival() -> None:
     ranking = Ranking(vec(1, 0), 2)
     for id in ("c", "a", "d", "b"):
         ranking.offer([id], vec(2, 0).reshape(1, 2))
     assert [id for id, _ in ranking.best()] == ["a", "b"]
 
 
-def test_rows_whose_float32_products_overflow_are_ranked_all_the_same() -> None:
+def test_rows_whose_float32_products_overflow_are_ranked() -> None:
     ranking = Ranking(vec(3e38, 3e38), 1)
     ranking.offer(["far"], vec(-3e38, -3e38).reshape(1, 2))
     ranking.offer(["near"], vec(3e38, 3e38).reshape(1, 2))
     assert ranking.best() == [("near", 1.0)]
 
 
-def test_an_early_good_match_does_not_hide_a_better_one_that_is_almost_the_same() -> None:
+def test_an_earlier_match_does_not_hide_a_slightly_better_one() -> None:
     good, better = vec(1, 1e-4), vec(1, 1e-5)
     ranking = Ranking(vec(1, 0), 1)
     ranking.offer(["good"], good.reshape(1, 2))

@@ -1,4 +1,4 @@
-"""`PostgresSource`: rows to records on a real server, and what goes wrong."""
+"""`PostgresSource`: rows become records on a real server; invalid queries, lost connections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from asyncembed import Embedder, PostgresSink, PostgresSource, Record, ingest
 from asyncembed.errors import ConfigError, InvalidRecordError, SourceError
 from tests.fakes import FakeProvider
-from tests.stores import told
+from tests.stores import run_sql
 
 
 async def read(source: PostgresSource) -> list[Any]:
@@ -26,8 +26,8 @@ async def read(source: PostgresSource) -> list[Any]:
 
 
 def backends(dsn: str) -> list[Any]:
-    """What is going on in connections that read as a source does."""
-    return told(
+    """The queries of connections that read as a source does."""
+    return run_sql(
         dsn,
         "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND (query LIKE '%docs%' OR query = 'COMMIT')",
@@ -36,11 +36,11 @@ def backends(dsn: str) -> list[Any]:
 
 @pytest.fixture
 def docs(dsn: str) -> str:
-    told(dsn, "CREATE TABLE docs (id int, text text)", "INSERT INTO docs VALUES (1, 'one'), (2, 'two')")
+    run_sql(dsn, "CREATE TABLE docs (id int, text text)", "INSERT INTO docs VALUES (1, 'one'), (2, 'two')")
     return dsn
 
 
-async def test_rows_are_records_with_what_else_they_have_as_metadata(docs: str) -> None:
+async def test_rows_become_records_with_their_other_columns_as_metadata(docs: str) -> None:
     query = "SELECT id, text, id * 10 AS ten FROM docs ORDER BY id"
     assert await read(PostgresSource(docs, query)) == [Record(1, "one", {"ten": 10}), Record(2, "two", {"ten": 20})]
     assert await read(PostgresSource(docs, "TABLE docs")) == [Record(1, "one"), Record(2, "two")]
@@ -84,8 +84,8 @@ async def test_title_and_content_are_joined(dsn: str) -> None:
         ("'(1, 2)'::point", [1.0, 2.0]),
     ],
 )
-async def test_every_kind_of_value_becomes_what_json_can_hold(dsn: str, sql: str, expected: Any) -> None:
-    told(dsn, "CREATE TYPE pair AS (n int, d date)")
+async def test_every_kind_of_value_becomes_json(dsn: str, sql: str, expected: Any) -> None:
+    run_sql(dsn, "CREATE TYPE pair AS (n int, d date)")
     embedder = Embedder("fake", provider=FakeProvider(latency_s=0))
     source = PostgresSource(dsn, f"SELECT 1 AS id, 'text' AS text, {sql} AS value")
     async with PostgresSink(dsn) as sink:
@@ -94,7 +94,7 @@ async def test_every_kind_of_value_becomes_what_json_can_hold(dsn: str, sql: str
     assert hit.metadata == {"value": expected}
 
 
-async def test_an_object_in_a_column_metadata_is_the_metadata(dsn: str) -> None:
+async def test_an_object_in_a_column_metadata_is_spread_into_the_metadata(dsn: str) -> None:
     source = PostgresSource(dsn, """SELECT 1 AS id, 't' AS text, 2 AS n, '{"a": 1}'::jsonb AS metadata""")
     assert await read(source) == [Record(1, "t", {"n": 2, "a": 1})]
 
@@ -123,8 +123,8 @@ async def test_a_row_that_is_no_record_fails_alone_with_its_number_and_id(dsn: s
 
 
 async def test_rows_without_a_vector_are_filled_and_the_next_run_finds_none(dsn: str) -> None:
-    told(dsn, "CREATE TABLE docs (id int PRIMARY KEY, text text, v vector)")
-    told(dsn, "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(1, 2500) AS n")
+    run_sql(dsn, "CREATE TABLE docs (id int PRIMARY KEY, text text, v vector)")
+    run_sql(dsn, "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(1, 2500) AS n")
     provider = FakeProvider(latency_s=0)
     source = PostgresSource(dsn, "SELECT id, text FROM docs WHERE v IS NULL")
     columns = {"id": "id", "embedding": "v"}
@@ -132,10 +132,10 @@ async def test_rows_without_a_vector_are_filled_and_the_next_run_finds_none(dsn:
         first = await ingest(source, Embedder("fake", provider=provider, max_batch_size=100), sink)
         second = await ingest(source, Embedder("fake", provider=provider), sink)
     assert (first.success_count, second.seen, len(provider.requests)) == (2_500, 0, 25)
-    assert told(dsn, "SELECT count(*) FROM docs WHERE v IS NULL") == [(0,)]
+    assert run_sql(dsn, "SELECT count(*) FROM docs WHERE v IS NULL") == [(0,)]
 
 
-# ---- as a server sees it ----
+# ---- memory, connections, pools ----
 
 
 async def test_a_large_result_is_read_in_bounded_memory(dsn: str) -> None:
@@ -157,7 +157,7 @@ async def test_a_large_result_is_read_in_bounded_memory(dsn: str) -> None:
 async def test_a_query_that_would_change_something_is_refused_by_the_server(docs: str) -> None:
     with pytest.raises((ConfigError, SourceError), match="read-only transaction"):
         await read(PostgresSource(docs, "DELETE FROM docs RETURNING id, text"))
-    assert told(docs, "SELECT count(*) FROM docs") == [(2,)]
+    assert run_sql(docs, "SELECT count(*) FROM docs") == [(2,)]
 
 
 async def test_leaving_early_leaves_no_connection(docs: str) -> None:
@@ -182,7 +182,7 @@ async def test_cancelled_at_any_step_leaves_no_connection_and_no_task(docs: str)
         await asyncio.sleep(0)
 
 
-async def test_a_pool_that_was_handed_in_is_given_back_as_it_was(docs: str) -> None:
+async def test_a_pool_that_was_handed_in_is_returned_unchanged(docs: str) -> None:
     async with asyncpg.create_pool(docs, min_size=1, max_size=1) as pool:
         source = PostgresSource(pool, "SELECT id, text FROM docs ORDER BY id")
         assert await read(source) == await read(source) == [Record(1, "one"), Record(2, "two")]
@@ -193,7 +193,7 @@ async def test_a_pool_that_was_handed_in_is_given_back_as_it_was(docs: str) -> N
         assert await pool.fetchval("SELECT count(*) FROM docs") == 2
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ async def test_a_pool_that_was_handed_in_is_given_back_as_it_was(docs: str) -> N
         ("SELECT id, text FROM docs WHERE id = $1", "has 1 parameters, and args= has 0 values"),
     ],
 )
-async def test_a_query_that_cannot_be_run_is_told_before_anything_is_paid(docs: str, query: str, message: str) -> None:
+async def test_an_invalid_query_is_an_error_before_anything_is_paid(docs: str, query: str, message: str) -> None:
     provider = FakeProvider(latency_s=0)
     async with PostgresSink(docs) as sink:
         with pytest.raises(ConfigError, match=message):
@@ -216,7 +216,7 @@ async def test_a_query_that_cannot_be_run_is_told_before_anything_is_paid(docs: 
     assert provider.requests == []
 
 
-async def test_a_server_that_is_not_there_is_a_config_error_without_the_password() -> None:
+async def test_an_unreachable_server_is_a_config_error_without_the_password() -> None:
     source = PostgresSource("postgresql://me:s3cret@127.0.0.1:1/db", "SELECT 1 AS id, 'a' AS text")
     assert repr(source) == "PostgresSource(the query in db on 127.0.0.1:1)"
     with pytest.raises(ConfigError, match=r"the query in db on 127\.0\.0\.1:1.*cannot be reached") as caught:
@@ -226,8 +226,8 @@ async def test_a_server_that_is_not_there_is_a_config_error_without_the_password
         pickle.dumps(source)
 
 
-async def test_a_connection_that_is_lost_ends_the_run_with_its_report_and_a_rerun_does_the_rest(docs: str) -> None:
-    told(docs, "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(3, 20000) AS n")
+async def test_a_lost_connection_ends_the_run_with_its_report_and_a_rerun_does_the_rest(docs: str) -> None:
+    run_sql(docs, "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(3, 20000) AS n")
     provider = FakeProvider(latency_s=0)
     source = PostgresSource(docs, "SELECT id, text FROM docs")
     ended: list[Any] = []
@@ -235,7 +235,7 @@ async def test_a_connection_that_is_lost_ends_the_run_with_its_report_and_a_reru
     def end_the_source(progress: Any) -> None:
         if progress.done >= 1_000 and not ended:
             ended.extend(
-                told(
+                run_sql(
                     docs,
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                     "WHERE query = 'SELECT id, text FROM docs' AND pid <> pg_backend_pid()",
@@ -255,7 +255,7 @@ async def test_a_connection_that_is_lost_ends_the_run_with_its_report_and_a_reru
 
 
 async def test_a_row_that_cannot_be_computed_ends_the_run_and_is_not_quoted(docs: str) -> None:
-    told(docs, "INSERT INTO docs VALUES (3, 'a secret')")
+    run_sql(docs, "INSERT INTO docs VALUES (3, 'a secret')")
     source = PostgresSource(docs, "SELECT id, CASE WHEN id = 3 THEN text::int::text ELSE text END AS text FROM docs")
     with pytest.raises(SourceError, match="SQLSTATE 22P02") as caught:
         await read(source)
@@ -288,7 +288,7 @@ async def test_a_value_that_the_driver_cannot_encode_is_not_quoted(docs: str, co
         pytest.param(quote_plus, id="form-encoded"),
     ],
 )
-async def test_a_query_may_stand_in_the_address_as_it_is_or_encoded(docs: str, write: Any) -> None:
+async def test_the_query_in_an_address_may_be_plain_or_encoded(docs: str, write: Any) -> None:
     query = "SELECT id, text FROM docs WHERE text LIKE '%tw%' AND id & 2 = 2 AND 'a+b' <> '%41'"
     assert await read(PostgresSource.from_url(f"{docs}&query={write(query)}")) == [Record(2, "two")]
 
@@ -307,18 +307,18 @@ async def test_options_may_follow_an_encoded_query(docs: str) -> None:
         ("postgresql://me:s3/cret@host/db?query=TABLE docs", "the address is not"),
     ],
 )
-def test_an_address_that_is_none_is_refused_and_not_shown(address: str, message: str) -> None:
+def test_an_invalid_address_is_refused_and_not_shown(address: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         PostgresSource.from_url(address)
     assert "s3" not in str(caught.value)
 
 
-async def test_something_else_is_no_source(docs: str) -> None:
+async def test_a_source_that_is_neither_address_nor_pool_is_refused(docs: str) -> None:
     with pytest.raises(ConfigError, match="takes an address or an asyncpg Pool, not int"):
         PostgresSource(5, "TABLE docs")  # type: ignore[arg-type]  # that is the test
 
 
-async def test_a_row_with_a_number_that_json_does_not_know_fails_alone(dsn: str) -> None:
+async def test_a_row_with_a_number_that_json_does_not_have_fails_alone(dsn: str) -> None:
     embedder = Embedder("fake", provider=FakeProvider(latency_s=0))
     rows = "(1, 'a', 'NaN'::float8), (2, 'b', 1.5)"
     source = PostgresSource(dsn, f"SELECT * FROM (VALUES {rows}) AS docs(id, text, value)")
@@ -328,7 +328,7 @@ async def test_a_row_with_a_number_that_json_does_not_know_fails_alone(dsn: str)
     assert isinstance(report.failures[0].error, InvalidRecordError)
 
 
-def test_without_its_extra_postgresql_says_how_to_get_it() -> None:
+def test_the_error_for_the_missing_postgres_extra_says_how_to_install_it() -> None:
     for wanted in ("asyncembed.open_sink('postgresql://h/d')", "asyncembed.PostgresSource"):
         code = f"import sys; sys.modules['asyncpg'] = None; import asyncembed; {wanted}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -338,15 +338,15 @@ def test_without_its_extra_postgresql_says_how_to_get_it() -> None:
 
 
 @pytest.mark.parametrize("limit", ["statement_timeout", "transaction_timeout", "idle_in_transaction_session_timeout"])
-async def test_limits_of_a_role_do_not_end_a_long_reading(bare_dsn: str, limit: str) -> None:
-    name = told(bare_dsn, "SELECT current_database()")[0][0]
-    told(bare_dsn, f"ALTER DATABASE {name} SET {limit} = '200ms'")
+async def test_the_limits_of_a_role_do_not_end_a_long_read(bare_dsn: str, limit: str) -> None:
+    name = run_sql(bare_dsn, "SELECT current_database()")[0][0]
+    run_sql(bare_dsn, f"ALTER DATABASE {name} SET {limit} = '200ms'")
     query = "SELECT n AS id, 'text' || pg_sleep(0.001) AS text FROM generate_series(1, 600) n"
     assert len(await read(PostgresSource(bare_dsn, query))) == 600
 
 
 @pytest.mark.parametrize("value", ["'0044-03-15 BC'::date", "'24:00'::time"])
-async def test_a_value_that_python_does_not_have_is_told_with_what_to_do(dsn: str, value: str) -> None:
+async def test_the_error_for_a_value_that_python_cannot_hold_says_what_to_do(dsn: str, value: str) -> None:
     source = PostgresSource(dsn, f"SELECT 1 AS id, 'a' AS text, {value} AS ides")
     with pytest.raises(SourceError, match="cast its column to text"):
         await read(source)

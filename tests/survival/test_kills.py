@@ -1,4 +1,4 @@
-"""Processes that are killed with SIGKILL, and the run after them: every id once, and how much was paid twice."""
+"""Processes that are killed with SIGKILL, and the next run: every id is stored once, and little is paid twice."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from asyncembed import SQLiteSink
 from asyncembed.testing import EmbeddingServer
 from bench.kills import DIMENSIONS, MODEL, Figures, Job, Store, finish, inputs_of, run_and_kill, start, work
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists only in POSIX")
 
 
-def test_killed_at_any_instant_every_id_is_stored_once_and_little_is_paid_twice(target: str) -> None:
+def test_kills_at_any_instant_store_every_id_once_and_pay_little_twice(target: str) -> None:
     dice = random.Random(4)
     requests = threading.Semaphore(0)
 
     def wait(child: subprocess.Popen[str]) -> None:
-        for _ in range(dice.randrange(60)):  # five of these are less than the 300 requests that the job takes
+        for _ in range(dice.randrange(60)):  # five times at most 59, of the 300 requests of the job
             assert requests.acquire(timeout=30)
 
-    def tell(request: Any) -> None:
+    def count(request: Any) -> None:
         requests.release()
 
-    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005, faults=tell, keep_texts=False).in_thread() as server:
+    with EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.005, faults=count, keep_texts=False).in_thread() as server:
         job = Job(target, server.base_url, 3_000, max_batch_size=10)
         figures = Figures()
         kills = run_and_kill(job, 5, wait)
@@ -67,7 +67,7 @@ def test_a_batch_is_paid_twice_only_if_it_was_not_committed(target: str, die: st
     ("die", "stored"),
     [pytest.param("inside", 100, id="inside the transaction"), pytest.param("after", 150, id="after the commit")],
 )
-async def test_a_kill_without_a_write_ahead_log_leaves_whole_batches_too(tmp_path: Path, die: str, stored: int) -> None:
+async def test_a_kill_without_a_write_ahead_log_leaves_whole_batches(tmp_path: Path, die: str, stored: int) -> None:
     path = tmp_path / "vectors.db"
     async with SQLiteSink(path) as sink:
         await sink.prepare(MODEL, DIMENSIONS)

@@ -1,4 +1,4 @@
-"""The command and signals, and several processes on one store; on every store."""
+"""The command with signals, and several processes on one store, for every kind of store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from asyncembed.testing import EmbeddingServer, script
 from bench.kills import DIMENSIONS, Figures, Job, Store, finish, inputs_of, start, text_of
 from tests.cli.processes import Held, process
-from tests.stores import told
+from tests.stores import run_sql
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="these signals exist only in POSIX")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def checked(job: Job, server: EmbeddingServer, kills: int = 0) -> Figures:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stores_what_is_under_way_and_the_same_command_does_the_rest(
+def test_a_signal_lets_requests_in_flight_be_stored_and_the_same_command_does_the_rest(
     target: str, server: EmbeddingServer, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     file = tmp_path / "records.jsonl"
@@ -61,16 +61,16 @@ def test_a_signal_stores_what_is_under_way_and_the_same_command_does_the_rest(
     assert checked(Job(target, "", 9_000), server) == Figures(jobs=1)
 
 
-def test_two_processes_on_one_job_and_one_store_store_every_id_once(target: str, server: EmbeddingServer) -> None:
+def test_two_processes_with_the_same_job_and_store_store_every_id_once(target: str, server: EmbeddingServer) -> None:
     job = Job(target, server.base_url, 2_000)
     children = [start(job), start(job)]
     assert [finish(child) for child in children] == [0, 0]
     figures = checked(job, server)
     assert figures == Figures(jobs=1, repaid=figures.repaid, over_bound=figures.over_bound)
-    assert 0 <= figures.repaid <= 2_000  # at worst each of them pays for everything
+    assert 0 <= figures.repaid <= 2_000  # at worst both pay for everything
 
 
-def test_processes_whose_jobs_overlap_store_the_rows_of_all(target: str, server: EmbeddingServer) -> None:
+def test_processes_with_overlapping_jobs_store_all_rows(target: str, server: EmbeddingServer) -> None:
     jobs = [Job(target, server.base_url, 1_000, first) for first in (0, 400, 800)]
     children = [start(job) for job in jobs]
     assert [finish(child) for child in children] == [0, 0, 0]
@@ -79,7 +79,7 @@ def test_processes_whose_jobs_overlap_store_the_rows_of_all(target: str, server:
     assert 0 <= figures.repaid <= 3 * 1_000 - 1_800
 
 
-def test_a_process_is_not_held_up_by_another_that_was_killed_in_a_transaction(
+def test_a_process_that_was_killed_in_a_transaction_does_not_block_another(
     target: str, server: EmbeddingServer
 ) -> None:
     doomed = start(Job(target, server.base_url, 1_000, die="inside", die_at=3))
@@ -92,7 +92,7 @@ def test_a_process_is_not_held_up_by_another_that_was_killed_in_a_transaction(
 def test_the_command_reads_a_query_and_stores_into_any_store(
     target: str, server: EmbeddingServer, dsn: str, tmp_path: Path
 ) -> None:
-    told(
+    run_sql(
         dsn,
         "CREATE TABLE docs (id int, text text)",
         "INSERT INTO docs SELECT n, 'text ' || n FROM generate_series(0, 99) n",
@@ -109,7 +109,7 @@ def test_the_command_reads_a_query_and_stores_into_any_store(
 
     assert run()["success_count"] == 101
     assert checked(Job(target, "", 101), server) == Figures(jobs=1)
-    told(dsn, "DELETE FROM docs WHERE id >= 50")
+    run_sql(dsn, "DELETE FROM docs WHERE id >= 50")
     more.write_text("")
     assert (run()["skipped_count"], len(Store(target).rows())) == (50, 50)
 
@@ -122,7 +122,7 @@ def test_the_command_reads_a_query_and_stores_into_any_store(
         ("postgresql://me:s3/cret@127.0.0.1:1/db?query=TABLE docs", "the address is not postgresql://"),
     ],
 )
-def test_a_query_that_cannot_be_run_is_one_line_without_the_password(
+def test_an_invalid_query_is_a_one_line_error_without_the_password(
     server: EmbeddingServer, tmp_path: Path, source: str, message: str
 ) -> None:
     with process("ingest", source, "--to", str(tmp_path / "v.db")) as child:

@@ -17,7 +17,8 @@ from asyncembed.pipeline.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
 from tests.steps import Steps
-from tests.stores import OpenStore, told
+from tests.stores import OpenStore
+from tests.stores import run_sql
 
 
 def make(script: Script | None = None, *, model: str = "fake", **options: Any) -> tuple[Embedder, FakeProvider]:
@@ -239,7 +240,7 @@ async def test_a_sink_that_cannot_list_its_ids_is_refused_before_anything_is_sen
 
 async def test_ids_are_compared_as_their_column_stores_them(dsn: str) -> None:
     number, given = uuid.uuid4(), uuid.uuid4()
-    told(dsn, "CREATE TABLE numbers (n bigint UNIQUE, v vector)", "CREATE TABLE uuids (u uuid UNIQUE, v vector)")
+    run_sql(dsn, "CREATE TABLE numbers (n bigint UNIQUE, v vector)", "CREATE TABLE uuids (u uuid UNIQUE, v vector)")
     embedder, _ = make()
     async with PostgresSink(dsn, table="numbers", columns={"id": "n", "embedding": "v"}) as sink:
         await ingest([(7, "a"), (8, "b")], embedder, sink)
@@ -252,12 +253,12 @@ async def test_ids_are_compared_as_their_column_stores_them(dsn: str) -> None:
 
 
 async def test_with_update_only_pruning_clears_vectors_and_keeps_rows(dsn: str) -> None:
-    told(dsn, "CREATE TABLE docs (id int PRIMARY KEY, v vector)", "INSERT INTO docs VALUES (1), (2)")
+    run_sql(dsn, "CREATE TABLE docs (id int PRIMARY KEY, v vector)", "INSERT INTO docs VALUES (1), (2)")
     embedder, _ = make()
     async with PostgresSink(dsn, table="docs", columns={"id": "id", "embedding": "v"}, update_only=True) as sink:
         await ingest([(1, "a"), (2, "b")], embedder, sink)
         assert (await ingest([(2, "b")], embedder, sink, prune=True)).pruned_count == 1
-    assert told(dsn, "SELECT id, v IS NULL FROM docs ORDER BY id") == [(1, True), (2, False)]
+    assert run_sql(dsn, "SELECT id, v IS NULL FROM docs ORDER BY id") == [(1, True), (2, False)]
 
 
 async def test_seen_ids_are_not_kept_in_memory(tmp_path: Any) -> None:

@@ -1,9 +1,9 @@
-"""pgvector in a database: where it is, and its types on a connection, in their binary format."""
+"""pgvector in a database: its schema and version, its limits, and its binary format on a connection."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,21 @@ from pgvector import HalfVector, Vector
 
 from ..contract import quoted
 
+# pgvector README, "What if I want to index vectors with more than 2,000 dimensions?", and 16,000 for storage.
+MAX_DIMENSIONS = 16_000
+MAX_INDEXED = {"vector": 2_000, "halfvec": 4_000}
+
+# The operator class of each metric for an index (pgvector README, "HNSW").
+METRICS = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
+
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """pgvector as it was found.
+    """pgvector as installed in the database.
 
     Attributes:
-        schema: The schema it is in; not always one that the search_path names.
-        version: Such as (0, 8).
+        schema: Its schema, which may be outside of the search_path.
+        version: For instance (0, 8).
     """
 
     schema: str
@@ -28,7 +35,7 @@ class Extension:
 
 
 async def find_extension(connection: Any) -> Extension | None:
-    """Return where pgvector is in this database, None if it was not created."""
+    """Return the schema and version of pgvector in this database; None if it was not created."""
     row = await connection.fetchrow(
         "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace "
         "WHERE e.extname = 'vector'"
@@ -36,8 +43,8 @@ async def find_extension(connection: Any) -> Extension | None:
     return None if row is None else Extension(row[0], tuple(int(part) for part in row[1].split(".")[:2]))
 
 
-async def teach(connection: Any) -> bool:
-    """Let vectors travel in pgvector's binary format on this connection from now on; return whether there is one."""
+async def register_codec(connection: Any) -> bool:
+    """Have the connection send and receive vectors in binary; return False if the database has no pgvector."""
     extension = await find_extension(connection)
     if extension is None:
         return False
@@ -46,26 +53,19 @@ async def teach(connection: Any) -> bool:
     return True
 
 
-async def is_untaught(connection: Any, schema: str, kind: str) -> bool:
-    """Return whether vectors travel as text on this connection, since whoever made it has not seen to that."""
+async def lacks_codec(connection: Any, schema: str, kind: str) -> bool:
+    """Return whether the connection sends vectors as text, because the owner of its pool has set no codec."""
     return isinstance(await connection.fetchval(f"SELECT '[1]'::{quoted(schema)}.{kind}"), str)
 
 
 @asynccontextmanager
-async def taught(connection: Any, schema: str, kind: str) -> AsyncIterator[None]:
-    """Let them travel in binary for a while, on a connection that is not ours."""
+async def with_codec(connection: Any, schema: str, kind: str) -> AsyncIterator[None]:
+    """Send vectors in binary inside the block, on a connection of a pool that was handed in."""
     await _set_codec(connection, schema, kind)
     try:
         yield
-    except Exception:
-        try:
-            await connection.execute("ROLLBACK")  # in a failed transaction it cannot be untaught
-            await connection.reset_type_codec(kind, schema=schema)
-        except BaseException:
-            connection.terminate()
-        raise
     except BaseException:
-        connection.terminate()
+        connection.terminate()  # in a failed transaction the codec cannot be reset
         raise
     await connection.reset_type_codec(kind, schema=schema)
 
@@ -75,24 +75,18 @@ async def _set_codec(connection: Any, schema: str, kind: str) -> None:
     await connection.set_type_codec(kind, schema=schema, encoder=encode, decoder=decode, format="binary")
 
 
-# As pgvector receives a vector (vector_recv in its vector.c): two bytes for its size, two that are 0, and its numbers,
-# all big-endian. Its own classes take 5 us for 1,536 numbers, and 13 us for halves, by way of Python's array; these 2
-# and 8.
-_HEADER = struct.Struct(">HH")
+def _encode(vector: Any, number_type: str = ">f4") -> bytes:
+    """Return a vector as pgvector receives it: two bytes for its size, two zero bytes, its numbers; all big-endian.
 
-
-def _encode(vector: Any) -> bytes:
+    See `vector_recv` in its vector.c. Its own classes take 5 us for 1,536 numbers and 13 us for halves; these 2 and 8.
+    """
     numbers = np.asarray(vector)
-    return _HEADER.pack(numbers.size, 0) + numbers.astype(">f4").tobytes()
+    return struct.pack(">HH", numbers.size, 0) + numbers.astype(number_type).tobytes()
 
 
 def _encode_half(vector: Any) -> bytes:
-    numbers = np.asarray(vector)
-    with np.errstate(over="ignore"):  # to infinity, which the server then refuses for its row alone
-        return _HEADER.pack(numbers.size, 0) + numbers.astype(">f2").tobytes()
+    with np.errstate(over="ignore"):  # numbers beyond half precision become infinity, which the server refuses
+        return _encode(vector, ">f2")
 
 
-_CODECS: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
-    "vector": (_encode, Vector.from_binary),
-    "halfvec": (_encode_half, HalfVector.from_binary),
-}
+_CODECS = {"vector": (_encode, Vector.from_binary), "halfvec": (_encode_half, HalfVector.from_binary)}

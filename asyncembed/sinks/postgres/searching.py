@@ -1,8 +1,9 @@
-"""The rows nearest to a vector, and the index that finds them, inside a transaction that the caller began."""
+"""Finds the rows nearest to a vector, and prepares the index for that, inside a transaction that the caller began."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 from ...concurrency import in_thread_if
 from ...errors import SinkBusyError, SinkConfigError
 from ...types import Hit, Vectors
-from .. import contract as schema
+from .. import contract
 from ..ranking import Ranking
-from .statements import MAX_INDEXED, Layout
+from . import statements
+from .pgvector import MAX_INDEXED
+from .table import Table
 
-# Ranked here once more, from the stored numbers: the server's distances are float32, an index's even half of that.
+# Rows fetched beyond k: they are ranked again from the stored numbers, since the server computes distances in float32,
+# and those of an index may have half precision.
 _SPARE = 20
 
-# What LIMIT takes is a bigint, and no table has so many rows.
+# LIMIT takes a bigint, and no table has this many rows.
 _MOST_ROWS = 2**62
 
 # Ranked in 1 ms.
@@ -27,48 +31,69 @@ WORTH_A_THREAD_BYTES = 512 * 1024
 # pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
 _EF_SEARCH = (40, 1_000)
 
+_LITERAL = re.compile(r"'(?:[^']|'')*'")
+
+
+def condition_of(table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+    """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
+
+    Raises:
+        SinkConfigError: It is not valid, or about metadata, and the table has no column for them.
+    """
+    if isinstance(where, str):
+        highest = max(map(int, re.findall(r"\$([0-9]{1,9})", _LITERAL.sub("", where))), default=0)
+        if highest > len(args):
+            raise SinkConfigError(f"where= speaks of ${highest}; args= has {len(args)} values")
+        if "\0" in where:
+            raise SinkConfigError("where= has a NUL in it, which SQL does not allow")
+        return where or "true", args
+    if where is None or where == {}:
+        return "true", args
+    if not isinstance(where, Mapping):
+        raise SinkConfigError(f"where= is a {type(where).__name__}; it must be a mapping or SQL")
+    if "metadata" not in table.columns:
+        raise SinkConfigError(f"{table.where} has no column for metadata: give where= as SQL")
+    try:
+        wanted = json.dumps(dict(where), allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SinkConfigError(f"where= has a value that JSON cannot hold ({type(error).__name__})") from None
+    if contract.why_unstorable("where", "", wanted) is not None:
+        raise SinkConfigError("where= has NUL or half a surrogate pair in it, which stored metadata never have")
+    return f"{table.sql('metadata')} @> $1::text::jsonb", [wanted]
+
 
 async def nearest(
-    connection: Any,
-    layout: Layout,
-    ranking: Ranking,
-    query: Vectors,
-    model: str,
-    k: int,
-    where: str,
-    args: Sequence[Any],
+    connection: Any, table: Table, query: Vectors, model: str, k: int, condition: str, args: Sequence[Any]
 ) -> list[Hit]:
     """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
     limit = min(2 * k + _SPARE, _MOST_ROWS)
     ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
-    # planned for this very vector: a pool's cached plan would read it anew for every row, and use no model's index
+    # a plan for this very vector: a cached plan would parse the vector again for every row, and use no model's index
     settings = f"SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL hnsw.ef_search = {ef_search}"
-    if layout.facts.extension.version >= (0, 8):
-        # else an index looks at ef_search rows and leaves out what `where` refuses
+    if table.extension.version >= (0, 8):
+        # else an index yields ef_search rows at most, and those that the condition refuses are missing
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
-    index = layout.index_name(model, len(query), "cosine")
-    by_index = len(query) > MAX_INDEXED[layout.kind] and await _is_built(connection, index)
-    sql = layout.nearest(len(query), where, len(args) + 1, by_index=by_index)
-    # at unit length, which is the same to a cosine: the server's sums, in float32 or less, then stay within bounds
+    index = statements.index_name(table, model, len(query), "cosine")
+    by_index = len(query) > MAX_INDEXED[table.vector_type] and await _is_built(connection, index)
+    sql = statements.nearest(table, len(query), condition, len(args) + 1, by_index=by_index)
+    # scaled to length 1, which does not change a cosine: the server's sums, in float32 or less, cannot overflow then
     unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
     values = (*args, model, json.dumps(unit.astype(np.float32).tolist()), limit)
     found = await connection.fetch(sql, *values)
-    if len(found) < k and await _has_indexes(connection, layout):
-        # an index gives up after so many rows (hnsw.max_scan_tuples) that the condition refuses: look at all of them
+    if len(found) < k and await _has_indexes(connection, table):
+        # an index gives up after hnsw.max_scan_tuples rows that the condition refuses: scan the table instead
         await connection.execute("SET LOCAL enable_indexscan = off")
         found = await connection.fetch(sql, *values)
     if not found:
         return []
     # vector_send in pgvector's vector.c: two numbers of two bytes, then big-endian float32
-    vectors = (
-        np.frombuffer(b"".join([row["embedding"][4:] for row in found]), ">f4")
-        .reshape(len(found), -1)
-        .astype(np.float32)
-    )
+    numbers = np.frombuffer(b"".join([row["embedding"][4:] for row in found]), ">f4")
+    vectors = numbers.reshape(len(found), -1).astype(np.float32)
+    ranking = Ranking(query, k)
     await in_thread_if(vectors.nbytes > WORTH_A_THREAD_BYTES, ranking.offer, [row["id"] for row in found], vectors)
     rest = {row["id"]: row for row in found}
-    return [Hit(id, score, rest[id]["text"], schema.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
+    return [Hit(id, score, rest[id]["text"], contract.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
 
 
 async def _is_built(connection: Any, index: str) -> bool:
@@ -76,48 +101,50 @@ async def _is_built(connection: Any, index: str) -> bool:
     return bool(await connection.fetchval(sql, index))
 
 
-async def _has_indexes(connection: Any, layout: Layout) -> bool:
-    """Return whether there may be an approximate index: one that is not a B-tree."""
+async def _has_indexes(connection: Any, table: Table) -> bool:
+    """Return whether the table has an approximate index."""
     sql = (
         "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
         "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
     )
-    return bool(await connection.fetchval(sql, layout.sql_table))
+    return bool(await connection.fetchval(sql, table.sql_name))
 
 
 async def index_statements(
-    connection: Any, layout: Layout, known: Mapping[str, int], model: str | None, metric: str, options: str
+    connection: Any, table: Table, known: Mapping[str, int], model: str | None, metric: str, options: str
 ) -> list[str]:
-    """Return what to run, outside of a transaction, to have an index over one model's vectors; nothing if there is.
+    """Return the statements that build an index over one model's vectors, to run outside of a transaction.
+
+    There are none if the index exists.
 
     Raises:
         SinkConfigError: It is not clear over which model, pgvector cannot index vectors of that size, or the table is
             partitioned.
         SinkBusyError: Another process is building it.
     """
-    chosen = schema.choose_model(known, model, None, layout.where)
+    chosen = contract.choose_model(known, model, None, table.where)
     if chosen is None:
-        raise SinkConfigError(f"{layout.where} is empty: load it first, an index is built faster over what is there")
+        raise SinkConfigError(f"{table.where} is empty: load it first, since an index is built faster over stored rows")
     if known[chosen] > MAX_INDEXED["halfvec"]:
         raise SinkConfigError(
             f"pgvector indexes up to {MAX_INDEXED['halfvec']} dimensions; {chosen!r} has {known[chosen]}: "
             "ask the model for fewer, or search without an index"
         )
-    name = layout.index_name(chosen, known[chosen], metric)
+    name = statements.index_name(table, chosen, known[chosen], metric)
     state = await connection.fetchrow(
         "SELECT indisvalid, EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
         "AS building FROM pg_index WHERE indexrelid = to_regclass($1::text)",
         name,
     )
     if state is not None and state["building"]:
-        raise SinkBusyError(f"{layout.where}: index {name} is being built by another process")
+        raise SinkBusyError(f"{table.where}: index {name} is being built by another process")
     if state is not None and state["indisvalid"]:
         return []
     literal = await connection.fetchval("SELECT quote_literal($1::text)", chosen)
-    create = layout.create_index(name, literal, known[chosen], metric, options)
-    if await connection.fetchval("SELECT relkind = 'p' FROM pg_class WHERE oid = $1::text::regclass", layout.sql_table):
+    create = statements.create_index(table, name, literal, known[chosen], metric, options)
+    if await connection.fetchval("SELECT relkind = 'p' FROM pg_class WHERE oid = $1::text::regclass", table.sql_name):
         raise SinkConfigError(
-            f"{layout.where} is partitioned, and PostgreSQL builds no index over all partitions without locking out "
+            f"{table.where} is partitioned, and PostgreSQL builds no index over all partitions without locking out "
             f"writers. Where they may wait, run it yourself: {create.replace('CONCURRENTLY ', '')}"
         )
     return [create] if state is None else [f"DROP INDEX CONCURRENTLY IF EXISTS {name}", create]

@@ -1,198 +1,236 @@
-"""Which table is meant: found as it is, or created, and checked, inside a transaction that the caller began."""
+"""The table of a sink: as the user described it, as the catalog has it, and whether the two fit. Pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
-from ...databases.postgres_errors import sqlstate_of, verdict_on
 from ...errors import SinkConfigError
-from .. import contract as schema
+from ...types import RecordId
+from .. import contract
 from ..contract import quoted
-from .dimensions import agreed_size
-from .pgvector import Extension, find_extension
-from .statements import MAX_DIMENSIONS, Column, Facts, Layout
+from .pgvector import MAX_INDEXED, Extension
 
-# Any number will do, if it is always the same: whoever creates tables holds this lock, so that many processes may
-# start at once. CREATE … IF NOT EXISTS alone is no protection, it fails with unique_violation.
-_SETUP_LOCK = 0x61_73_79_6E_63_65_6D_62  # "asyncemb"
+# The roles that a column can have.
+ROLES = ("id", "model", "embedding", "content_hash", "text", "metadata", "created_at", "updated_at")
+CLOCKS = ("created_at", "updated_at")
 
-# What CREATE is refused with when somebody who does not hold that lock, a migration, was a moment faster:
-# unique_violation, duplicate_table, duplicate_object. Once more, and it is found.
-ALREADY_THERE = ("23505", "42P07", "42710")
+# SHA-256 in hex.
+HASH_CHARACTERS = 64
 
-_TYPES = {
-    "id": 'text COLLATE "C" NOT NULL',  # sorted by code point, as Python does
-    "embedding": "{vector} NOT NULL",
-    "model": 'text COLLATE "C" NOT NULL',
-    "content_hash": "text",
-    "text": "text",
-    "metadata": "jsonb",
-    "created_at": "timestamptz NOT NULL DEFAULT now()",
-    "updated_at": "timestamptz NOT NULL DEFAULT now()",
-}
+_INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
+_TEXTS = ("text", "character varying")
+_TYPES = {"model": _TEXTS, "content_hash": _TEXTS, "text": _TEXTS, "metadata": ("jsonb",)}
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column as the catalog has it.
+
+    Attributes:
+        type: Its type without a modifier.
+        size: n of `vector(n)` and `varchar(n)`; None if it is not limited.
+        required: Whether an INSERT must give a value.
+    """
+
+    type: str
+    size: int | None
+    required: bool
+
+
+def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
+    """Return the name of the column for each role; by default each role is a name.
+
+    Raises:
+        SinkConfigError: A role or a name is not valid, or id or embedding is missing.
+    """
+    if columns is None:
+        if update_only:
+            raise SinkConfigError("update_only needs columns=, the names of your table's columns")
+        return {role: role for role in ROLES}
+    unknown = sorted(set(columns) - set(ROLES))
+    if unknown or "id" not in columns or "embedding" not in columns:
+        raise SinkConfigError(
+            f"columns= names the columns of your table for {', '.join(ROLES)}, id and embedding at least; "
+            f"it has {sorted(columns)}"
+        )
+    return {role: contract.check_name(columns[role], f"{role} column") for role in ROLES if role in columns}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which table is meant, before anything is known of it.
+    """The table as the user described it.
 
     Attributes:
-        schema: None for whatever the search_path finds.
-        table: Its name.
-        names: The column for each role.
-        ours: Whether it is of our own making, with the sizes of vectors in a table beside it.
-        update_only: Whether rows are only filled, never inserted.
+        schema: None for the first one on the search_path.
+        name: Without the schema.
+        columns: The name of the column for each role.
+        ours: Whether it has our columns, and the sizes of its vectors are recorded in a second table.
+        update_only: Whether existing rows are filled, and none is inserted.
         where: Table and database, for messages.
     """
 
     schema: str | None
-    table: str
-    names: Mapping[str, str]
+    name: str
+    columns: Mapping[str, str]
     ours: bool
     update_only: bool
     where: str
 
-    async def prepare(self, connection: Any, model: str, dimensions: int | None) -> Layout:
-        """Create what is missing, check what is there, and agree on the size of the model's vectors."""
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", _SETUP_LOCK)
-        extension = await find_extension(connection) or await self._create_extension(connection)
-        facts = await self._facts(connection, extension)
-        if facts is None:
-            await self._create(connection, extension, dimensions)
-            facts = await self._facts(connection, extension)
-            assert facts is not None
-        layout = self._layout(facts)
-        if self.ours and not facts.has_models:
-            await connection.execute(
-                f"CREATE TABLE {layout.sql_models} "
-                "(table_name text, model text, dimensions integer NOT NULL, PRIMARY KEY (table_name, model))"
-            )
-            layout = self._layout(replace(facts, has_models=True))
-        layout.check_model(model)
-        if dimensions is not None:
-            if dimensions > MAX_DIMENSIONS:
-                raise SinkConfigError(f"pgvector stores up to {MAX_DIMENSIONS} dimensions; {model!r} has {dimensions}")
-            stored = await agreed_size(connection, layout, model, dimensions)
-            schema.check_dimensions(model, stored, dimensions, self.where)
-            await self._check_indexes(connection, layout, model, dimensions)
-        await self._rehearse(connection, layout)
-        return layout
+    @property
+    def sql_name(self) -> str:
+        """The table, quoted, and qualified if the schema is known."""
+        return ".".join(quoted(name) for name in (self.schema, self.name) if name is not None)
 
-    async def _check_indexes(self, connection: Any, layout: Layout, model: str, dimensions: int) -> None:
-        """Find indexes over this model's vectors when they had another size: they refuse every row."""
-        indexes = await connection.fetch(
-            "SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid) AS definition FROM pg_index "
-            "WHERE indrelid = to_regclass($1::text) AND indexprs IS NOT NULL AND (indpred IS NULL OR "
-            "strpos(pg_get_expr(indpred, indrelid), quote_literal($2::text)) > 0)",
-            layout.sql_table,
-            model,
-        )
-        # as PostgreSQL writes it: ((embedding)::vector(1536)), and another column may have vectors, too
-        cast = re.compile(rf'\("?{self.names["embedding"]}"?\)::(?:\S+\.)?(?:vector|halfvec)\((\d+)\)')
-        for name, definition in indexes:
-            sizes = {int(size) for size in cast.findall(definition)}
-            if sizes and dimensions not in sizes:
+    @property
+    def key(self) -> list[str]:
+        """The names of the columns that make up the key: id, and model if the table has one."""
+        return [self.columns[role] for role in ("id", "model") if role in self.columns]
+
+
+@dataclass(frozen=True, slots=True)
+class Table(Target):
+    """A target that was found in the database.
+
+    Attributes:
+        schema: The table's.
+        extension: pgvector.
+        catalog: All columns, by name.
+        unique: The columns of each unique index that ON CONFLICT can use.
+        has_models: Whether the second table exists.
+    """
+
+    schema: str
+    extension: Extension
+    catalog: Mapping[str, Column]
+    unique: tuple[frozenset[str], ...]
+    has_models: bool
+
+    @property
+    def sql_models(self) -> str:
+        """The second table, which records the size of each model's vectors, qualified."""
+        return f"{quoted(self.schema)}.{contract.MODELS_TABLE}"
+
+    @property
+    def vector_type(self) -> str:
+        """`vector` or `halfvec`."""
+        return self._column("embedding").type.rpartition(".")[2]
+
+    @property
+    def fixed_size(self) -> int | None:
+        """The dimensions in the type of the embedding column; None if it takes any."""
+        return self._column("embedding").size
+
+    @property
+    def id_type(self) -> str:
+        """The type of the id column, without a modifier."""
+        return self._column("id").type
+
+    @property
+    def has_text_ids(self) -> bool:
+        """Whether ids are texts in the database, too."""
+        return self.id_type in _TEXTS
+
+    @property
+    def written_roles(self) -> list[str]:
+        """The roles that a write gives values to; rows that are only filled keep their texts."""
+        kept = ("text", "metadata", *CLOCKS) if self.update_only else CLOCKS
+        return [role for role in ROLES if role in self.columns and role not in kept]
+
+    @property
+    def clock_roles(self) -> list[str]:
+        """The roles that are set to the time of writing; a column of another type keeps its default."""
+        return [
+            role
+            for role in CLOCKS
+            if role in self.columns and self._column(role).type.startswith(("timestamp", "date"))
+        ]
+
+    def _column(self, role: str) -> Column:
+        return self.catalog[self.columns[role]]
+
+    def sql(self, role: str) -> str:
+        """Return the role's column, quoted; NULL if there is none."""
+        return quoted(self.columns[role]) if role in self.columns else "NULL"
+
+    def pgvector(self, name: str) -> str:
+        """Return a type or function of pgvector, qualified."""
+        return f"{quoted(self.extension.schema)}.{name}"
+
+    def model_filter(self, model: str | None) -> str | None:
+        """Return the model; None if no column holds the model, so that any name stands for all rows."""
+        return model if "model" in self.columns else None
+
+    # ---- does it fit? ----
+
+    def check(self) -> None:
+        """Raise SinkConfigError, with all problems, unless the table can be used as it is."""
+        missing = sorted(name for name in self.columns.values() if name not in self.catalog)
+        if missing:
+            raise SinkConfigError(f"{self.where} has no columns {missing}; it has {sorted(self.catalog)}")
+        problems = [*self._type_problems(), *(() if self.update_only else self._insert_problems())]
+        if problems:
+            raise SinkConfigError(f"{self.where} does not fit: {'; '.join(problems)}")
+
+    def _type_problems(self) -> Iterable[str]:
+        if self.vector_type not in MAX_INDEXED:
+            yield f"{self.columns['embedding']} is {self.vector_type}, not vector or halfvec"
+        if self.id_type not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
+            yield f"{self.columns['id']} is {self.id_type}, not a text, an integer or a uuid"
+        for role, types in _TYPES.items():
+            if role in self.columns and self._column(role).type not in types:
+                yield f"{self.columns[role]} is {self._column(role).type}, not {types[0]}"
+
+    def _insert_problems(self) -> Iterable[str]:
+        if set(self.key) not in self.unique:
+            yield f"it has no unique index on exactly ({', '.join(sorted(self.key))})"
+        given = {self.columns[role] for role in (*self.written_roles, *self.clock_roles)}
+        required = sorted(name for name, column in self.catalog.items() if column.required and name not in given)
+        if required:
+            yield f"{', '.join(required)} must be given, but no column maps to it"
+
+    def check_lengths(self, model: str) -> None:
+        """Raise SinkConfigError if the model's name, or any content hash, is too long for its column."""
+        for role, needed in (("model", len(model)), ("content_hash", HASH_CHARACTERS)):
+            most = self._column(role).size if role in self.columns else None
+            if most is not None and needed > most:
                 raise SinkConfigError(
-                    f"{self.where} has an index over {sizes.pop()} dimensions of model {model!r}, "
-                    f"which takes no vectors of {dimensions}: DROP INDEX {name}"
+                    f"{self.where}: its column {self.columns[role]} holds {most} characters; {needed} are needed"
                 )
 
-    async def _rehearse(self, connection: Any, layout: Layout) -> None:
-        """Have the server refuse now what it would refuse when rows are written: for want of rights, for instance."""
-        statement = layout.update() if self.update_only else layout.insert()
-        await connection.execute("SAVEPOINT rehearsal")
-        try:
-            await connection.fetch(f"EXPLAIN {statement}", *[None] * layout.parameter_count)
-        except Exception as error:
-            if verdict_on(error) != "row":
-                raise
-            await connection.execute("ROLLBACK TO SAVEPOINT rehearsal")  # it looks at the values: real ones will do
-        await connection.execute(f"SELECT FROM {layout.sql_table} LIMIT 0 FOR UPDATE")  # not if all is read-only
-        if self.ours:
-            await connection.execute(f"SELECT FROM {layout.sql_models} LIMIT 0 FOR UPDATE")
-            await connection.execute(f"EXPLAIN INSERT INTO {layout.sql_models} VALUES ('', '', 1)")
+    # ---- ids ----
 
-    async def look_up(self, connection: Any) -> Layout:
-        """Return the layout of the table as it is.
+    def convert(self, key: str) -> Any:
+        """Return the key as a value of the id column.
 
         Raises:
-            SinkConfigError: There is none, or it does not fit.
+            ValueError: The column cannot hold it.
         """
-        extension = await find_extension(connection)
-        facts = await self._facts(connection, extension) if extension else None
-        if facts is None:
-            raise SinkConfigError(f"{self.where} does not exist: ingest into it first")
-        return self._layout(facts)
+        if self.has_text_ids:
+            most = self._column("id").size
+            if not contract.is_storable_text(key):
+                raise ValueError("is no text")
+            if most is not None and len(key) > most:
+                raise ValueError(f"is longer than {most} characters")
+            return key
+        if self.id_type == "uuid":
+            with suppress(ValueError):
+                return UUID(key)
+        elif _INTEGER.fullmatch(key):
+            limit = 1 << (_INTEGER_BITS[self.id_type] - 1)
+            if -limit <= int(key) < limit:
+                return int(key)
+        raise ValueError(f"is no {self.id_type}")
 
-    def _layout(self, facts: Facts) -> Layout:
-        layout = Layout(self.names, facts, self.table, self.ours, self.update_only, self.where)
-        layout.check()
-        return layout
-
-    async def _create_extension(self, connection: Any) -> Extension:
-        try:
-            await connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-        except Exception as error:
-            state = sqlstate_of(error)
-            if state == "42501":
-                raise SinkConfigError(
-                    f"{self.where} needs pgvector, and this user may not create it: have an administrator run "
-                    "CREATE EXTENSION vector in this database"
-                ) from error
-            if state in ("0A000", "58P01"):
-                raise SinkConfigError(
-                    f"{self.where} needs pgvector, which is not installed on this server: "
-                    "see github.com/pgvector/pgvector"
-                ) from error
-            raise
-        extension = await find_extension(connection)
-        assert extension is not None
-        return extension
-
-    async def _create(self, connection: Any, extension: Extension, dimensions: int | None) -> None:
-        if self.update_only:
-            raise SinkConfigError(f"{self.where} does not exist, and update_only= fills only rows that exist")
-        vector = f"{quoted(extension.schema)}.vector"
-        if "model" not in self.names and dimensions is not None:
-            vector += f"({dimensions})"  # for good: with one model there is one size
-        columns = [f"{quoted(name)} {_TYPES[role].format(vector=vector)}" for role, name in self.names.items()]
-        key = ", ".join(quoted(self.names[role]) for role in ("id", "model") if role in self.names)
-        await connection.execute(f"CREATE TABLE {self._sql_name()} ({', '.join(columns)}, PRIMARY KEY ({key}))")
-
-    async def _facts(self, connection: Any, extension: Extension) -> Facts | None:
-        table = await connection.fetchrow(
-            "SELECT c.oid, n.nspname, "
-            "EXISTS (SELECT FROM pg_class WHERE relname = $2 AND relnamespace = n.oid) AS models "
-            "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass($1::text)",
-            self._sql_name(),
-            schema.MODELS_TABLE,
-        )
-        if table is None:
-            return None
-        columns = await connection.fetch(
-            "SELECT attname, format_type(atttypid, NULL) AS type, atttypmod, "
-            "attnotnull AND NOT atthasdef AND attidentity = '' AS required "
-            "FROM pg_attribute WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped",
-            table["oid"],
-        )
-        keys = await connection.fetch(
-            # what ON CONFLICT can infer: whole, at once, by plain columns
-            "SELECT array_agg(a.attname::text) AS names FROM pg_index i JOIN pg_attribute a "
-            "ON a.attrelid = i.indrelid AND a.attnum = ANY((i.indkey::int2[])[0:i.indnkeyatts - 1]) "
-            "WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indimmediate "
-            "AND i.indpred IS NULL AND i.indexprs IS NULL GROUP BY i.indexrelid",
-            table["oid"],
-        )
-        return Facts(
-            table["nspname"],
-            extension,
-            {row["attname"]: Column(row["type"], row["atttypmod"], row["required"]) for row in columns},
-            tuple(frozenset(row["names"]) for row in keys),
-            table["models"],
-        )
-
-    def _sql_name(self) -> str:
-        return ".".join(quoted(name) for name in (self.schema, self.table) if name is not None)
+    def convert_all(self, ids: Iterable[RecordId]) -> dict[RecordId, Any]:
+        """Return the ids with their values in the id column, without those that it cannot hold."""
+        converted = {}
+        for id in ids:
+            with suppress(ValueError):
+                converted[id] = self.convert(str(id))
+        return converted

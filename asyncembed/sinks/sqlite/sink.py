@@ -63,7 +63,7 @@ class SQLiteSink:
             SinkConfigError: The file cannot be written, the table has other columns, or vectors of another size.
             SinkBusyError: Another process held the lock for longer than `busy_timeout`.
         """
-        contract.check_model(model, dimensions)
+        contract.check_model_key(model, dimensions)
 
         def create(connection: sqlite3.Connection) -> None:
             with transaction(connection):
@@ -95,7 +95,7 @@ class SQLiteSink:
         """
         if not rows:
             return {}
-        contract.check_model(model, rows[0].vector.size)
+        contract.check_model_key(model, rows[0].vector.size)
         table, stop = self._table, StopSignal()
 
         def store(connection: sqlite3.Connection) -> contract.Refusals:
