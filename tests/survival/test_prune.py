@@ -17,8 +17,7 @@ from asyncembed.pipeline.pruning import Pruning
 from asyncembed.report import Progress
 from tests.fakes import FakeProvider, Script
 from tests.steps import Steps
-from tests.stores import OpenStore
-from tests.stores import run_sql
+from tests.stores import OpenStore, run_sql
 
 
 def make(script: Script | None = None, *, model: str = "fake", **options: Any) -> tuple[Embedder, FakeProvider]:
