@@ -266,7 +266,7 @@ class OpenAIProvider:
             raise
         except Exception as error:  # an address of the user's or a proxy of the environment's that is none
             raise RequestError(f"no client can be made for {self._place.host}: {type(error).__name__}") from None
-        client.adopt(*loaded, self._timeout)
+        client.adopt(*loaded, self._timeout, self._connections)
         if self._given_client is None and self._given_http_client is None:
             client.closing = _closes_with_its_loop(client)
             await anext(client.closing)
@@ -327,7 +327,7 @@ class _Client:
         self.sdk: Any = None
         self.closing: AsyncGenerator[None, None] | None = None
 
-    def adopt(self, openai: Any, http: Any, sdk: Any, timeout_s: float) -> None:
+    def adopt(self, openai: Any, http: Any, sdk: Any, timeout_s: float, connections: int) -> None:
         legacy = sys.modules.get("httpx")  # loaded if the user's own client is one of the old httpx
         self.openai = openai
         self.http = http
@@ -342,7 +342,7 @@ class _Client:
         )
         # a request that waits for a connection has not begun; a client of the user's may have few
         pool = getattr(getattr(getattr(sdk, "_client", None), "_transport", None), "_pool", None)
-        self.room = asyncio.Semaphore(getattr(pool, "_max_connections", sys.maxsize))
+        self.room = asyncio.Semaphore(getattr(pool, "_max_connections", connections))
         self.is_azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
         self.sdk = sdk
 

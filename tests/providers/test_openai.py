@@ -338,12 +338,6 @@ async def test_tls_to_a_server_without_it_says_so() -> None:
             await provider_at(f"https://127.0.0.1:{port}/v1").embed(["a"])
 
 
-async def test_connecting_is_given_up_sooner_than_an_answer() -> None:
-    provider = provider_at("http://127.0.0.1:9/v1", timeout=60.0)
-    client = await provider._client()
-    assert (client.timeout.connect, client.timeout.read) == (5.0, 60.0)
-
-
 @pytest.mark.parametrize(
     "fault",
     [
