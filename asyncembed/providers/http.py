@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
@@ -52,6 +53,12 @@ def client_for(base_url: str, connections: int) -> httpx2.AsyncClient:
         limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
         event_hooks={"response": [_stop_at_refusal]},
     )
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of httpx2, and of the old httpx if the user's client is one of its clients."""
+    legacy = sys.modules.get("httpx")
+    return tuple(error for module in (httpx2, legacy) if module for error in (module.RequestError, module.StreamError))
 
 
 class RefusedError(Exception):

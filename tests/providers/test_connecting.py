@@ -119,10 +119,16 @@ async def test_a_caller_that_is_cancelled_leaves_neither_task_nor_socket(
     provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = asyncio.all_tasks()
-    tried = with_addresses(monkeypatch, [ipv4(9)], silent_port=9)
+    connecting = asyncio.Event()
+
+    async def connect(sock: socket.socket, address: Any) -> None:
+        connecting.set()
+        await asyncio.Event().wait()
+
+    with_addresses(monkeypatch, [ipv4(9)])
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", connect)
     call = asyncio.create_task(provider.embed(["a"]))
-    while not tried:
-        await asyncio.sleep(0.001)
+    await connecting.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
