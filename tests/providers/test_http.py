@@ -69,7 +69,7 @@ async def after_interim_answers(raw: RawServer, writer: asyncio.StreamWriter) ->
 
 
 @pytest.mark.parametrize("act", [answer, chunked, byte_by_byte, after_interim_answers])
-async def test_a_connection_is_used_again_after_any_whole_answer(act: Act) -> None:
+async def test_a_connection_is_reused_after_a_complete_answer(act: Act) -> None:
     assert await ask_twice(act) == 1
 
 
@@ -124,11 +124,11 @@ async def something_unasked_later(raw: RawServer, writer: asyncio.StreamWriter) 
         something_unasked_later,
     ],
 )
-async def test_a_connection_that_is_not_sound_is_not_used_again_and_nobody_notices(act: Act) -> None:
+async def test_an_unusable_connection_is_replaced_without_an_error(act: Act) -> None:
     assert await ask_twice(act) == 2
 
 
-async def test_a_connection_is_not_used_after_the_time_that_servers_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_is_not_reused_after_it_was_idle_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "_IDLE_S", 0.001)
     assert await ask_twice(answer) == 2
 
@@ -162,7 +162,7 @@ async def endless_head(raw: RawServer, writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("act", [cut, cut_in_the_head, reset, two_lengths, endless_head])
-async def test_what_is_not_a_whole_answer_is_an_error_and_the_next_request_has_a_new_connection(act: Act) -> None:
+async def test_an_incomplete_answer_is_an_error_and_the_next_request_has_a_new_connection(act: Act) -> None:
     async def once(raw: RawServer, writer: asyncio.StreamWriter) -> None:
         await (act if len(raw.bodies) == 1 else answer)(raw, writer)
 
@@ -175,7 +175,7 @@ async def test_what_is_not_a_whole_answer_is_an_error_and_the_next_request_has_a
         assert raw.connections == 2
 
 
-async def test_no_more_connections_are_opened_than_are_allowed() -> None:
+async def test_no_more_connections_are_opened_than_the_limit() -> None:
     here, most = 0, 0
 
     async def slowly(raw: RawServer, writer: asyncio.StreamWriter) -> None:
@@ -196,7 +196,7 @@ async def test_no_more_connections_are_opened_than_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 10, 60, 90])
-async def test_who_leaves_in_the_middle_of_an_answer_leaves_no_connection_and_takes_no_place(sent: int) -> None:
+async def test_a_call_that_is_cancelled_during_an_answer_leaves_no_connection_and_frees_its_slot(sent: int) -> None:
     reading = asyncio.Event()
 
     async def stops(raw: RawServer, writer: asyncio.StreamWriter) -> None:
@@ -231,7 +231,7 @@ async def gone(writer: asyncio.StreamWriter) -> bytes:
         return b""
 
 
-async def test_a_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_in_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     async with raw_server(answer) as proxy:
@@ -266,7 +266,7 @@ def trusting() -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_a_long_body_comes_whole_in_either_direction(tls: bool) -> None:
+async def test_a_long_body_arrives_complete_in_both_directions(tls: bool) -> None:
     pieces: list[bytes] = []
     async with raw_server(answer_long, tls=tls) as raw, long_answer(raw, trusting() if tls else None) as response:
         await read(response, len(LONG), lambda piece: pieces.append(bytes(piece)))
@@ -275,12 +275,12 @@ async def test_a_long_body_comes_whole_in_either_direction(tls: bool) -> None:
     assert raw.bodies == [LONG]
 
 
-async def test_a_long_body_is_the_same_read_as_httpx2_reads() -> None:
+async def test_httpx2_reads_the_same_long_body() -> None:
     async with raw_server(answer_long) as raw, long_answer(raw) as response:
         assert await response.aread() == LONG
 
 
-async def test_a_body_that_is_one_long_piece_is_handed_on_in_small_ones() -> None:
+async def test_a_long_chunk_is_passed_on_in_small_pieces() -> None:
     pieces: list[bytes] = []
     await read(httpx2.Response(200, content=LONG), len(LONG), lambda piece: pieces.append(bytes(piece)))
     assert b"".join(pieces) == LONG
@@ -288,7 +288,7 @@ async def test_a_body_that_is_one_long_piece_is_handed_on_in_small_ones() -> Non
 
 
 @pytest.mark.parametrize("over", [0, 1])
-async def test_no_more_is_handed_on_than_was_allowed(over: int) -> None:
+async def test_no_more_bytes_are_passed_on_than_the_limit(over: int) -> None:
     size = 0
 
     def count(piece: memoryview) -> None:
@@ -325,7 +325,7 @@ def test_it_works_on_either_loop(runner: str) -> None:
 
 
 @pytest.mark.parametrize("ends", [True, False])
-async def test_a_refusal_whose_words_are_cut_off_is_what_its_status_says(
+async def test_a_refusal_with_an_incomplete_body_is_classified_by_its_status(
     ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncembed.providers.http._ERROR_S", 0.05)
@@ -415,7 +415,7 @@ async def test_closing_the_provider_ends_a_request_that_waits_for_its_answer(is_
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_a_caller_that_leaves_while_its_request_is_sent_leaves_no_connection(
+async def test_a_call_that_is_cancelled_while_its_request_is_sent_leaves_no_connection(
     tls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(SELF_SIGNED))
@@ -452,7 +452,7 @@ async def test_a_caller_that_leaves_while_its_request_is_sent_leaves_no_connecti
 
 
 @pytest.mark.parametrize("runner", ["asyncio", "uvloop"])
-def test_closing_ends_although_a_caller_left_just_when_its_connection_was_made(
+def test_closing_ends_even_if_a_call_was_cancelled_when_its_connection_was_made(
     runner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = aiohttp.client_proto.ResponseHandler.connection_made
