@@ -187,7 +187,7 @@ class OpenAIProvider:
         # Azure is given the name of a deployment, not of a model
         if not (self._warned or client.is_azure) and is_other_model(self._model, reply.model):
             self._warned = True
-            logger.warning("%s was asked for the model %r and answers with another one", self._place.host, self._model)
+            logger.warning("%s answers with another model than the requested %r", self._place.host, self._model)
         return replace(reply, rates=rates_of(response.headers))
 
     async def _post(self, client: _Client, body: bytes, decoder: Decoder) -> tuple[Any, bytes]:

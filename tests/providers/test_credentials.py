@@ -1,4 +1,4 @@
-"""Keys and addresses: what is refused before anything is sent, and what is sent."""
+"""Keys and addresses: which ones are refused before anything is sent, and how they are sent."""
 
 from __future__ import annotations
 

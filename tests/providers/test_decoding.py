@@ -340,7 +340,7 @@ def test_a_reply_with_any_byte_changed_is_read_literally_or_refused(
         reply = decode(body, 3, 4)
     except ProtocolError:
         return
-    # What Python's own slow and careful reader finds in the same bytes.
+    # The same bytes, read by Python's own slow and careful parser.
     said: list[Vectors] = [np.empty(0, np.float32)] * 3
     items = json.loads(body)["data"]
     for position, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""The connections a request travels on: what is kept, what is closed, and what a server may do with them."""
+"""The connections that carry requests: which are reused, which are closed, and how servers can misuse them."""
 
 from __future__ import annotations
 
@@ -322,6 +322,37 @@ def test_it_works_on_either_loop(runner: str) -> None:
         run = pytest.importorskip("uvloop").run
     for act, connections in ((answer, 1), (chunked, 1), (closed_in_silence, 2), (something_unasked_later, 2)):
         assert run(ask_twice(act)) == connections
+
+
+@pytest.mark.parametrize("length", [8_000, 40_000])
+async def test_an_answer_with_a_long_header_is_read(length: int) -> None:
+    async def act(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        writer.write(good_answer(raw.bodies[-1], extra=f"x-policy: {'y' * length}\r\n"))
+        await writer.drain()
+
+    assert await ask_twice(act) == 1
+
+
+async def test_a_server_that_does_not_answer_in_tls_is_given_up_after_the_time_to_connect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("asyncembed.providers.openai._CONNECT_S", 0.2)
+    ended = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        ended.set()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        provider = provider_at(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        async with asyncio.timeout(10):
+            with pytest.raises(TransportError, match="ConnectTimeout"):
+                await provider.embed(["a"])
+            await provider.aclose()
+            await ended.wait()
 
 
 @pytest.mark.parametrize("ends", [True, False])

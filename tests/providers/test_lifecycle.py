@@ -1,4 +1,4 @@
-"""Cancellation, event loops and processes: what an `OpenAIProvider` leaves behind."""
+"""Cancellation, event loops and processes: an `OpenAIProvider` leaves no task and no connection behind."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_aclose_closes_the_connections_and_the_provider_can_be_used_again(
 
 
 def run_script(script: str, *args: str) -> None:
-    # but for the warning that it was not closed, which tests/test_lifetime.py looks at
+    # except the warning that it was not closed, which has its own test
     warnings = ["-W", "error", "-W", "ignore:<OpenAIProvider:ResourceWarning"]
     command = [sys.executable, "-X", "dev", *warnings, "-c", script, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
@@ -91,7 +91,7 @@ HEAD = """
 import asyncio, gc, logging, os, sys
 from asyncembed.errors import RequestError
 from asyncembed.providers.openai import OpenAIProvider
-logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode tells of slow imports
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode reports slow imports
 provider = OpenAIProvider("m", base_url=sys.argv[1], api_key="sk-test")
 async def embed(closing=False):
     reply = await provider.embed(["a"])

@@ -1,4 +1,4 @@
-"""The embedded model, as it is in the wheel of wordllama."""
+"""The local model, with the weights from the wheel of wordllama."""
 
 from __future__ import annotations
 

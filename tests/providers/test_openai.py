@@ -244,7 +244,7 @@ TRANSPORT_FAULTS = [
     pytest.param(Disconnect("mid-body"), id="closed in the body"),
     pytest.param(CutBody(), id="less than content-length"),
     pytest.param(CutBody(chunked=True), id="the last chunk missing"),
-    pytest.param(BrokenGzip(corrupt=True), id="corrupt gzip, though identity was asked for"),
+    pytest.param(BrokenGzip(corrupt=True), id="corrupt gzip, although identity was requested"),
     pytest.param(BrokenGzip(), id="half a gzip"),
     pytest.param(NotHTTP(), id="no HTTP"),
     pytest.param(HugeHeader(), id="a megabyte of header"),
@@ -289,7 +289,7 @@ async def test_a_refused_connection_names_its_reason() -> None:
 
 async def test_an_unknown_host_name_is_a_transport_error() -> None:
     with pytest.raises(TransportError):
-        await provider_at("https://nobody.invalid/v1").embed(["a"])
+        await provider_at("https://unknown.invalid/v1").embed(["a"])
 
 
 @pytest.mark.parametrize("fault", [Hang(), Hang("mid-body"), Drip(bytes_per_s=40)], ids=["hang", "half", "drip"])
@@ -462,7 +462,7 @@ async def test_another_model_in_the_replies_is_logged_once(
 
 
 @pytest.mark.parametrize(
-    ("asked", "told", "other"),
+    ("requested", "reported", "other"),
     [
         ("text-embedding-3-small", "text-embedding-3-small", False),
         ("text-embedding-ada-002", "text-embedding-ada-002-v2", False),
@@ -473,8 +473,8 @@ async def test_another_model_in_the_replies_is_logged_once(
         ("text-embedding-3-small", "text-embedding-3-large", True),
     ],
 )
-def test_a_model_may_be_spelled_in_other_ways(asked: str, told: str | None, other: bool) -> None:
-    assert is_other_model(asked, told) is other
+def test_a_model_may_be_spelled_in_other_ways(requested: str, reported: str | None, other: bool) -> None:
+    assert is_other_model(requested, reported) is other
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a server's message may show of the texts and the keys."""
+"""Messages of a server that quote texts or keys."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def openai(message: str, kind: str | None = "invalid_request_error", code: str |
     return plain(error={"message": message, "type": kind, "param": None, "code": code})
 
 
-def told(error: ProviderError) -> dict[str, Any]:
-    """What the error tells beyond what every error does."""
+def fields_of(error: ProviderError) -> dict[str, Any]:
+    """The fields that are set, without those that every error has."""
     return {k: v for k, v in vars(error).items() if v is not None and k not in ("status", "code", "request_id")}
 
 
@@ -183,7 +183,7 @@ TPM = "Rate limit reached for m in organization org-x on tokens per min (TPM): L
                         "type": "too_long",
                         "loc": ["body", "input"],
                         "msg": "List should have at most 32 items after validation, not 33",
-                        "input": ["a text nobody should see"],
+                        "input": ["a text that must not be shown"],
                         "ctx": {"max_length": 32},
                     }
                 ]
@@ -446,7 +446,7 @@ def test_an_answer_means(status: int, body: bytes, kind: type[ProviderError], le
 
     assert type(error) is kind
     assert error.status == status
-    assert told(error) == learned
+    assert fields_of(error) == learned
 
 
 def test_the_providers_own_code_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""A call through the real SDK against a server on a bad day: what passes by itself, what does not, what it costs."""
+"""Calls through the real SDK to a server with faults: which faults pass, which stop the run, and what they cost."""
 
 from __future__ import annotations
 
@@ -314,5 +314,5 @@ async def test_an_outage_is_logged_once_while_it_lasts(caplog: pytest.LogCapture
     async with make("http://127.0.0.1:9/v1", max_batch_size=1, max_retries=2) as embedder:
         with pytest.raises(ProviderDownError):
             await embedder.embed([f"text {number}" for number in range(40)])
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [message for message in told if "Connection refused" in message] == told[:1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message for message in warnings if "Connection refused" in message] == warnings[:1]
