@@ -1,7 +1,7 @@
 """The HTTP client that carries requests: httpx2, as the SDK wants it, over aiohttp's connections.
 
 Importing this loads both, so `openai` does it in a thread when it is first needed. It is the only module that imports
-them. httpx2's own connections read 64 kB at a time and copy each byte seven times (see docs/performance.md).
+them. httpx2's own connections read 64 kB at a time and copy each byte seven times: a bulk job takes 60 % more CPU.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def to_json(fields: dict[str, Any]) -> bytes:
 
 
 async def read(response: Any, limit: int, take: Take) -> None:
-    """Read the body of a response, from any client, and hand it on in pieces.
+    """Read the body of a response, from any client, and pass it on in pieces.
 
     Raises:
         ProtocolError: It is longer than the limit; it was not read to its end.
@@ -153,7 +153,7 @@ class Transport(httpx2.AsyncBaseTransport):
                 return await self._open().request(
                     request.method,
                     str(request.url),
-                    headers=request.headers,
+                    headers=request.headers.multi_items(),
                     data=request.stream,
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None, connect=connect_s),
@@ -201,7 +201,7 @@ class _Body(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _as_httpx2():
-            while chunk := await self._response.content.readany():
+            async for chunk, _ in self._response.content.iter_chunks():
                 yield chunk
 
     async def aclose(self) -> None:

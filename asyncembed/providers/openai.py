@@ -164,7 +164,7 @@ class OpenAIProvider:
         if encoding > self._encoding:  # else another request has found the same meanwhile
             self._encoding = encoding
             logger.warning("%s refuses encoding_format=%r", self._place.host, _ENCODINGS[encoding - 1])
-        return replace(reply, requests=requests)
+        return replace(reply, requests=requests) if requests > 1 else reply
 
     async def _attempt(self, client: _Client, texts: Sequence[str], encoding: int) -> Reply | None:
         """Return the reply, or None if the server refuses the encoding and there is another one to try."""
