@@ -10,7 +10,7 @@ from __future__ import annotations
 import binascii
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -107,19 +107,40 @@ class Decoder:
 
     def _move_vectors(self, unread: memoryview) -> tuple[int, int | None]:
         """Move whole vectors out of `unread`; return where the last one ends, and where an incomplete one begins."""
-        done = 0
-        while self._found < self._count + _STRAY and (key := _VECTOR.search(self._unread, done)):
+        texts: list[memoryview] = []
+        done, begun = 0, None
+        while self._found + len(texts) < self._count + _STRAY and (key := _VECTOR.search(self._unread, done)):
             start = key.end()
             in_base64 = unread[start - 1] == _QUOTE
             stop = self._unread.find(b'"' if in_base64 else b"]", max(start, self._searched))
             if stop < 0:
-                return done, key.start()
+                begun = key.start()
+                break
             self._rest += unread[done : start - 1]
-            self._rest += b'"vector %d"' % self._found  # no vector is spelled like this: a blank is no base64
-            self._take(_from_base64 if in_base64 else _from_numbers, unread[start:stop])
+            # no vector is spelled like this: a blank is no base64
+            self._rest += b'"vector %d"' % (self._found + len(texts))
+            if in_base64:
+                texts.append(unread[start:stop])
+            else:
+                self._take_texts(texts)
+                texts = []
+                self._take(_from_numbers, unread[start:stop])
             done = stop + 1
             self._searched = 0
-        return done, None
+        self._take_texts(texts)
+        return done, begun
+
+    def _take_texts(self, texts: Sequence[memoryview]) -> None:
+        """Decode the next vectors in base64, all at once if their lengths are equal: this saves a quarter of the time."""
+        end = self._found + len(texts)
+        if len(texts) > 1 and end <= self._count and self._vectors is not None:
+            rows = _from_equal_texts(texts)
+            if rows is not None and rows.shape[1] == self._vectors.shape[1]:
+                self._vectors[self._found : end] = rows
+                self._found = end
+                return
+        for text in texts:
+            self._take(_from_base64, text)
 
     def _take(self, read: Callable[[Text], Vectors], text: Text) -> None:
         number = self._found
@@ -244,6 +265,18 @@ def _from_base64(text: Text) -> Vectors:
     if not raw or len(raw) % 4:
         raise ProtocolError(f"expected whole float32 numbers, got {len(raw)} bytes")
     return np.frombuffer(raw, "<f4")
+
+
+def _from_equal_texts(texts: Sequence[memoryview]) -> Vectors | None:
+    """Return float32[n, d], or None unless all texts have one length, whole numbers, no padding, and only base64."""
+    width, *others = {len(text) for text in texts}
+    if others or not width or width % 16:
+        return None
+    try:
+        raw = pybase64.b64decode(b"".join(texts), validate=True)
+        return np.frombuffer(raw, "<f4").reshape(len(texts), -1)
+    except (binascii.Error, ValueError):
+        return None  # decoding them one by one reports which is wrong
 
 
 def _unescaped(text: bytes) -> bytes:
