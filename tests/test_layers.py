@@ -31,7 +31,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.sp
 OWNERS = {
     "openai": "providers.openai",
     "httpx2": "providers.http",
-    "h11": "providers.http",
+    "aiohttp": "providers.http",
     "pydantic_core": "providers.http",
     "wordllama": "providers.local",
     "opentelemetry": "otel",

@@ -1,1 +1,1 @@
-"""Where requests go: each module owns one driver and speaks to one kind of place."""
+"""The sources of vectors: OpenAI and compatible servers, and a local model."""

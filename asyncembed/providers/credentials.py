@@ -1,4 +1,4 @@
-"""API keys and addresses, checked before anything is sent. Pure."""
+"""Checks API keys and addresses before anything is sent. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ApiKey: TypeAlias = str | Callable[[], Awaitable[str]]
 
 
 def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
-    """Return the key to use, or the function that will tell it.
+    """Return the key to use, or the function that will return it.
 
     Raises:
-        ConfigError: There is none, or it cannot stand in an HTTP header.
+        ConfigError: There is no key, or no HTTP header can hold it.
     """
     if callable(key):
         return key
@@ -25,19 +25,19 @@ def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
 
 
 def usable_key(key: object, base_url: str) -> str:
-    """Return the key as it is sent. What is wrong with it is said without showing it.
+    """Return the key as it is sent.
 
     Raises:
-        ConfigError: It is none, or cannot stand in an HTTP header.
+        ConfigError: It is empty or no str, or no HTTP header can hold it. The message does not show it.
     """
     if not isinstance(key, str):
         raise ConfigError(
             f"the API key is {type(key).__name__}; it must be a str, or an async function that returns one"
         )
-    key = key.strip()  # a newline at its end comes from reading it out of a file
+    key = key.strip()  # a key from a file ends with a newline
     if not key:
         if _is_loopback(urlsplit(base_url).hostname):
-            return "none"  # the SDK wants one; Ollama and its like do not
+            return "none"  # the SDK needs a key; Ollama and other local servers do not
         raise ConfigError('no API key: set OPENAI_API_KEY, pass api_key=, or use the embedded model, Embedder("local")')
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError("the API key holds spaces, control or non-ASCII characters; it is not shown here")
@@ -48,13 +48,13 @@ def check_base_url(url: str, *, allow_insecure_http: bool) -> str:
     """Return the URL if key and texts may be sent there.
 
     Raises:
-        ConfigError: It is no http(s) URL, holds a password, or would send in clear beyond this machine.
+        ConfigError: It is no http(s) URL, holds a password, or is unencrypted and on another machine.
     """
     url = url.strip()
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # the port is no number, or an IPv6 address is incomplete
         host = None
     if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
         raise ConfigError("base_url must start with https:// (or http:// on this machine) and name a host")

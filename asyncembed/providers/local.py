@@ -1,7 +1,7 @@
-"""The embedded model: real vectors without key or network. The only module that imports `wordllama`.
+"""Embeds with a model that runs in this process, without key or network. The only module that imports `wordllama`.
 
-Its 16 MB of weights come with the extra `local`. A vector is the mean of the vectors of the text's tokens, at unit
-length; all work is done in a thread.
+The extra `local` installs its 16 MB of weights. A vector is the mean of the vectors of the text's tokens, at unit
+length. All work is done in a thread.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import numpy as np
 from ..errors import ConfigError
 from ..types import ProviderInfo, Reply, Vectors
 
-# The sizes l2_supercat was trained to be cut to (wordllama's README, read 2026-11).
+# The sizes to which vectors of l2_supercat can be cut (wordllama's README, read 2026-11).
 DIMENSIONS = (64, 128, 256)
 
-# Rows gathered at once: 16 MB, so that a batch of long texts needs no more than that.
+# Rows added up at once: 16 MB, so that a batch of long texts needs no more memory.
 _ROWS_AT_ONCE = 16_384
 
 
 class LocalProvider:
-    """Embeds on this machine: the loop runs on, and nothing leaves it.
+    """Embeds on this machine, in a thread. No text is sent anywhere.
 
-    The first use in a process reads the weights, which takes a quarter of a second in a thread, of which the
-    tokenizer keeps the interpreter to itself for about 50 ms.
+    The first use in a process reads the weights. That takes a quarter of a second in a thread, and the tokenizer
+    holds the GIL for about 50 ms of it.
 
     Args:
         dimensions: 64, 128 or 256; None for 256.
 
     Raises:
-        ConfigError: The extra `local` is not installed, or the size is none of these.
+        ConfigError: The extra `local` is not installed, or the model has no vectors of this size.
     """
 
     def __init__(self, dimensions: int | None = None) -> None:
@@ -56,7 +56,7 @@ class LocalProvider:
     async def embed(self, texts: Sequence[str]) -> Reply:
         """Return the vectors of the texts, float32[n, dimensions], and their number of tokens.
 
-        Each is of unit length; a text without any token would get zeros, which is like nothing at all.
+        Vectors have unit length, except that a text without tokens gets zeros.
         """
         return await asyncio.to_thread(self._embed, texts)
 
@@ -69,24 +69,24 @@ class LocalProvider:
         return Reply(vectors, sum(map(len, ids)))
 
     async def aclose(self) -> None:
-        """Nothing is open here."""
+        """Do nothing: nothing is open."""
 
 
 class LocalCounter:
-    """Counts and cuts by the embedded model's own tokens."""
+    """Counts the tokens of the local model, and cuts texts by them."""
 
     exact = True
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text. Blocks: call it in a thread."""
+        """Return the number of tokens of each text. Blocks, so call it in a thread."""
         return [len(encoding.ids) for encoding in _encode(_model(), texts)]
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """Return the beginning of the text that has at most so many tokens; one character at least. Blocks."""
+        """Return the beginning of the text with at most `max_tokens` tokens, but at least one character. Blocks."""
         offsets = _encode(_model(), [text])[0].offsets
         if len(offsets) <= max_tokens:
             return text
-        # a character may be several tokens, and a piece by itself begins with one token more
+        # a character may have several tokens, and a piece by itself begins with an additional token
         return text[: offsets[max(max_tokens - 1, 0)][0]] or text[:1]
 
 
@@ -101,7 +101,7 @@ def _mean(embedding: Vectors, ids: Any) -> Vectors:
 
 
 def _encode(model: Any, texts: Sequence[str]) -> Any:
-    # `encode`, for one text, would keep the interpreter to itself: half a second for a megabyte
+    # `encode`, for one text, would hold the GIL: half a second for a megabyte
     return model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
@@ -109,13 +109,13 @@ _loading = threading.Lock()
 
 
 def _model() -> Any:
-    with _loading:  # two threads that load it at once would read 16 MB twice
+    with _loading:  # two threads at once would read 16 MB twice
         return _load()
 
 
 @lru_cache(maxsize=1)
 def _load() -> Any:
-    # On import wordllama sets the root logger's level and handler; whoever runs us has set them as they like.
+    # wordllama changes the level and the handlers of the root logger when it is imported
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
@@ -123,8 +123,8 @@ def _load() -> Any:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-    # Its loader looks for its own tokenizer in the cache and not beside its weights; both lie in the package.
+    # its loader looks for the tokenizer only in the cache folder; weights and tokenizer are both in the package
     folder = Path(str(wordllama.__file__)).parent
     model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
-    model.tokenizer.no_padding()  # 64 texts padded to one of 8,192 tokens would take half a gigabyte
+    model.tokenizer.no_padding()  # 64 texts padded to 8,192 tokens would take half a gigabyte
     return model

@@ -1,7 +1,7 @@
-"""What an HTTP answer means: status, headers and body to one of our errors. Pure, and never raises.
+"""Turns the status, headers and body of an HTTP answer into one of our errors. Pure, and never raises.
 
-Classified by status, then code and type, and only then by words: the wording changes, and both the old and the
-new one are in use.
+An answer is classified by its status, then by code and type, and only then by its message: providers change the
+wording, and servers use both the old and the new one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from ..errors import (
 )
 from ..types import Rates
 
-# A `retry-after` beyond an hour is a mistake or a ban; waiting a day in silence helps nobody.
+# A longer `retry-after` is a mistake or a ban, and waiting for a day without an error would hide it.
 LONGEST_RETRY_AFTER_S = 3_600.0
 
-# error.code and error.type of what is about money. OpenAI error codes guide, read 2026-08, and the older
-# `billing_hard_limit_reached`. Matched by code, not by text: some providers word a limit of concurrency, others a
-# limit of rate as "exceeded your current quota" (LibreChat-AI/agents#358, Gemini).
+# error.code and error.type of errors about money. OpenAI error codes guide, read 2026-08, and the older
+# `billing_hard_limit_reached`. Matched by code, not by message: some providers also call a concurrency or rate limit
+# "exceeded your current quota" (LibreChat-AI/agents#358, Gemini).
 _MONEY = {
     "insufficient_quota",
     "credit_balance_exhausted",
@@ -48,31 +48,23 @@ _MONEY = {
 }
 # Proxies and servers that answer 400 to everything still send these codes.
 _STATUS_OF_CODE = {"invalid_api_key": 401, "unsupported_country_region_territory": 403, "model_not_found": 404}
-_NO_ENDPOINT = "base_url leads to something that is no embeddings endpoint"
+_NO_ENDPOINT = "there is no embeddings endpoint at base_url"
 _FATAL: dict[int, tuple[type[FatalProviderError], str]] = {
     401: (AuthenticationError, "check the API key, and where it may be used from"),
     402: (QuotaError, "waiting does not help: add credit"),
     403: (PermissionDeniedError, "the key may not use this model or place"),
-    404: (NotFoundError, "check the model's name and base_url"),
-    405: (RequestError, _NO_ENDPOINT),
+    **dict.fromkeys((404, 410), (NotFoundError, "check the model's name and base_url")),
+    **dict.fromkeys((405, 411, 414, 415, 417, 421, 428), (RequestError, _NO_ENDPOINT)),
     407: (RequestError, "the proxy wants credentials"),
-    410: (NotFoundError, "check the model's name and base_url"),
-    411: (RequestError, _NO_ENDPOINT),
-    414: (RequestError, _NO_ENDPOINT),
-    415: (RequestError, _NO_ENDPOINT),
-    417: (RequestError, _NO_ENDPOINT),
-    421: (RequestError, _NO_ENDPOINT),
-    426: (RequestError, "the server does not speak HTTP/1.1"),
-    428: (RequestError, _NO_ENDPOINT),
+    **dict.fromkeys((426, 505), (RequestError, "the server does not speak HTTP/1.1")),
     431: (RequestError, "the headers are too long: check the API key"),
     451: (PermissionDeniedError, "the provider may not serve this place"),
     501: (RequestError, "the server has no embeddings endpoint"),
-    505: (RequestError, "the server does not speak HTTP/1.1"),
     511: (RequestError, "the network wants a login"),
 }
 _TRANSIENT = {408, 409, 424, 425}
 
-# Both wordings of each, as recorded from many servers (tests/test_answers.py names them), so looked for in any 4xx.
+# Wordings as recorded from many servers (tests/providers/test_responses.py names them), so searched in any 4xx.
 _TOO_LARGE = re.compile(
     r"max_tokens_per_request|array_above_max_length|tokens_limits_reached|too large|too many (?:inputs|tokens)",
     re.IGNORECASE,
@@ -90,24 +82,24 @@ _MAX_TOKENS = re.compile(
     re.IGNORECASE,
 )
 _REQUESTED = re.compile(r"requested (\d[\d,]*)|your batch has (\d[\d,]*) tokens", re.IGNORECASE)
-# An option the model does not take: no text is to blame, and no smaller request will pass.
+# The model does not support an option: no text is to blame, and no smaller request will succeed.
 _OPTION = re.compile(r"support specifying dimensions|invalid value for '?dimensions", re.IGNORECASE)
 
-# "sk-…" as servers quote it, whole or starred out, what follows "Bearer", and whatever else has stars in its middle.
+# "sk-…" as servers quote it, whole or starred out, the word after "Bearer", and any other word with stars in it.
 _KEY = re.compile(r"\b(?:sk|pk|rk|key)[-_][\w*-]{4,}|\bBearer\s+\S+|[\w.-]{0,64}\*{3,}[\w.*-]{0,64}", re.IGNORECASE)
-# Shorter ones are no secrets ("none" is what servers without keys get), and would be found in any word.
+# Shorter ones are no secrets ("none" is sent to servers without keys), and would be found in any word.
 _SHORTEST_SECRET = 6
 
-# Longer messages are not searched, which bounds the work that a hostile body can cause.
+# The part of a message that is searched, which bounds the work that a hostile body can cause.
 _LONGEST_SEARCHED = 8_000
-# No number and no date in a header is longer.
+# The longest number or date in a header.
 _LONGEST_NUMBER = 40
-# A message is for reading; a proxy's HTML page is not.
+# A message is for people to read; a proxy's HTML page is not.
 _LONGEST_MESSAGE = 300
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: Sequence[str] = ()) -> ProviderError:
-    """Return the error an HTTP answer other than 200 stands for. Never raises, whatever the answer holds.
+    """Return the error for an HTTP answer other than 200. Never raises, for any content.
 
     Args:
         status: The HTTP status.
@@ -152,16 +144,16 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: Sequ
 def _is_too_large(status: int, words: str) -> bool:
     if status == 413:
         return True
-    if status == 429:  # too much at once, not too much a minute: a request that can never pass, however long we wait
+    if status == 429:  # more than the limit per minute in one request: it can never succeed, after any wait
         limit, requested = _number(_MAX_TOKENS, words), _number(_REQUESTED, words)
         return "request too large" in words.lower() or (limit is not None and (requested or 0) > limit)
-    if status >= 500 or status in _TRANSIENT:  # llama.cpp answers 500 for an input beyond its batch
+    if status >= 500 or status in _TRANSIENT:  # llama.cpp answers 500 to an input larger than its batch
         return "too large to process" in words.lower()
     return any(pattern.search(words) for pattern in (_TOO_LARGE, _MAX_INPUTS, _MAX_TOKENS))
 
 
 def rates_of(headers: Mapping[str, str]) -> Rates | None:
-    """Return what the `x-ratelimit-…` headers tell; None if they tell no limit. What makes no sense is ignored."""
+    """Return the limits of the `x-ratelimit-…` headers; None without a limit. Malformed values are ignored."""
     rates = Rates(
         limit_requests=_count(headers.get("x-ratelimit-limit-requests")),
         remaining_requests=_count(headers.get("x-ratelimit-remaining-requests")),
@@ -174,17 +166,17 @@ def rates_of(headers: Mapping[str, str]) -> Rates | None:
 
 
 def _count(value: str | None) -> int | None:
-    # Azure sends -1 and 0 for "not told" (learn.microsoft.com Q 5625878): a limit of 0 counts as none
+    # Azure sends -1 and 0 for "unknown" (learn.microsoft.com Q 5625878): a limit of 0 counts as none
     return int(value) if value is not None and len(value) < 16 and value.strip().isdecimal() else None
 
 
-def is_other_model(asked: str, told: str | None) -> bool:
-    """Tell whether a reply names another model. `openai/x` behind a proxy is x; ada-002 is `…-ada-002-v2`."""
-    return bool(told) and asked.rpartition("/")[2].lower() not in str(told).lower()
+def is_other_model(requested: str, reported: str | None) -> bool:
+    """Return whether a reply names another model. `openai/x` behind a proxy is x; ada-002 is `…-ada-002-v2`."""
+    return bool(reported) and requested.rpartition("/")[2].lower() not in str(reported).lower()
 
 
 def scrub(message: str, secrets: Sequence[str] = ()) -> str:
-    """Return the message without keys, on one line, no longer than is useful."""
+    """Return the message without keys, on one line, and shortened."""
     for secret in secrets:
         if len(secret) >= _SHORTEST_SECRET:
             message = message.replace(secret, "***")
@@ -199,7 +191,7 @@ def _number(pattern: re.Pattern[str], message: str) -> int | None:
 
 
 def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
-    """Return message, code and type of an error body: OpenAI's, vLLM's, TEI's, FastAPI's, or a page of HTML."""
+    """Return message, code and type from an error body of OpenAI, vLLM, TEI or FastAPI, or from a page of HTML."""
     text = body.decode(errors="replace")  # it may be cut within a character
     try:
         document = jiter.from_json(text.encode(), partial_mode="trailing-strings")
@@ -216,7 +208,7 @@ def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
 
 
 def _words(value: Any) -> str:
-    """Return what an error says; of FastAPI's lists only the sentences, since beside them stands the input itself."""
+    """Return the message of an error. FastAPI's lists also hold the input: only sentences are taken."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -231,9 +223,9 @@ def _word(value: Any) -> str | None:
 
 
 def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
-    """Return the seconds an answer asks to wait; None if it asks for nothing that makes sense."""
+    """Return the seconds that an answer asks the client to wait; None without a usable value."""
     candidates = [
-        _milliseconds(headers.get("retry-after-ms")),
+        (_float(headers.get("retry-after-ms")) or 0) / 1_000,
         _seconds_or_date(headers.get("retry-after"), headers.get("date")),
         *(
             parse_duration_s(headers.get(f"x-ratelimit-reset-{what}"))
@@ -248,17 +240,12 @@ def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
     return None
 
 
-def _milliseconds(value: str | None) -> float | None:
-    number = _float(value)
-    return None if number is None else number / 1_000
-
-
 def _seconds_or_date(value: str | None, now: str | None) -> float | None:
     number = _float(value)
     if number is not None or value is None:
         return number
     when = _date(value)
-    # by the server's own clock where it tells it: ours may be wrong
+    # by the server's clock if the answer has it: the local one may be wrong
     return None if when is None else (when - (_date(now or "") or datetime.now(UTC))).total_seconds()
 
 
@@ -277,7 +264,7 @@ def _float(value: str | None) -> float | None:
         return None
 
 
-# Go's spelling in headers (`17ms`, `6m0s`), words in messages.
+# Headers use Go's spelling (`17ms`, `6m0s`), messages use words.
 _UNITS_S = {
     "ns": 1e-9,
     "us": 1e-6,
@@ -288,14 +275,14 @@ _UNITS_S = {
     **dict.fromkeys(("h", "hour", "hours"), 3_600.0),
 }
 _PART = rf"(\d+(?:\.\d+)?) ?({'|'.join(sorted(_UNITS_S, key=len, reverse=True))})"
-# ASCII: without it "ſ" would match as an s, and be no key of the table
+# ASCII, because otherwise "ſ" would match as an s, and is no key of the table
 _DURATION = re.compile(rf"(?:{_PART} ?)+", re.IGNORECASE | re.ASCII)
 _DURATION_PART = re.compile(_PART, re.IGNORECASE | re.ASCII)
 _TRY_AGAIN = re.compile(rf"(?:try again|retry) (?:in|after) ((?:{_PART} ?)+)", re.IGNORECASE | re.ASCII)
 
 
 def parse_duration_s(value: str | None) -> float | None:
-    """Return a Go duration (`17ms`, `1s`, `6m0s`, `1m2.5s`) or a plain number of seconds; None for all else."""
+    """Return the seconds of a Go duration (`17ms`, `1s`, `6m0s`, `1m2.5s`) or a plain number; else None."""
     if value is None or len(value) > _LONGEST_NUMBER:
         return None
     value = value.strip()

@@ -1,4 +1,4 @@
-"""What the tests of the providers share."""
+"""Helpers for the tests of the providers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that is no server: it takes a request and does whatever a test says with the connection."""
+"""A server that reads requests and lets a test do anything with the connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Act: TypeAlias = Callable[["RawServer", asyncio.StreamWriter], Awaitable[None]]
 
 DIMENSIONS = 8
 
-# Its key is in the same file: nobody trusts it, and that is what it is for.
+# A certificate and its key. No system trusts it, which is its purpose.
 SELF_SIGNED = Path(__file__).with_name("localhost.pem")
 
 
@@ -33,7 +33,7 @@ def good_answer(body: bytes, *, extra: str = "") -> bytes:
 
 
 class RawServer:
-    """What came in (`heads` and `bodies`), and where to send it (`base_url`)."""
+    """The requests that were received (`heads` and `bodies`), and the address of the server (`base_url`)."""
 
     def __init__(self, scheme: str) -> None:
         self.heads: list[bytes] = []

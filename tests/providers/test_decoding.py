@@ -78,7 +78,7 @@ def test_base64_and_numbers_may_be_mixed_in_any_order() -> None:
 
 
 @both
-def test_every_order_of_the_reply_gives_the_order_of_the_texts(spell: Spelling) -> None:
+def test_the_vectors_are_in_the_order_of_the_texts_for_any_order_in_the_reply(spell: Spelling) -> None:
     vectors = some_vectors(50)
     reply = document(vectors, spell)
     np.random.default_rng(1).shuffle(reply["data"])
@@ -233,11 +233,11 @@ def test_more_or_fewer_dimensions_than_asked_for_are_refused(spell: Spelling) ->
     ],
     ids=lambda body: f"{body[:28].decode(errors='replace')} of {len(body)}",
 )
-def test_what_is_no_reply_is_refused(body: bytes) -> None:
+def test_bytes_that_are_no_reply_are_refused(body: bytes) -> None:
     refused(body, 1)
 
 
-def test_an_error_in_place_of_data_is_said_but_not_shown() -> None:
+def test_an_error_instead_of_data_is_reported_but_not_quoted() -> None:
     message = refused(b'{"error":{"message":"the canary text is refused"}}')
     assert message == "expected an object with a list `data`, got an object without it but `error`"
 
@@ -278,7 +278,7 @@ def test_arrays_elsewhere_in_the_reply_are_not_taken_for_vectors() -> None:
         ("5", None),
     ],
 )
-def test_usage_is_read_or_unknown(usage: object, tokens: int | None) -> None:
+def test_usage_is_read_or_else_unknown(usage: object, tokens: int | None) -> None:
     reply = document(some_vectors())
     reply["usage"] = usage
     assert decode(json.dumps(reply).encode(), 3, 4).tokens == tokens
@@ -291,7 +291,7 @@ def test_a_reply_may_leave_out_all_but_the_vectors() -> None:
     assert reply.tokens is None
 
 
-def test_float64_in_base64_is_found_out_though_no_size_is_known() -> None:
+def test_float64_in_base64_is_detected_even_if_no_size_is_known() -> None:
     def as_double(vector: Vectors) -> str:
         return base64.b64encode(vector.astype("<f8").tobytes()).decode()
 
@@ -309,7 +309,7 @@ def test_vectors_of_few_values_are_not_taken_for_float64(dimensions: int) -> Non
 
 
 @pytest.mark.parametrize("dimensions", [1, 4, 256, 1_536, 8_192])
-def test_the_cap_on_bytes_has_room_for_the_longest_good_reply(dimensions: int) -> None:
+def test_the_longest_valid_reply_is_within_the_limit_of_bytes(dimensions: int) -> None:
     longest = np.full((8, dimensions), -1.2345678901234567e-38)
     reply = document(longest, lambda row: [float(number) for number in row])
     for item in reply["data"]:
@@ -330,7 +330,7 @@ GOOD = {spell: json.dumps(document(some_vectors(), spell)).encode() for spell in
     put=st.binary(max_size=6)
     | st.sampled_from([b"null", b"[", b"]", b'"', b"NaN", b"true", b'"embedding":[1,2,3,4],']),
 )
-def test_a_reply_that_was_changed_anywhere_is_read_as_it_says_or_refused(
+def test_a_reply_with_any_byte_changed_is_read_literally_or_refused(
     spell: Spelling, at: float, cut: int, put: bytes
 ) -> None:
     good = GOOD[spell]
@@ -340,7 +340,7 @@ def test_a_reply_that_was_changed_anywhere_is_read_as_it_says_or_refused(
         reply = decode(body, 3, 4)
     except ProtocolError:
         return
-    # What Python's own slow and careful reader finds in the same bytes.
+    # The same bytes, read by Python's own slow and careful parser.
     said: list[Vectors] = [np.empty(0, np.float32)] * 3
     items = json.loads(body)["data"]
     for position, item in enumerate(items):
@@ -390,7 +390,7 @@ ALIKE = some_vectors(6, 12)
         ("", "got 0 bytes"),
     ],
 )
-def test_of_vectors_that_are_decoded_together_the_bad_one_is_named(value: str, words: str, position: int) -> None:
+def test_the_bad_one_of_several_vectors_is_named(value: str, words: str, position: int) -> None:
     reply = document(ALIKE)
     reply["data"][position]["embedding"] = value
     message = refused(json.dumps(reply).encode(), 6, 12)
@@ -399,7 +399,7 @@ def test_of_vectors_that_are_decoded_together_the_bad_one_is_named(value: str, w
 
 
 @pytest.mark.parametrize("count", [5, 7])
-def test_of_vectors_that_are_decoded_together_as_many_must_come_as_were_sent(count: int) -> None:
+def test_the_number_of_vectors_must_be_the_number_of_texts(count: int) -> None:
     assert f"expected {count} embeddings, got 6" in refused(json.dumps(document(ALIKE)).encode(), count, 12)
 
 
@@ -412,7 +412,7 @@ def test_slashes_may_be_escaped_as_php_does() -> None:
 
 
 @both
-def test_vectors_that_stand_elsewhere_change_nothing(spell: Spelling) -> None:
+def test_vectors_elsewhere_in_the_reply_change_nothing(spell: Spelling) -> None:
     vectors = some_vectors()
     other = spell(np.ones(7, np.float32))
     reply = {"embedding": other, **document(vectors, spell), "more": [{"embedding": other}]}
@@ -436,13 +436,13 @@ def test_a_flood_of_vectors_takes_no_more_memory_than_its_bytes(vector: bytes) -
 
 
 @pytest.mark.parametrize("blanks", [1, 16, 17, 1_000])
-def test_base64_is_found_behind_any_number_of_blanks(blanks: int) -> None:
+def test_base64_is_found_after_any_number_of_blanks(blanks: int) -> None:
     vectors = some_vectors()
     body = json.dumps(document(vectors)).replace('"embedding": "', '"embedding":' + blanks * " " + '"').encode()
     assert (decode(body, 3, None).vectors == vectors).all()
 
 
-def test_a_key_may_be_spelled_in_escapes() -> None:
+def test_a_key_may_be_spelled_with_escapes() -> None:
     vectors = some_vectors()
     body = json.dumps(document(vectors)).replace('"embedding": "', '"\\u0065mbedding": "').encode()
     assert (decode(body, 3, None).vectors == vectors).all()
@@ -450,7 +450,7 @@ def test_a_key_may_be_spelled_in_escapes() -> None:
 
 @pytest.mark.parametrize("name", ["vector 0", "vector 1", "vector 2"])
 @both
-def test_the_name_of_a_vector_that_was_taken_out_is_no_vector(spell: Spelling, name: str) -> None:
+def test_the_placeholder_of_a_vector_is_not_accepted_as_a_vector(spell: Spelling, name: str) -> None:
     assert "expected base64" in refused(damaged(lambda data: data[1].update(embedding=name), spell))
     hidden = damaged(lambda data: data[1].update(embedding=name), spell).replace(
         f'"embedding": "{name}"'.encode(), f'"\\u0065mbedding": "{name}"'.encode()
@@ -458,14 +458,14 @@ def test_the_name_of_a_vector_that_was_taken_out_is_no_vector(spell: Spelling, n
     refused(hidden)
 
 
-def test_a_size_that_no_vector_has_is_refused_before_there_is_memory_for_it() -> None:
+def test_an_impossible_size_is_refused_before_memory_is_allocated() -> None:
     too_long = base64.b64encode(bytes(4 * (decoding.MAX_DIMENSIONS + 1))).decode()
     body = json.dumps({"data": [{"embedding": too_long}]}).encode()
     assert refused(body, 1, None) == "expected 1 to 16,384 dimensions, got 16,385 for text 0"
     assert "dimensions, got 0" in refused(b'{"data":[{"embedding":[]}]}', 1, None)
 
 
-def test_what_is_between_the_vectors_is_all_that_is_kept() -> None:
+def test_only_the_text_between_vectors_is_kept() -> None:
     vectors = some_vectors(100, 1_536)
     body = json.dumps(document(vectors)).encode()
     decoder = Decoder(100, 1_536)

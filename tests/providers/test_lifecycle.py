@@ -1,4 +1,4 @@
-"""Cancellation, event loops and processes: what an `OpenAIProvider` leaves behind."""
+"""Cancellation, event loops and processes: an `OpenAIProvider` leaves no task and no connection behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cancelled_at(step: int, awaitable: Awaitable[Any]) -> Generator[Any, Any, bo
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["open connection", "first use"])
-async def test_cancelled_at_any_wait_it_leaves_no_task_and_a_pool_that_works(warm: bool) -> None:
+async def test_cancellation_at_any_await_leaves_no_task_and_a_working_pool(warm: bool) -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         before = asyncio.all_tasks()
         texts = ["long " * 1_000] * 20
@@ -69,7 +69,7 @@ async def _run(awaitable: Awaitable[bool]) -> bool:
     return await awaitable
 
 
-async def test_aclose_lets_go_of_the_connections_and_the_provider_can_be_used_again() -> None:
+async def test_aclose_closes_the_connections_and_the_provider_can_be_used_again() -> None:
     async with EmbeddingServer(dimensions=DIMENSIONS) as server:
         provider = provider_at(server.base_url)
         await provider.embed(["a"])
@@ -80,7 +80,7 @@ async def test_aclose_lets_go_of_the_connections_and_the_provider_can_be_used_ag
 
 
 def run_script(script: str, *args: str) -> None:
-    # but for the warning that it was not closed, which tests/test_lifetime.py looks at
+    # except the warning that it was not closed, which has its own test
     warnings = ["-W", "error", "-W", "ignore:<OpenAIProvider:ResourceWarning"]
     command = [sys.executable, "-X", "dev", *warnings, "-c", script, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
@@ -91,7 +91,7 @@ HEAD = """
 import asyncio, gc, logging, os, sys
 from asyncembed.errors import RequestError
 from asyncembed.providers.openai import OpenAIProvider
-logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode tells of slow imports
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # dev mode reports slow imports
 provider = OpenAIProvider("m", base_url=sys.argv[1], api_key="sk-test")
 async def embed(closing=False):
     reply = await provider.embed(["a"])
@@ -124,10 +124,11 @@ for _ in range(2):
         run_script(HEAD + script, server.base_url)
 
 
-def test_a_loop_that_is_closed_by_hand_and_forgotten_does_not_break_the_next_one() -> None:
-    # asyncio itself warns of the open connection, as it does of every transport that its loop leaves behind
+def test_a_loop_that_was_closed_without_aclose_does_not_break_the_next_one() -> None:
+    # asyncio and aiohttp themselves report the open connection, as they do for every one that its loop leaves behind
     script = """
 import warnings
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 warnings.simplefilter("ignore", ResourceWarning)
 for _ in range(3):
     loop = asyncio.new_event_loop()
@@ -153,7 +154,7 @@ loop.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_after_a_fork_parent_and_child_have_connections_of_their_own() -> None:
+def test_after_a_fork_parent_and_child_have_their_own_connections() -> None:
     in_child = "async def in_child():\n    await embed(closing=True)\n    return 0\n"
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         run_script(HEAD + in_child + FORK, server.base_url)
@@ -161,7 +162,7 @@ def test_after_a_fork_parent_and_child_have_connections_of_their_own() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_after_a_fork_a_client_that_was_handed_in_is_refused() -> None:
+def test_after_a_fork_a_client_that_was_passed_in_is_refused() -> None:
     in_child = """
 import httpx2
 mine = httpx2.AsyncClient()
@@ -179,7 +180,7 @@ async def in_child():
         assert server.connections == 1
 
 
-def test_a_client_that_was_handed_in_survives_another_loop() -> None:
+def test_a_client_that_was_passed_in_survives_another_loop() -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         script = """
 import httpx2, warnings
@@ -208,7 +209,7 @@ assert not drivers, drivers
 """)
 
 
-def test_the_loop_runs_on_while_the_sdk_is_imported() -> None:
+def test_the_loop_is_not_blocked_while_the_sdk_is_imported() -> None:
     script = """
 async def main():
     ticks = 0

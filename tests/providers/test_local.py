@@ -1,4 +1,4 @@
-"""The embedded model, as it is in the wheel of wordllama."""
+"""The local model, with the weights from the wheel of wordllama."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def vectors_of(texts: list[str], dimensions: int | None = None) -> Vectors
 
 
 @pytest.mark.parametrize("dimensions", [None, *DIMENSIONS])
-async def test_texts_of_like_meaning_are_closer_than_others_in_every_size(dimensions: int | None) -> None:
+async def test_texts_of_similar_meaning_are_closer_than_others_in_every_size(dimensions: int | None) -> None:
     cat, kitten, tax = await vectors_of([CAT, KITTEN, TAX], dimensions)
     assert len(cat) == (dimensions or 256)
     assert cat @ kitten > cat @ tax + 0.2
@@ -51,19 +51,19 @@ async def test_vectors_are_finite_float32_of_unit_length_whatever_the_text(dimen
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-async def test_a_vector_does_not_depend_on_what_stands_beside_its_text() -> None:
+async def test_a_vector_does_not_depend_on_the_other_texts_of_its_batch() -> None:
     together = await vectors_of([CAT, "word " * 5_000, TAX])
     np.testing.assert_array_equal(together[0], (await vectors_of([CAT]))[0])
     np.testing.assert_array_equal(together[2], (await vectors_of([TAX]))[0])
 
 
-async def test_the_tokens_told_are_those_that_the_counter_counts() -> None:
+async def test_the_reported_tokens_are_those_that_the_counter_counts() -> None:
     reply = await LocalProvider().embed([CAT, KITTEN, "word " * 8_000])
     assert reply.tokens == sum(LocalCounter().count([CAT, KITTEN, "word " * 8_000]))
     assert reply.tokens > 8_000
 
 
-async def test_the_longest_texts_need_no_more_memory_than_the_longest_one() -> None:
+async def test_many_long_texts_need_no_more_memory_than_one() -> None:
     await vectors_of(["warm"])
     text = "word " * 8_000
     peaks = []
@@ -76,7 +76,7 @@ async def test_the_longest_texts_need_no_more_memory_than_the_longest_one() -> N
     assert peaks[1] < peaks[0] + 32 * 8_001 * 16
 
 
-async def test_the_loop_runs_on_while_thousands_of_texts_are_embedded() -> None:
+async def test_the_loop_is_not_blocked_while_thousands_of_texts_are_embedded() -> None:
     await vectors_of(["warm"])
     task = asyncio.create_task(vectors_of([f"{CAT} {number}" for number in range(5_000)]))
     ticks = 0
@@ -93,7 +93,7 @@ def test_another_size_is_refused(dimensions: int) -> None:
         LocalProvider(dimensions)
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "asyncembed\[local\]"'):
         LocalProvider()
@@ -125,7 +125,7 @@ def pieces_of(text: str, max_tokens: int) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pieces_fit_are_not_empty_and_make_up_the_text(seed: int) -> None:
+def test_pieces_fit_are_not_empty_and_add_up_to_the_text(seed: int) -> None:
     random = Random(seed)
     letters = "abc de fg.,\n\t  é漢字🧿👩\u200d\u0301\u0378x"
     for _ in range(50):

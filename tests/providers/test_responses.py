@@ -1,4 +1,4 @@
-"""`answers`: what an HTTP answer means, by a table of real ones, and that nothing breaks it."""
+"""`responses`: a table of real HTTP answers and the errors they mean, and answers that are nonsense."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def openai(message: str, kind: str | None = "invalid_request_error", code: str |
     return plain(error={"message": message, "type": kind, "param": None, "code": code})
 
 
-def told(error: ProviderError) -> dict[str, Any]:
-    """What the error tells beyond what every error does."""
+def fields_of(error: ProviderError) -> dict[str, Any]:
+    """The fields that are set, without those that every error has."""
     return {k: v for k, v in vars(error).items() if v is not None and k not in ("status", "code", "request_id")}
 
 
@@ -183,7 +183,7 @@ TPM = "Rate limit reached for m in organization org-x on tokens per min (TPM): L
                         "type": "too_long",
                         "loc": ["body", "input"],
                         "msg": "List should have at most 32 items after validation, not 33",
-                        "input": ["a text nobody should see"],
+                        "input": ["a text that must not be shown"],
                         "ctx": {"max_length": 32},
                     }
                 ]
@@ -446,10 +446,10 @@ def test_an_answer_means(status: int, body: bytes, kind: type[ProviderError], le
 
     assert type(error) is kind
     assert error.status == status
-    assert told(error) == learned
+    assert fields_of(error) == learned
 
 
-def test_the_providers_own_word_is_kept_as_the_code() -> None:
+def test_the_providers_own_code_is_kept() -> None:
     overloaded = openai("x", "service_unavailable_error", "server_is_overloaded")
     assert error_of(503, {}, overloaded).code == "server_is_overloaded"
     assert error_of(429, {}, openai("x", "rate_limit_error", "slow_down")).code == "slow_down"
@@ -503,7 +503,7 @@ def test_the_wait_is_read_from_headers(status: int, headers: dict[str, str], sec
     assert error.retry_after_s == (None if seconds is None else pytest.approx(seconds))
 
 
-def test_a_date_without_the_servers_clock_is_compared_with_ours() -> None:
+def test_a_date_without_the_servers_clock_is_compared_with_the_local_clock() -> None:
     error = error_of(429, {"retry-after": "Fri, 31 Dec 9999 23:59:59 +0000"}, b"")
     assert isinstance(error, RateLimitedError)
     assert error.retry_after_s == LONGEST_RETRY_AFTER_S
@@ -570,7 +570,7 @@ def test_rates_are_read_and_nonsense_among_them_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1e5", "9" * 30, ""])
-def test_headers_that_tell_no_limit_are_no_rates(value: str) -> None:
+def test_headers_without_a_limit_are_no_rates(value: str) -> None:
     assert rates_of({}) is None
     assert rates_of({"x-ratelimit-limit-requests": value, "x-ratelimit-limit-tokens": value}) is None
 
@@ -586,12 +586,12 @@ def test_no_key_is_shown() -> None:
     assert "Incorrect API key provided" in str(error)
 
 
-def test_of_a_list_of_details_only_the_sentences_are_shown() -> None:
+def test_only_the_sentences_of_a_list_of_details_are_shown() -> None:
     listing = plain(detail=[{"msg": "Input should be a valid string", "input": ["a canary text"]}, {"msg": "no"}])
     assert str(error_of(422, {}, listing)) == "HTTP 422: Input should be a valid string; no"
 
 
-def test_secrets_too_short_to_be_any_do_not_garble_the_message() -> None:
+def test_secrets_that_are_very_short_do_not_garble_the_message() -> None:
     assert scrub("none of these", ["none", ""]) == "none of these"
 
 
@@ -632,7 +632,7 @@ headers = st.dictionaries(
 
 @settings(deadline=None)
 @given(status=st.integers(100, 999), headers=headers, body=bodies)
-def test_no_answer_breaks_the_reader(status: int, headers: dict[str, str], body: bytes) -> None:
+def test_no_answer_raises_in_the_reader(status: int, headers: dict[str, str], body: bytes) -> None:
     error = error_of(status, headers, body, secrets=["0" * 8])
 
     assert isinstance(error, ProviderError)

@@ -1,4 +1,4 @@
-"""A call through the real SDK against a server on a bad day: what passes by itself, what does not, what it costs."""
+"""Calls through the real SDK to a server with faults: which faults pass, which stop the run, and what they cost."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize(("fault", "requests"), PASSING)
-async def test_what_goes_wrong_once_costs_a_request_and_no_text(fault: Fault, requests: int) -> None:
+async def test_a_fault_that_occurs_once_costs_a_request_and_no_text(fault: Fault, requests: int) -> None:
     async with EmbeddingServer(dimensions=DIMENSIONS, faults=[fault]) as server, make(server.base_url) as embedder:
         result = await embedder.embed(TEXTS)
     assert_right(result)
@@ -172,7 +172,7 @@ async def test_what_goes_wrong_once_costs_a_request_and_no_text(fault: Fault, re
         pytest.param(WrongDimensions(7), ProviderDownError, 3 + 2, id="ignored dimensions"),
     ],
 )
-async def test_what_never_passes_stops_the_run_with_its_error(
+async def test_a_permanent_fault_stops_the_run_with_its_error(
     fault: Fault, error: type[FatalProviderError], requests: int
 ) -> None:
     faults = every(1, fault)
@@ -201,7 +201,7 @@ async def test_a_text_that_never_passes_fails_alone(fault: Fault, error: type[As
     assert isinstance(result.failures[0].error, error)
 
 
-async def test_an_answer_that_never_comes_is_given_up_and_asked_for_again() -> None:
+async def test_a_request_without_an_answer_times_out_and_is_sent_again() -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS, faults=script([Hang(), Hang("mid-body")])) as server,
         make(server.base_url, timeout=0.2) as embedder,
@@ -209,7 +209,7 @@ async def test_an_answer_that_never_comes_is_given_up_and_asked_for_again() -> N
         assert_right(await embedder.embed(TEXTS))
 
 
-async def test_a_connection_that_died_behind_its_answer_is_replaced_without_a_wait(
+async def test_a_connection_that_was_closed_after_its_answer_is_replaced_without_a_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("asyncembed.sending.retry.BACKOFF_BASE_S", 3_600.0)  # a single backoff would not end
@@ -219,14 +219,14 @@ async def test_a_connection_that_died_behind_its_answer_is_replaced_without_a_wa
             assert_right(await embedder.embed(TEXTS))
 
 
-async def test_a_port_that_nobody_listens_at_is_an_outage() -> None:
+async def test_a_port_without_a_server_is_an_outage() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ProviderDownError, match="refused"):
             await make(f"http://127.0.0.1:{free.getsockname()[1]}/v1").embed(TEXTS)
 
 
-async def test_a_certificate_that_is_not_trusted_is_tried_once() -> None:
+async def test_an_untrusted_certificate_is_tried_once() -> None:
     async def never(*_: Any) -> None:
         raise AssertionError
 
@@ -249,7 +249,7 @@ async def test_a_client_with_fewer_connections_than_slots_works() -> None:
     assert server.connections <= 2
 
 
-async def test_waiting_for_a_connection_of_the_users_own_is_no_part_of_a_requests_time() -> None:
+async def test_waiting_for_a_connection_of_a_passed_in_client_is_not_part_of_the_request_timeout() -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.1) as server,
         httpx2.AsyncClient(limits=httpx2.Limits(max_connections=1)) as client,
@@ -259,7 +259,7 @@ async def test_waiting_for_a_connection_of_the_users_own_is_no_part_of_a_request
     assert (len(result.failures), result.requests, len(server.requests)) == (0, 8, 8)
 
 
-async def test_a_request_that_is_repeated_for_its_encoding_is_counted_as_often_as_it_was_sent() -> None:
+async def test_a_request_that_is_repeated_for_its_encoding_is_counted_each_time() -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS, dialect=OLD_VLLM) as server,
         make(server.base_url) as embedder,
@@ -278,13 +278,13 @@ async def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_right(await embedder.embed(TEXTS, deadline=30))
 
 
-async def test_the_repr_tells_the_host_that_texts_go_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_repr_names_the_host_that_texts_are_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "https://from.environment/v1")
     assert "from.environment" in repr(Embedder("fake", api_key="sk-canary"))
     assert "explicit.example" in repr(Embedder("fake", api_key="sk-canary", base_url="https://explicit.example/v1"))
 
 
-async def test_fifty_calls_share_an_embedder_and_one_that_leaves_takes_only_itself() -> None:
+async def test_fifty_calls_share_an_embedder_and_cancelling_one_ends_no_other() -> None:
     async with (
         EmbeddingServer(dimensions=DIMENSIONS, latency_s=0.05) as server,
         make(server.base_url, concurrency=4) as embedder,
@@ -300,7 +300,7 @@ async def test_fifty_calls_share_an_embedder_and_one_that_leaves_takes_only_itse
 
 
 @pytest.mark.parametrize("fault", [NaNVector(), WrongCount(), DuplicateIndex()])
-async def test_what_is_billed_for_a_reply_that_cannot_be_used_is_counted(fault: Fault) -> None:
+async def test_tokens_billed_for_an_unusable_reply_are_counted(fault: Fault) -> None:
     async with (
         EmbeddingServer(dimensions=8, faults=script([fault])) as server,
         Embedder("m", base_url=server.base_url, api_key="none") as embedder,
@@ -310,9 +310,9 @@ async def test_what_is_billed_for_a_reply_that_cannot_be_used_is_counted(fault: 
         assert result.total_tokens == server.total_tokens
 
 
-async def test_an_outage_is_told_while_it_lasts_and_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_logged_once_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
     async with make("http://127.0.0.1:9/v1", max_batch_size=1, max_retries=2) as embedder:
         with pytest.raises(ProviderDownError):
             await embedder.embed([f"text {number}" for number in range(40)])
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [message for message in told if "Connection refused" in message] == told[:1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message for message in warnings if "Connection refused" in message] == warnings[:1]
