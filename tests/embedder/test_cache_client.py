@@ -45,14 +45,14 @@ async def test_vectors_of_one_size_are_hits(size: int | None, hits: str) -> None
         np.testing.assert_array_equal(row, vector(text.content, row.size))
 
 
-async def test_an_empty_vector_is_no_hit_and_sets_no_size() -> None:
+async def test_an_empty_vector_is_a_miss_and_sets_no_size() -> None:
     client = CacheClient(Answers({"a": np.empty(0, np.float32), "b": vector("b")}), {}, lambda: None)
     found, missing = await client.split(TEXTS, None)
     assert [text.content for text in found.texts] == ["b"]
     assert [text.content for text in missing] == ["a", "c", "d"]
 
 
-async def test_in_a_small_call_a_miss_makes_all_texts_misses_while_the_size_is_unknown() -> None:
+async def test_while_the_size_is_unknown_one_miss_in_a_small_call_makes_all_texts_misses() -> None:
     client = CacheClient(Answers({"a": vector("a", 3)}), {}, lambda: None)
     usage = Usage()
     found, missing = await client.look_up(TEXTS, usage)

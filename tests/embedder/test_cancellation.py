@@ -18,7 +18,7 @@ import pytest
 from asyncembed import Embedder, Record, SQLiteSink, ingest
 from asyncembed.errors import DeadlineError, ServerError
 from asyncembed.testing import EmbeddingServer, embedding_of
-from tests.fakes import FakeProvider, is_idle
+from tests.fakes import FakeProvider, is_idle, make_embedder, texts
 
 DIMENSIONS = 8
 
@@ -96,6 +96,8 @@ def make(server: EmbeddingServer, **options: Any) -> Embedder:
 
 
 TEXTS = [f"text {number}" for number in range(12)]
+
+
 RECORDS = [Record(number, text) for number, text in enumerate(TEXTS)]
 
 
@@ -132,7 +134,7 @@ async def stream(embedder: Embedder) -> None:
 
 
 @pytest.mark.parametrize("work", [embed, embed_ones, stream], ids=lambda work: work.__name__)
-async def test_a_call_cancelled_at_any_step_leaves_nothing_and_harms_nothing(
+async def test_a_call_cancelled_at_any_step_leaves_no_task_and_the_embedder_usable(
     work: Callable[[Embedder], Awaitable[None]],
 ) -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
@@ -193,7 +195,9 @@ async def test_aclose_cancelled_at_any_step_leaves_no_task_and_the_embedder_usab
 
 
 @pytest.mark.parametrize("work", [embed, embed_ones, stream], ids=lambda work: work.__name__)
-async def test_asyncio_timeout_around_a_call_is_a_plain_timeout(work: Callable[[Embedder], Awaitable[None]]) -> None:
+async def test_an_asyncio_timeout_around_a_call_raises_a_plain_timeout_error(
+    work: Callable[[Embedder], Awaitable[None]],
+) -> None:
     provider = FakeProvider(latency_s=3_600)
     embedder = Embedder("fake", provider=provider)
     before = asyncio.all_tasks()
@@ -207,7 +211,7 @@ async def test_asyncio_timeout_around_a_call_is_a_plain_timeout(work: Callable[[
 
 
 @pytest.mark.virtual_time
-async def test_a_deadline_inside_a_longer_timeout_is_ours_and_a_shorter_timeout_is_theirs() -> None:
+async def test_the_shorter_of_deadline_and_asyncio_timeout_decides_the_error() -> None:
     embedder = Embedder("fake", provider=FakeProvider(latency_s=3_600))
     with pytest.raises(DeadlineError):
         async with asyncio.timeout(10):
@@ -216,6 +220,23 @@ async def test_a_deadline_inside_a_longer_timeout_is_ours_and_a_shorter_timeout_
         async with asyncio.timeout(5):
             await embedder.embed(["a"], deadline=10)
     assert type(caught.value) is TimeoutError
+
+
+@pytest.mark.virtual_time
+async def test_a_cancelled_call_leaves_no_request_and_no_task() -> None:
+    embedder, provider = make_embedder(concurrency=4, max_batch_size=1)
+    call = asyncio.create_task(embedder.embed(texts(100)))
+    await asyncio.sleep(2.5)
+
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    assert provider.in_flight == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    # and the slots are free again
+    result = await embedder.embed(texts(8))
+    assert result.failures == ()
 
 
 @pytest.mark.virtual_time

@@ -1,4 +1,4 @@
-"""A canary key, canary texts and a canary password are sent through bad days, and then looked for everywhere."""
+"""Canary keys, texts and passwords are sent through failures, and then searched for in everything that is shown."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ from asyncembed.testing import (
 )
 
 KEY = "sk-canary0123456789abcdefghijklmnopqrstuvwxyz"
+
+
 TEXT = "the canary, a yellow bird, is called Joséphine\nand lives at 7 Cage Street"
+
+
 PASSWORD = "canary-of-the-database"
+
+
 # No part of key, text or password may show: each holds some of these, and nothing else here does.
 CANARIES = ("canary", "0123456789", "abcdefgh", "uvwxyz", "Joséphine", "Jos\\u00e9phine", "Cage Street", "yellow bird")
 
@@ -125,7 +131,7 @@ BAD_DAYS = [
 
 
 @pytest.mark.parametrize("fault", BAD_DAYS)
-async def test_whatever_goes_wrong_neither_key_nor_text_is_shown(seen: Seen, fault: Fault) -> None:
+async def test_no_failure_shows_the_key_or_a_text(seen: Seen, fault: Fault) -> None:
     async with EmbeddingServer(faults=lambda _: fault, dimensions=8) as server:
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY, max_retries=0, timeout=0.5)
         with pytest.raises(AsyncEmbedError) as caught:
@@ -137,7 +143,7 @@ async def test_whatever_goes_wrong_neither_key_nor_text_is_shown(seen: Seen, fau
     seen.add_error(caught_by_provider.value)
 
 
-async def test_what_works_shows_nothing_either(seen: Seen) -> None:
+async def test_no_repr_and_no_result_shows_the_key_or_a_text(seen: Seen) -> None:
     async with EmbeddingServer(dimensions=8) as server:
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY)
         result = await embedder.embed([TEXT])
@@ -154,7 +160,7 @@ async def test_a_refused_connection_shows_neither_key_nor_text(seen: Seen) -> No
     seen.add_error(caught.value)
 
 
-async def test_a_client_of_the_user_is_watched_like_ours(seen: Seen) -> None:
+async def test_failures_of_a_users_client_show_neither_key_nor_text(seen: Seen) -> None:
     faults = [echo(401, f"Incorrect API key provided: {KEY}"), Reset(), echo(400, TEXT)]
     async with EmbeddingServer(faults=faults, dimensions=8) as server, httpx2.AsyncClient() as http_client:
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY, http_client=http_client)
@@ -164,7 +170,7 @@ async def test_a_client_of_the_user_is_watched_like_ours(seen: Seen) -> None:
             seen.add_error(caught.value)
 
 
-async def test_a_key_that_a_function_returns_is_hidden_like_any_other(seen: Seen) -> None:
+async def test_a_key_that_a_function_returns_is_not_shown(seen: Seen) -> None:
     async def key() -> str:
         return KEY
 
@@ -187,20 +193,20 @@ async def test_a_key_with_a_newline_inside_is_not_shown(seen: Seen) -> None:
     seen.add_error(caught.value)
 
 
-async def test_a_proxy_that_is_none_is_named_without_its_password(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_invalid_proxy_is_reported_without_its_password(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"nonsense://user:{PASSWORD}@127.0.0.1:9")
     with pytest.raises(AsyncEmbedError, match="no client") as caught:
         await Embedder("m", api_key=KEY).embed([TEXT])
     seen.add_error(caught.value)
 
 
-async def test_an_embedder_is_not_pickled_with_its_key(seen: Seen) -> None:
+async def test_an_embedder_cannot_be_pickled(seen: Seen) -> None:
     with pytest.raises(TypeError, match="make one in each process") as caught:
         pickle.dumps(Embedder("m", api_key=KEY))
     seen.add_error(caught.value)
 
 
-async def test_a_cancelled_call_shows_nothing(seen: Seen) -> None:
+async def test_a_cancelled_call_shows_neither_key_nor_text(seen: Seen) -> None:
     async with EmbeddingServer(faults=lambda _: Hang()) as server:
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY)
         with pytest.raises(TimeoutError) as caught:

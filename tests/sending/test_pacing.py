@@ -12,13 +12,11 @@ import pytest
 from asyncembed import Embedder
 from asyncembed.errors import RateLimitedError, ServerError
 from asyncembed.sending.pacing import ConcurrencyLimiter, RateLimiter, shared_rate_limiter
-from asyncembed.sending.rate_limits import Bucket, bucket_from_headers
+from asyncembed.sending.rate_limits import Bucket
 from asyncembed.types import ProviderInfo, Rates, Reply
-from tests.fakes import vector_of
+from tests.fakes import now, vector_of
 
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
+pytestmark = pytest.mark.virtual_time
 
 
 class LimitedProvider:
@@ -138,7 +136,7 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
         pytest.param({"tokens_per_minute": 1_000.0}, 300, id="a batch of five times the bucket"),
     ],
 )
-async def test_a_tiny_limit_of_the_users_own_is_kept(limit: dict[str, float], wait_s: float, tells: bool) -> None:
+async def test_a_very_low_limit_of_the_user_is_kept(limit: dict[str, float], wait_s: float, tells: bool) -> None:
     provider = LimitedProvider(requests_per_minute=60, tells=tells)
     embedder = Embedder("fake", provider=provider, max_batch_size=50, **limit)  # type: ignore[arg-type]
     began = now()
@@ -150,7 +148,7 @@ async def test_a_tiny_limit_of_the_users_own_is_kept(limit: dict[str, float], wa
 
 
 @pytest.mark.virtual_time
-async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
+async def test_a_limit_that_several_embedders_set_is_one_limit() -> None:
     provider = LimitedProvider()
     embedders = [Embedder("fake", provider=provider, requests_per_minute=60) for _ in range(10)]
     for embedder in embedders:
@@ -162,7 +160,7 @@ async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_request_limit_that_fills_up_in_hours_is_waited_for_as_long_as_the_refusal_says() -> None:
+async def test_a_request_limit_per_hour_is_waited_for_as_long_as_retry_after_says() -> None:
     provider = LimitedProvider(requests_per_minute=10 / 60, capacity_s=3_600)  # ten an hour
     embedder = Embedder("fake", provider=provider, max_batch_size=1)
     began = now()
@@ -175,7 +173,7 @@ async def test_a_request_limit_that_fills_up_in_hours_is_waited_for_as_long_as_t
 
 
 @pytest.mark.virtual_time
-async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None:
+async def test_two_embedders_with_one_key_share_the_limit() -> None:
     provider = LimitedProvider(tokens_per_minute=600_000)
     embedders = [Embedder("fake", provider=provider, max_batch_size=50) for _ in range(2)]
     began = now()
@@ -189,7 +187,7 @@ async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None
 
 
 @pytest.mark.virtual_time
-async def test_requests_beyond_the_whole_bucket_go_one_by_one_when_it_is_full() -> None:
+async def test_requests_larger_than_the_bucket_are_sent_one_by_one_when_it_is_full() -> None:
     pace = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
     began = now()
 
@@ -217,7 +215,36 @@ async def test_a_large_request_is_not_starved_by_small_ones() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
+@pytest.mark.parametrize("per_minute", [None, 120])
+async def test_a_large_request_is_not_starved_by_urgent_ones_where_tokens_are_not_scarce(
+    per_minute: float | None,
+) -> None:
+    pace = RateLimiter(answered=True)
+    pace.limit(per_minute, None)
+    slots = ConcurrencyLimiter(pace, 1 if per_minute is None else 8)
+    served: list[str] = []
+
+    async def use(name: str, tokens: int, *, urgent: bool) -> None:
+        async with slots.slot(tokens, urgent=urgent):
+            served.append(name)
+            await asyncio.sleep(0.1)
+
+    async def urgent_for_ever() -> None:
+        while True:
+            await use("urgent", 5, urgent=True)
+
+    async with asyncio.TaskGroup() as group:
+        loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
+        await asyncio.sleep(120)  # what the bucket began with is used up
+        before = len(served)
+        await use("bulk", 25_000, urgent=False)
+        for loop in loops:
+            loop.cancel()
+    assert served[before:].index("bulk") <= 8
+
+
+@pytest.mark.virtual_time
+async def test_a_pause_holds_all_requests_for_its_time() -> None:
     pace = RateLimiter(answered=True)
     began = now()
     pace.pause(10)
@@ -233,7 +260,7 @@ async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_pause_that_grows_while_it_is_waited_for_is_waited_for_whole() -> None:
+async def test_a_pause_that_is_extended_is_waited_for_in_full() -> None:
     pace = RateLimiter(answered=True)
     began = now()
     pace.pause(10)
@@ -247,7 +274,7 @@ async def test_a_pause_that_grows_while_it_is_waited_for_is_waited_for_whole() -
 
 
 @pytest.mark.virtual_time
-async def test_fewer_are_sent_at_once_after_an_overload_and_more_again_with_success() -> None:
+async def test_fewer_requests_are_in_flight_after_an_overload_and_more_again_after_successes() -> None:
     overloaded_until = now() + 20
 
     class Overloaded(LimitedProvider):
@@ -277,7 +304,7 @@ async def test_fewer_are_sent_at_once_after_an_overload_and_more_again_with_succ
 
 
 @pytest.mark.virtual_time
-async def test_a_first_answer_is_waited_for_before_very_much_is_sent() -> None:
+async def test_before_the_first_reply_only_one_large_request_is_sent() -> None:
     slots = ConcurrencyLimiter(RateLimiter(), 8)
     sent: list[float] = []
 
@@ -315,99 +342,10 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> No
 
 
 @pytest.mark.virtual_time
-async def test_a_pace_is_shared_by_place_and_forgotten_with_its_last_user() -> None:
+async def test_a_rate_limiter_is_shared_by_key_and_forgotten_with_its_last_user() -> None:
     first = shared_rate_limiter("place")
     assert shared_rate_limiter("place") is first
     assert shared_rate_limiter("elsewhere") is not first
     first.pause(60)
     del first
     assert shared_rate_limiter("place").paused_until == 0
-
-
-# A bucket of 100,000 that refills by 5,000 a second, told in several ways.
-
-
-def test_two_answers_tell_refill_and_capacity_whatever_the_limit_is_meant_for() -> None:
-    # the limit is told for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
-    first = bucket_from_headers(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    second = bucket_from_headers(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
-    assert (second.per_s, second.capacity, second.level, second.at) == (5_000, 100_000, 33_000, 50.0)
-
-
-def test_one_answer_tells_them_if_the_bucket_was_full_before() -> None:
-    bucket = bucket_from_headers(None, 100_000, 60_000, 8.0, taken=40_000, unseen=0, now=0.0)
-    assert (bucket.per_s, bucket.capacity, bucket.level) == (5_000, 100_000, 60_000)
-
-
-@pytest.mark.parametrize(
-    ("remaining", "reset_s"),
-    [
-        pytest.param(100_000, 0.0, id="full"),
-        pytest.param(60_000, None, id="no reset"),
-        pytest.param(60_000, 8.0, id="others have taken some before"),
-        pytest.param(99_999, 360.0, id="the guide's own example: 6m0s for hardly anything"),
-    ],
-)
-def test_until_then_the_refill_is_the_limit_a_minute(remaining: int, reset_s: float | None) -> None:
-    bucket = bucket_from_headers(None, 100_000, remaining, reset_s, taken=0.5, unseen=0, now=0.0)
-    assert bucket.per_s == pytest.approx(100_000 / 60)
-
-
-@pytest.mark.parametrize(
-    ("remaining", "reset_s"),
-    [
-        pytest.param(40_000, 1.0, id="a reset that runs down: a window, not a bucket"),
-        pytest.param(89_000, 2.2, id="too close"),
-        pytest.param(40_000, 2.0, id="a constant"),
-    ],
-)
-def test_a_reset_that_means_something_else_changes_nothing(remaining: int, reset_s: float) -> None:
-    first = bucket_from_headers(None, 100_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    assert bucket_from_headers(first, 100_000, remaining, reset_s, taken=500, unseen=0, now=1.0).per_s == first.per_s
-
-
-def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
-    bucket = Bucket(per_s=10, capacity=100, level=100, at=0.0)
-    assert bucket.wait_s(100, now=1_000.0) == 0
-    bucket.take(150, now=1_000.0)
-    assert bucket.level == -50
-    # from -50 to 100 at 10 a second, and a little more for the clocks
-    assert bucket.wait_s(100, now=1_000.0) == pytest.approx(15, rel=0.01)
-
-
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("per_minute", [None, 120])
-async def test_large_requests_are_not_starved_by_urgent_ones_where_tokens_are_not_what_is_scarce(
-    per_minute: float | None,
-) -> None:
-    pace = RateLimiter(answered=True)
-    pace.limit(per_minute, None)
-    slots = ConcurrencyLimiter(pace, 1 if per_minute is None else 8)
-    served: list[str] = []
-
-    async def use(name: str, tokens: int, *, urgent: bool) -> None:
-        async with slots.slot(tokens, urgent=urgent):
-            served.append(name)
-            await asyncio.sleep(0.1)
-
-    async def urgent_for_ever() -> None:
-        while True:
-            await use("urgent", 5, urgent=True)
-
-    async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
-        await asyncio.sleep(120)  # what the bucket began with is used up
-        before = len(served)
-        await use("bulk", 25_000, urgent=False)
-        for loop in loops:
-            loop.cancel()
-    assert served[before:].index("bulk") <= 8
-
-
-def test_a_window_that_begins_anew_is_waited_for_until_then() -> None:
-    bucket = bucket_from_headers(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
-    assert 0.5 <= bucket.wait_s(1, now=0.0) < 0.6
-    assert bucket.wait_s(1, now=0.5) == 0
-    again = bucket_from_headers(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
-    assert again.wait_s(1, now=0.6) == 0
-    assert again.wait_s(2, now=0.6) < 1

@@ -1,3 +1,5 @@
+"""`pacing.PriorityQueue`: urgent waiters go first, but cannot starve bulk waiters."""
+
 from __future__ import annotations
 
 import asyncio
@@ -44,7 +46,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_who_comes_first_is_served_first() -> None:
+async def test_waiters_of_one_class_are_first_in_first_out() -> None:
     till = Till()
     for name in "abc":
         await till.line_up(name)
@@ -53,7 +55,7 @@ async def test_who_comes_first_is_served_first() -> None:
     assert len(till.queue) == 0
 
 
-async def test_a_large_one_is_not_starved_by_small_ones_behind_it() -> None:
+async def test_a_large_waiter_is_not_starved_by_small_ones_behind_it() -> None:
     till = Till()
     await till.line_up("large", cost=10)
     await till.line_up("small")
@@ -63,7 +65,7 @@ async def test_a_large_one_is_not_starved_by_small_ones_behind_it() -> None:
     assert till.served == ["large", "small"]
 
 
-async def test_the_urgent_go_before_those_who_wait() -> None:
+async def test_an_urgent_waiter_goes_before_a_bulk_waiter() -> None:
     till = Till()
     await till.line_up("bulk", cost=5)
     await till.line_up("now", urgent=True)
@@ -71,7 +73,7 @@ async def test_the_urgent_go_before_those_who_wait() -> None:
     assert till.served == ["now"]
 
 
-async def test_one_that_was_overtaken_by_as_much_as_it_asks_for_is_next() -> None:
+async def test_a_bulk_waiter_is_next_after_urgent_ones_have_taken_its_cost() -> None:
     till = Till()
     await till.line_up("bulk", cost=3)
     for number in range(6):
@@ -84,7 +86,7 @@ async def test_one_that_was_overtaken_by_as_much_as_it_asks_for_is_next() -> Non
     assert till.served == ["now 0", "now 1", "now 2", "bulk", "now 3", "now 4", "now 5"]
 
 
-async def test_who_is_not_ready_stands_aside_and_keeps_its_place() -> None:
+async def test_a_waiter_that_is_not_ready_is_passed_over_and_keeps_its_place() -> None:
     till = Till()
     is_ready = False
     await till.line_up("first", is_ready=lambda: is_ready)
@@ -98,7 +100,7 @@ async def test_who_is_not_ready_stands_aside_and_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("leaving", ["a", "b", "c"])
-async def test_who_is_cancelled_leaves_the_line_to_the_others(leaving: str) -> None:
+async def test_a_cancelled_waiter_leaves_the_queue(leaving: str) -> None:
     till = Till()
     for name in "abc":
         await till.line_up(name)
@@ -109,7 +111,7 @@ async def test_who_is_cancelled_leaves_the_line_to_the_others(leaving: str) -> N
 
 
 @pytest.mark.virtual_time
-async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> None:
+async def test_an_urgent_request_goes_before_a_bulk_one_that_waits_for_tokens() -> None:
     pace = RateLimiter()
     pace.limit(None, 60_000)
     slots = ConcurrencyLimiter(pace, 8)
@@ -131,7 +133,7 @@ async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> No
     assert order[1] == "now after 0 s"
 
 
-async def test_an_embedder_whose_slots_are_taken_does_not_hold_up_another_one() -> None:
+async def test_an_embedder_without_a_free_slot_does_not_delay_another_one() -> None:
     pace = RateLimiter(answered=True)
     full, free = ConcurrencyLimiter(pace, 1), ConcurrencyLimiter(pace, 1)
 

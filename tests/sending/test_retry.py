@@ -1,4 +1,4 @@
-"""`retry`: each failure with each past leads to one decision."""
+"""`retry`: an error and the history of its batch lead to one decision."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from asyncembed import AuthenticationError, NotFoundError
 from asyncembed.errors import (
-    AuthenticationError,
     BadRequestError,
     CertificateError,
     FatalProviderError,
-    NotFoundError,
     PermissionDeniedError,
     ProtocolError,
     ProviderDownError,
@@ -42,7 +41,10 @@ from asyncembed.sending.retry import (
 
 MAX_RETRIES = 8
 
+
 FAULTS = [ServerError("x", status=500), TransportError("x"), ProtocolError("x")]
+
+
 REFUSALS = [BadRequestError("x", status=400), TooLargeError("x", status=413)]
 
 
@@ -74,7 +76,7 @@ def past(
     ],
 )
 @pytest.mark.parametrize("history", [past(), past(1), past(healthy=True)])
-def test_a_fatal_answer_stops_the_run_at_once_with_itself(cls: type[FatalProviderError], history: History) -> None:
+def test_a_fatal_error_stops_the_call_at_once(cls: type[FatalProviderError], history: History) -> None:
     error = cls("x")
     assert decide(error, history, MAX_RETRIES) == Stop(error)
 
@@ -91,11 +93,13 @@ def test_a_fatal_answer_stops_the_run_at_once_with_itself(cls: type[FatalProvide
         (past(1, rejections=REJECTIONS_BEFORE_STOP - 1), Reject()),
     ],
 )
-def test_a_refusal_is_split_and_a_single_text_rejected(error: ProviderError, history: History, action: object) -> None:
+def test_a_refused_batch_is_split_and_a_refused_text_is_rejected(
+    error: ProviderError, history: History, action: object
+) -> None:
     assert decide(error, history, MAX_RETRIES) == action
 
 
-def test_a_provider_that_refuses_every_single_text_refuses_the_request() -> None:
+def test_a_call_is_stopped_if_every_single_text_is_refused() -> None:
     error = BadRequestError("dimensions?", status=400, code="x", request_id="req_1")
     action = decide(error, past(1, rejections=REJECTIONS_BEFORE_STOP), MAX_RETRIES)
     assert isinstance(action, Stop)
@@ -105,11 +109,11 @@ def test_a_provider_that_refuses_every_single_text_refuses_the_request() -> None
 
 
 @pytest.mark.parametrize("history", [past(), past(1), past(failures=MAX_RETRIES)])
-def test_too_fast_means_waiting_as_long_as_was_asked_all_together(history: History) -> None:
+def test_after_a_429_all_requests_pause_for_its_retry_after(history: History) -> None:
     assert decide(RateLimitedError("x", retry_after_s=41.7), history, MAX_RETRIES) == Retry(41.7, shared=True)
 
 
-def test_too_fast_without_a_time_means_backing_off_all_together() -> None:
+def test_after_a_429_without_retry_after_all_requests_back_off() -> None:
     for refusals in (1, 4, 8):
         action = decide(RateLimitedError("x"), replace(past(failures=5), refusals=refusals), MAX_RETRIES)
         assert isinstance(action, Retry)
@@ -118,7 +122,7 @@ def test_too_fast_without_a_time_means_backing_off_all_together() -> None:
         assert ceiling_s / 2 <= action.after_s <= ceiling_s
 
 
-def test_too_fast_again_and_again_means_waiting_longer_than_was_asked_as_long_as_nobody_gets_through() -> None:
+def test_repeated_429s_lengthen_the_pause_while_no_request_succeeds() -> None:
     error = RateLimitedError("x", retry_after_s=0.01)
     waits = [decide(error, past(failures=failures), MAX_RETRIES) for failures in range(1, MAX_RETRIES + 1)]
     assert waits[0] == Retry(0.01, shared=True)
@@ -126,7 +130,7 @@ def test_too_fast_again_and_again_means_waiting_longer_than_was_asked_as_long_as
     assert decide(error, past(failures=5, healthy=True), MAX_RETRIES) == Retry(0.01, shared=True)
 
 
-def test_too_fast_for_ever_is_an_outage_unless_others_get_through() -> None:
+def test_endless_429s_are_an_outage_unless_other_requests_succeed() -> None:
     error = RateLimitedError("x", retry_after_s=1.0)
     action = decide(error, past(failures=MAX_RETRIES + 1), MAX_RETRIES)
     assert isinstance(action, Stop)
@@ -164,11 +168,13 @@ def kind(error: ProviderError, history: History, max_retries: int = MAX_RETRIES)
         pytest.param(past(1, MAX_RETRIES + 1), DOWN, id="the last failure of one text"),
     ],
 )
-def test_a_fault_that_may_pass(error: ProviderError, history: History, expected: str) -> None:
+def test_a_transient_fault_is_retried_then_isolated_or_an_outage(
+    error: ProviderError, history: History, expected: str
+) -> None:
     assert kind(error, history) == expected
 
 
-def test_an_outage_is_waited_for_and_a_reply_that_stays_malformed_is_not() -> None:
+def test_an_outage_is_waited_for_but_malformed_replies_are_not() -> None:
     for failures in range(SUSPECT_AFTER, MAX_RETRIES + 1):
         history = past(failures=failures, probed=True)
         assert [kind(error, history) for error in FAULTS] == [RETRY, RETRY, DOWN]
@@ -176,7 +182,7 @@ def test_an_outage_is_waited_for_and_a_reply_that_stays_malformed_is_not() -> No
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("max_retries", [0, 1])
-def test_few_retries_are_kept_to(error: ProviderError, max_retries: int) -> None:
+def test_a_low_max_retries_is_kept(error: ProviderError, max_retries: int) -> None:
     last = max_retries + 1
     assert [kind(error, past(failures=n), max_retries) for n in range(1, last)] == [RETRY] * max_retries
     assert kind(error, past(failures=last), max_retries) == (PROBE if max_retries else DOWN)
@@ -185,7 +191,7 @@ def test_few_retries_are_kept_to(error: ProviderError, max_retries: int) -> None
     assert kind(error, past(1, last, healthy=True), max_retries) == REJECT
 
 
-def test_an_overloaded_server_that_tells_its_time_is_waited_for_all_together() -> None:
+def test_all_requests_pause_for_the_retry_after_of_an_overloaded_server() -> None:
     action = decide(ServerError("x", status=503, retry_after_s=20.0), past(), MAX_RETRIES)
     assert action == Retry(20.0, shared=True)
 
@@ -202,17 +208,17 @@ def test_an_overloaded_server_that_tells_its_time_is_waited_for_all_together() -
         (BadRequestError("x", status=400), False),
     ],
 )
-def test_an_overload_is_known_by_status_or_code(error: ProviderError, expected: bool) -> None:
+def test_an_overload_is_recognized_by_status_or_code(error: ProviderError, expected: bool) -> None:
     assert is_overload(error) is expected
 
 
-def test_an_overloaded_server_says_nothing_about_the_text() -> None:
+def test_an_overload_is_not_blamed_on_a_text() -> None:
     error = ServerError("x", status=503)
     for inputs in (1, 64):
         assert {kind(error, past(inputs, n, healthy=True)) for n in range(1, MAX_RETRIES + 1)} == {RETRY}
 
 
-def test_after_a_lost_connection_the_first_repetition_is_immediate_and_the_next_backs_off() -> None:
+def test_the_first_retry_after_a_lost_connection_is_immediate_and_the_next_backs_off() -> None:
     assert decide(TransportError("x"), past(), MAX_RETRIES) == Retry(0.0)
     action = decide(TransportError("x"), past(failures=2), MAX_RETRIES)
     assert isinstance(action, Retry)
@@ -220,7 +226,7 @@ def test_after_a_lost_connection_the_first_repetition_is_immediate_and_the_next_
     assert 0.5 <= action.after_s <= 1.0
 
 
-def test_after_a_timeout_the_first_repetition_backs_off() -> None:
+def test_the_first_retry_after_a_timeout_backs_off() -> None:
     action = decide(TransportError("x", timed_out=True), past(), MAX_RETRIES)
     assert isinstance(action, Retry)
     assert not action.shared
@@ -228,7 +234,7 @@ def test_after_a_timeout_the_first_repetition_backs_off() -> None:
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
-def test_a_single_text_is_called_the_culprit_only_when_another_passes(error: ProviderError) -> None:
+def test_a_single_text_is_rejected_only_after_another_text_succeeds(error: ProviderError) -> None:
     history = History(
         inputs=1, failures=REJECT_AFTER, consecutive_failures=REJECT_AFTER, healthy=False, has_known_good=True
     )
@@ -238,7 +244,7 @@ def test_a_single_text_is_called_the_culprit_only_when_another_passes(error: Pro
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
-def test_a_provider_that_fails_every_text_of_a_run_is_not_asked_for_all_of_them(error: ProviderError) -> None:
+def test_a_call_is_stopped_if_every_single_text_fails(error: ProviderError) -> None:
     action = decide(error, past(1, REJECT_AFTER, healthy=True, rejections=REJECTIONS_BEFORE_STOP), MAX_RETRIES)
     assert isinstance(action, Stop)
     assert isinstance(action.error, RequestError)
@@ -255,7 +261,7 @@ def test_backoff_doubles_up_to_half_a_minute_with_jitter(failures: int, ceiling_
 
 @pytest.mark.parametrize("size", [2, 3, 64, 1_000, 2_048])
 @pytest.mark.parametrize("error", [*REFUSALS, *FAULTS], ids=lambda error: type(error).__name__)
-def test_one_poison_costs_few_requests(error: ProviderError, size: int) -> None:
+def test_one_bad_text_costs_few_requests(error: ProviderError, size: int) -> None:
     """At most 2 log2(n) + attempts more than the one that would do, as halves keep their failures."""
     extra = 0
     for poison in {0, 1, size // 2, size - 1}:
@@ -285,7 +291,7 @@ def test_one_poison_costs_few_requests(error: ProviderError, size: int) -> None:
     assert size < 2_048 or extra <= 30
 
 
-def test_what_was_never_sent_is_not_blamed_on_a_text() -> None:
+def test_a_request_that_was_never_sent_is_not_blamed_on_a_text() -> None:
     error = TransportError("no file descriptor", connected=False)
     for inputs in (1, 64):
         for failures in range(1, 20):

@@ -1,0 +1,102 @@
+"""`feeding` through `Embedder`: texts become inputs and batches while the source is still being read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from asyncembed.batching.tokens import ByteBound
+from asyncembed.errors import BadRequestError, QuotaError
+from tests.fakes import assert_vectors, make_embedder, texts, vector_of
+
+pytestmark = pytest.mark.virtual_time
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "requests"),
+    [
+        pytest.param(1, {}, 1, id="one text"),
+        pytest.param(2_048, {}, 1, id="2,048 texts fill one request"),
+        pytest.param(2_049, {}, 2, id="one more needs a second"),
+        pytest.param(5_000, {}, 3, id="5,000 = 2,048 + 2,048 + 904"),
+        pytest.param(300, {"max_batch_size": 100}, 3, id="300 in hundreds"),
+        pytest.param(19_207, {}, 10, id="19,207 / 2,048 = 9.4"),
+    ],
+)
+async def test_texts_are_packed_into_as_few_requests_as_the_limits_allow(
+    count: int, options: dict[str, int], requests: int
+) -> None:
+    embedder, provider = make_embedder(**options)
+    expected = texts(count)
+
+    result = await embedder.embed(expected)
+
+    assert len(provider.requests) == result.requests == requests
+    assert_vectors(result.embeddings, expected)
+
+
+# ---- long texts
+
+
+async def test_a_text_that_is_too_long_fails_alone() -> None:
+    embedder, provider = make_embedder(max_tokens_per_text=10)
+
+    result = await embedder.embed(["short", "x" * 10_000, "also"])
+
+    assert result.failed_indices == [1]
+    assert provider.requests == [["short", "also"]]
+
+
+async def test_the_mean_of_pieces_is_weighted_and_has_unit_length() -> None:
+    embedder, provider = make_embedder(max_tokens_per_text=10, too_long="mean")
+    long = "abcdefghij" * 2 + "klmno"
+
+    result = await embedder.embed(["short", long])
+
+    pieces = [text for sent in provider.requests for text in sent if text != "short"]
+    assert "".join(pieces) == long
+    total = sum(np.float32(len(piece)) * vector_of(piece) for piece in pieces)
+    np.testing.assert_allclose(result.embeddings[1], total / np.linalg.norm(total), rtol=1e-5)
+
+
+async def test_a_long_text_fails_once_if_one_of_its_pieces_fails() -> None:
+    embedder, _ = make_embedder(
+        lambda _, sent: BadRequestError("HTTP 400", status=400) if "klmno" in sent else None,
+        max_tokens_per_text=10,
+        too_long="mean",
+        max_batch_size=1,
+    )
+
+    result = await embedder.embed(["short", "abcdefghij" * 2 + "klmno"])
+
+    assert result.failed_indices == [1]
+
+
+# ---- stopping
+
+
+async def test_a_fatal_error_ends_the_counting_of_tokens() -> None:
+    embedder, _ = make_embedder(lambda *_: QuotaError("no money", status=429), latency_s=0)
+    expected = [f"{number} " + "long " * 200_000 for number in range(50)]
+    counted: list[str] = []
+
+    class Counting(ByteBound):
+        def count(self, texts: Sequence[str]) -> list[int]:
+            counted.extend(texts)
+            return [1] * len(texts)
+
+    async def load(_: str | None) -> ByteBound:
+        return Counting()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncembed.embedder.embedder.load_counter", load)
+        with pytest.raises(QuotaError) as caught:
+            await embedder.embed(expected)
+
+    assert len(caught.value.result.failures) == 50
+    assert len(counted) < 30
