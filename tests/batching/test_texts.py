@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.batching.packing import Limits
-from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, prepare_inputs, unique
+from asyncembed.batching.packing import Limits, weigh
+from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, fit_one_request, prepare_inputs, unique
 from asyncembed.batching.tokens import ByteBound, TokenCounter, ToktokCounter
 from asyncembed.errors import AsyncEmbedError, InputError, InvalidTextError, TooLongError, WrongTypeError
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
@@ -155,6 +155,39 @@ def test_the_pieces_of_a_long_text_are_the_text_and_each_of_them_fits(text: str,
     mean = pieces[0].text.pieces
     assert (mean.missing if mean else 1) == len(pieces)
     assert beginning[0].text.pieces is None
+
+
+@settings(deadline=None)
+@given(
+    contents=st.lists(some_text.filter(bool), min_size=1, max_size=6),
+    inputs=st.integers(1, 6),
+    tokens=st.integers(1, 2_000),
+    tokens_per_text=st.integers(1, 1_000),
+)
+def test_texts_that_surely_fit_one_request_do_fit_it(
+    contents: list[str], inputs: int, tokens: int, tokens_per_text: int
+) -> None:
+    texts, limits = unique(enumerate(contents)), Limits(inputs, tokens, tokens_per_text)
+    if fit_one_request(texts, limits):
+        assert len(texts) <= limits.inputs
+        assert sum(text.weight for text in texts) <= limits.tokens
+        for text, count in zip(texts, EXACT.count([text.content for text in texts]), strict=True):
+            assert count <= min(text.tokens, limits.tokens_per_text)
+            assert weigh(count, len(text.content.encode())) <= text.weight
+
+
+@pytest.mark.parametrize(
+    ("contents", "fit"),
+    [
+        pytest.param(["a" * 25] * 10, True, id="at both limits of tokens"),
+        pytest.param(["a" * 26], False, id="a text that may be too long"),
+        pytest.param(["a" * 25] * 9 + ["b" * 25, "c"], False, id="texts that may be too heavy"),
+        pytest.param(list("abcdefghijk"), False, id="too many texts"),
+    ],
+)
+def test_four_bytes_a_character_decide_whether_texts_surely_fit_one_request(contents: list[str], fit: bool) -> None:
+    texts = [Text(content, (index,)) for index, content in enumerate(contents)]
+    assert fit_one_request(texts, Limits(inputs=10, tokens=1_000, tokens_per_text=100)) is fit
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "😀" * 20_000, "word " * 20_000, "é" * 50_000])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from asyncembed.batching.texts import Text
 from asyncembed.batching.tokens import ByteBound
-from asyncembed.errors import BadRequestError, QuotaError
-from tests.fakes import assert_vectors, make_embedder, texts, vector_of
+from asyncembed.errors import AsyncEmbedError, BadRequestError, QuotaError
+from asyncembed.sending.context import CallContext
+from asyncembed.sending.feeding import Slices, until_stopped
+from tests.fakes import assert_vectors, make_embedder, now, texts, vector_of
 
 pytestmark = pytest.mark.virtual_time
 
@@ -100,3 +104,40 @@ async def test_a_fatal_error_ends_the_counting_of_tokens() -> None:
 
     assert len(caught.value.result.failures) == 50
     assert len(counted) < 30
+
+
+async def hang_after(closed: list[bool], *slices: list[Text]) -> Slices:
+    """Yield the slices, then nothing more; note when this source is closed."""
+    try:
+        for each in slices:
+            yield each
+        await asyncio.Event().wait()
+    finally:
+        closed.append(True)
+
+
+async def test_an_idle_source_is_closed_as_soon_as_the_call_is_stopped() -> None:
+    call, closed, began = CallContext(), list[bool](), now()
+    asyncio.get_running_loop().call_later(5, call.stop, AsyncEmbedError("stopped"))
+    taken = [texts async for texts in until_stopped(hang_after(closed, [Text("a", (0,))], []), call)]
+    assert [[text.content for text in texts] for texts in taken] == [["a"], []]
+    assert now() - began == pytest.approx(5, abs=1e-3)
+    assert closed == [True]
+
+
+async def test_nothing_is_taken_from_a_source_after_the_call_was_stopped() -> None:
+    call = CallContext()
+    call.stop(AsyncEmbedError("stopped"))
+    assert [texts async for texts in until_stopped(hang_after([], [Text("a", (0,))]), call)] == []
+
+
+@pytest.mark.parametrize("error", [KeyError("broken"), TimeoutError("too slow")], ids=repr)
+async def test_an_error_of_the_source_is_not_hidden_by_the_check_for_a_stop(error: Exception) -> None:
+    async def slices() -> Slices:
+        yield [Text("a", (0,))]
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        async for _ in until_stopped(slices(), CallContext()):
+            pass
+    assert caught.value is error

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from asyncembed.batching.batch import Batch
+from asyncembed.batching.texts import Text
 from asyncembed.errors import (
     AsyncEmbedError,
     BadRequestError,
@@ -19,12 +21,96 @@ from asyncembed.errors import (
     ServerError,
     TransportError,
 )
+from asyncembed.sending.isolation import FailureRecord, Isolation, halves
 from tests.fakes import assert_vectors, make_embedder, now, texts
 
-virtual_time = pytest.mark.virtual_time
-
-
 # ---- values
+
+
+def batch_of(*contents: str) -> Batch:
+    return Batch([Text(content, (index,), tokens=1, weight=1) for index, content in enumerate(contents)])
+
+
+def record_of(*successes: int) -> FailureRecord:
+    """Return the record of a batch that failed at these counts of successes of other requests."""
+    record = FailureRecord()
+    for each in successes:
+        record.add(each)
+    return record
+
+
+def test_failures_are_consecutive_until_another_request_succeeds() -> None:
+    record = record_of(3, 3, 5, 5, 5)
+    assert (record.failures, record.consecutive_failures) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "failed_at", "now_at", "expected"),
+    [
+        pytest.param(64, [3], 3, False, id="no success since the failure"),
+        pytest.param(64, [3], 4, True, id="a success after it"),
+        pytest.param(64, [3, 4, 4], 4, True, id="a success after the first failure"),
+        pytest.param(1, [3], 3, False, id="one text, no success since the failure"),
+        pytest.param(1, [3], 4, True, id="one text, a success after it"),
+        pytest.param(1, [3, 4], 4, True, id="one text, a success between the last two failures"),
+        pytest.param(1, [3, 4, 4], 4, False, id="one text, no success between the last two failures"),
+        pytest.param(1, [3, 4, 4], 5, True, id="one text, a success after the last failure"),
+    ],
+)
+def test_a_success_of_others_counts_since_the_first_failure_or_for_one_text_since_the_last_but_one(
+    inputs: int, failed_at: list[int], now_at: int, expected: bool
+) -> None:
+    assert record_of(*failed_at).others_succeeded_since(inputs, now_at) is expected
+
+
+def test_a_part_keeps_the_failures_of_its_batch_and_a_single_text_gets_all_its_attempts_again() -> None:
+    inputs = batch_of("a", "b", "c").inputs
+    record = record_of(3, 3, 3)
+    record.probes, record.suspect, record.isolating = 2, inputs[0], True
+
+    part, single = record.for_part(inputs[:2]), record.for_part(inputs[2:])
+
+    assert (part.failures, part.consecutive_failures) == (3, 3)
+    assert (part.probes, part.suspect, part.isolating) == (0, None, False)
+    assert (single.failures, single.consecutive_failures, single.successes_at_last) == (0, 0, None)
+
+
+def test_without_a_known_good_text_the_batchs_own_texts_are_probes_from_both_ends_in_turn() -> None:
+    isolation, batch, record = Isolation(), batch_of("a", "b", "c", "d", "e"), FailureRecord()
+    probes = [isolation.next_probe(batch, record) for _ in range(6)]
+    assert [probe.inputs[0].content for probe, _ in probes] == ["a", "e", "b", "d", "c", "c"]
+    assert all(probe.sent and is_own for probe, is_own in probes)
+    assert isolation.probes_needed == 2
+
+
+def test_the_shortest_text_that_has_succeeded_is_the_probe_and_belongs_to_no_row() -> None:
+    isolation, record = Isolation(good_batch=batch_of("long", "s", "longer")), FailureRecord()
+    probe, is_own = isolation.next_probe(batch_of("bad"), record)
+    assert [(each.content, list(each.text.indices)) for each in probe.inputs] == [("s", [])]
+    assert (probe.sent, is_own, record.probes, isolation.probes_needed) == (True, False, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("contents", "suspect", "parts"),
+    [
+        pytest.param("abcd", None, ["ab", "cd"], id="even"),
+        pytest.param("abc", None, ["ab", "c"], id="odd"),
+        pytest.param("abcd", 2, ["c", "abd"], id="a suspect"),
+        pytest.param("a", 0, ["a"], id="nothing but the suspect"),
+    ],
+)
+def test_a_batch_is_split_into_halves_or_into_its_suspect_and_the_rest(
+    contents: str, suspect: int | None, parts: list[str]
+) -> None:
+    batch, record = batch_of(*contents), record_of(3, 3)
+    batch.sent = True
+    record.suspect = None if suspect is None else batch.inputs[suspect]
+
+    split = halves(batch, record)
+
+    assert ["".join(each.content for each in part.inputs) for part, _ in split] == parts
+    assert all(part.sent for part, _ in split)
+    assert [its_record.failures for _, its_record in split] == [0 if len(part) == 1 else 2 for part in parts]
 
 
 # ---- through `Embedder`

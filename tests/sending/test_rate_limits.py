@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncembed.sending.rate_limits import Bucket, bucket_from_headers
+from asyncembed.sending.rate_limits import Bucket, bucket_from_headers, refill_rate
 
 # A bucket of 100,000 that refills by 5,000 a second, described by headers in several ways.
 
@@ -64,3 +64,20 @@ def test_a_fixed_window_is_waited_for_until_it_restarts() -> None:
     again = bucket_from_headers(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
     assert again.wait_s(1, now=0.6) == 0
     assert again.wait_s(2, now=0.6) < 1
+
+
+@pytest.mark.parametrize(
+    ("remaining", "reset_s", "per_s"),
+    [
+        pytest.param(40_000, 12.0, 5_000, id="50,000 fewer, full 10 s later"),
+        pytest.param(100_000, 0.0, 5_000, id="fuller, and full earlier"),
+        pytest.param(40_000, None, None, id="no reset"),
+        pytest.param(89_000, 2.2, None, id="levels too close"),
+        pytest.param(40_000, 2.01, None, id="resets too close"),
+        pytest.param(40_000, 1.0, None, id="fewer left, but full earlier"),
+    ],
+)
+def test_the_refill_rate_is_the_slope_between_two_replies(
+    remaining: int, reset_s: float | None, per_s: float | None
+) -> None:
+    assert refill_rate((90_000, 2.0), remaining, reset_s) == per_s
