@@ -16,7 +16,7 @@ from asyncembed.errors import DeadlineError, FatalProviderError, QuotaError, Tra
 from asyncembed.types import Vectors
 from tests.embedder.cached import DictCache, make_cached, many, sent_texts
 from tests.embedder.test_cancellation import cancelled_at
-from tests.fakes import assert_vectors
+from tests.fakes import assert_vectors, now
 
 # ---- calls at the same time
 
@@ -54,10 +54,10 @@ async def test_a_call_keeps_its_own_deadline_while_another_embeds_the_same_texts
     embedder, _ = make_cached(True, latency_s=10)
     first = asyncio.create_task(embedder.embed(many()))
     await asyncio.sleep(0.1)
-    began = asyncio.get_running_loop().time()
+    began = now()
     with pytest.raises(DeadlineError) as caught:
         await embedder.embed([*many(), "new"], deadline=3)
-    assert asyncio.get_running_loop().time() - began == pytest.approx(3, abs=1e-3)
+    assert now() - began == pytest.approx(3, abs=1e-3)
     assert len(caught.value.result.failures) == 101
     assert_vectors((await first).embeddings, many())
 
@@ -67,9 +67,9 @@ async def test_embed_one_does_not_wait_for_a_job() -> None:
     embedder, _ = make_cached(True, latency_s=1, max_batch_size=10, concurrency=1)
     job = asyncio.create_task(embedder.embed(many()))  # ten seconds of requests
     await asyncio.sleep(0.5)
-    began = asyncio.get_running_loop().time()
+    began = now()
     assert_vectors([await embedder.embed_one("text 99")], ["text 99"])
-    assert asyncio.get_running_loop().time() - began < 3
+    assert now() - began < 3
     assert_vectors((await job).embeddings, many())
 
 
@@ -165,7 +165,7 @@ async def test_a_stream_that_is_left_early_leaves_no_task_and_no_request(kind: t
 
 
 class SlowStore:
-    """Takes three seconds for a batch."""
+    """Takes three seconds to store a batch."""
 
     def __init__(self) -> None:
         self.stored: list[Any] = []

@@ -15,12 +15,12 @@ import pytest
 from asyncembed import MemoryCache, Record, ingest
 from asyncembed.batching.batch import Outcome
 from asyncembed.batching.texts import Text
-from asyncembed.embedder.caching import PUT_FIRST_S, CacheClient, CachingReceiver
+from asyncembed.embedder.caching import CacheClient, CachingReceiver
 from asyncembed.errors import ConfigError, SinkError
 from asyncembed.sending.context import CallContext
 from asyncembed.types import Vectors
 from tests.embedder.cached import DictCache, make_cached, many, sent_texts
-from tests.fakes import assert_vectors
+from tests.fakes import assert_vectors, now
 
 # ---- a cache that fails
 
@@ -53,9 +53,9 @@ async def test_a_failing_cache_fails_no_call_and_is_logged_once_without_its_mess
             assert_vectors([await embedder.embed_one("a")], ["a"])
             assert_vectors([item.vector async for item in embedder.stream(["b"])], ["b"])
     assert len(sent_texts(provider)) == 2 * 102
-    told = [record.getMessage() for record in caplog.records if "cache" in record.getMessage()]
-    assert len(told) == 1
-    assert "OSError" in told[0]
+    logged = [record.getMessage() for record in caplog.records if "cache" in record.getMessage()]
+    assert len(logged) == 1
+    assert "OSError" in logged[0]
     assert "secret" not in caplog.text
     assert "text 7" not in caplog.text
 
@@ -95,7 +95,7 @@ async def test_a_cache_file_that_breaks_later_fails_no_call(tmp_path: Path) -> N
 
 
 class FullCache:
-    """Takes a second to say that it cannot take anything."""
+    """Fails each `put` after a second."""
 
     def __init__(self) -> None:
         self.puts = 0
@@ -112,17 +112,13 @@ class FullCache:
 
 
 @pytest.mark.virtual_time
-async def test_a_cache_that_cannot_be_written_delays_no_call_and_is_not_tried_for_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("asyncembed.embedder.caching.PUT_FIRST_S", PUT_FIRST_S)
+async def test_a_cache_that_cannot_be_written_delays_no_call_and_is_not_tried_for_a_while() -> None:
     cache = FullCache()
     embedder, _ = make_cached(cache, latency_s=0)
-    clock = asyncio.get_running_loop().time
     async with embedder:
-        began_at = clock()
+        began_at = now()
         await embedder.embed_one("a", deadline=0.5)
-        assert clock() - began_at < 0.2
+        assert now() - began_at < 0.2
         await asyncio.sleep(1)
         for text in "bcd":
             await embedder.embed_one(text)
@@ -180,15 +176,24 @@ async def test_a_cache_of_the_user_is_not_closed_and_one_of_ours_is(tmp_path: Pa
         await embedder.embed(["a"])
     assert not handed_in.closed
 
-    embedder, _ = make_cached(tmp_path / "cache.db")
-    await embedder.embed(["a"])
+    embedder, provider = make_cached(tmp_path / "cache.db")
+    await embedder.embed(many())
+    assert (tmp_path / "cache.db-wal").exists()
     await embedder.aclose()
-    assert embedder._own_cache._file._connection is None  # type: ignore[union-attr]
-    assert_vectors([await embedder.embed_one("a")], ["a"])  # it is opened again
+    assert not (tmp_path / "cache.db-wal").exists()  # SQLite deletes it with the last connection
+    assert_vectors((await embedder.embed(many())).embeddings, many())  # it is opened again
+    assert len(sent_texts(provider)) == 100
     await embedder.aclose()
 
-    embedder, _ = make_cached(True)
+    embedder, provider = make_cached(True)
     await embedder.embed(["a"])
     await embedder.aclose()
-    assert len(embedder._own_cache) == 0  # type: ignore[arg-type]
-    assert make_cached(False)[0]._cache is None
+    await embedder.embed(["a"])
+    assert sent_texts(provider) == ["a", "a"]  # closing has emptied it
+
+
+async def test_without_a_cache_every_call_is_sent() -> None:
+    embedder, provider = make_cached(False)
+    results = [await embedder.embed(["a"]) for _ in range(2)]
+    assert sent_texts(provider) == ["a", "a"]
+    assert [(result.cache_hits, result.cache_misses) for result in results] == [(0, 0)] * 2

@@ -27,9 +27,9 @@ Make = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
-def a_slow_disk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is answered finds it in the file, however busy this machine is."""
-    monkeypatch.setattr("asyncembed.embedder.caching.PUT_FIRST_S", 10.0)
+def vectors_are_in_the_file_before_a_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, writing them may take longer than a call waits for that."""
+    monkeypatch.setattr("asyncembed.embedder.dispatcher.PUT_FIRST_S", 10.0)
 
 
 @pytest.fixture(params=["memory", "sqlite", "own"])

@@ -29,7 +29,7 @@ async def test_the_repr_shows_requests_in_flight_and_queued() -> None:
     bulk = asyncio.create_task(embedder.embed(["a", "b", "c", "d", "e"]))
     single = asyncio.create_task(embedder.embed_one("f"))
     await asyncio.sleep(0.5)
-    # one worker has the batch that goes next
+    # one batch more than there are slots waits for one; "f" is the other
     assert repr(embedder) == "<Embedder 'fake': 2 of 2 requests under way, 2 queued>"
     await asyncio.wait([bulk, single])
     assert repr(embedder) == "<Embedder 'fake': 0 of 2 requests under way>"
@@ -258,12 +258,17 @@ async def test_a_check_goes_before_a_bulk_job_and_keeps_a_pause() -> None:
     bulk.cancel()
     await asyncio.wait([bulk])
 
-    embedder._dispatchers.get().endpoint.limiter.rate.pause(60)
+    embedder, _ = make_embedder(
+        lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if not n else None
+    )
+    refused = asyncio.create_task(embedder.embed_one("a"))
+    await asyncio.sleep(1.5)
     with pytest.raises(DeadlineError):
         await embedder.check()
     assert (await embedder.check(deadline=None)).latency_s > 49
     with pytest.raises(DeadlineError):
         await embedder.check(deadline=0)
+    np.testing.assert_array_equal(await refused, vector_of("a"))
 
 
 FORGETFUL = """

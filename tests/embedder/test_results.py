@@ -52,7 +52,7 @@ def results_of(count: int) -> Results:
 
 
 def vectors_of(texts: Sequence[Text], dimensions: int = 3) -> Vectors:
-    """Every number is the position of the text."""
+    """Return vectors float32[n, dimensions] in which every number is the position of the text."""
     return np.repeat(np.array([[text.indices[0]] for text in texts], np.float32), dimensions, axis=1)
 
 
@@ -93,7 +93,7 @@ async def test_rows_that_are_not_adjacent_are_filled() -> None:
 @pytest.mark.parametrize("row", [0, 3, None])
 async def test_a_first_reply_with_wrong_dimensions_does_not_spoil_the_result(row: int | None) -> None:
     damage = WrongDimensions(7) if row is None else WrongDimensions(7, row=row)
-    # of these the first is refused, unless all its rows agree and nobody knows better
+    # the first reply is refused, unless all its rows have one size and no other size is known
     async with (
         EmbeddingServer(dimensions=8, faults=[damage]) as server,
         Embedder("fake", base_url=server.base_url, api_key="none") as embedder,
@@ -116,23 +116,28 @@ async def test_a_text_without_an_outcome_is_a_failed_row() -> None:
 
 
 async def test_two_outcomes_at_once_fill_one_array() -> None:
-    small_is_there = threading.Event()
+    large_has_begun, small_is_done = threading.Event(), threading.Event()
+    loop_thread = threading.get_ident()
 
-    class Slow(Results):
-        def _copy(self, embeddings: Any, outcome: Outcome) -> None:
-            if len(outcome.texts) > 1:  # in a thread
-                assert small_is_there.wait(10)
-            super()._copy(embeddings, outcome)
+    class SlowIndices(list[int]):
+        """Holds up the thread that copies the vectors of the large outcome."""
+
+        def __getitem__(self, index: Any) -> Any:
+            if threading.get_ident() != loop_thread:
+                large_has_begun.set()
+                assert small_is_done.wait(10)
+            return super().__getitem__(index)
 
     count = WORTH_A_THREAD_BYTES // 16 + 10
-    results = Slow(count, CallContext(), None)
+    results = results_of(count)
     vectors = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
-    texts = [Text("", [index]) for index in range(count)]
+    texts = [Text("", SlowIndices([index]) if index == 1 else [index]) for index in range(count)]
 
     async with asyncio.TaskGroup() as group:
         group.create_task(results.deliver(Outcome(texts[1:], vectors[1:])))
-        await asyncio.sleep(0)
+        await asyncio.to_thread(large_has_begun.wait, 10)
         await results.deliver(Outcome(texts[:1], vectors[:1]))
-        small_is_there.set()
+        small_is_done.set()
+    assert large_has_begun.is_set()
 
     np.testing.assert_array_equal(results.finish(None, None, None).embeddings, vectors)
