@@ -102,14 +102,14 @@ async def test_duplicate_texts_of_a_call_count_once() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_text_that_is_sent_again_as_a_probe_counts_once() -> None:
-    # a batch that keeps failing makes the engine send a text that has passed before
+    # while a batch keeps failing, a text that has succeeded is sent again as a probe
     embedder, provider = make_embedder(
         lambda _, sent: ServerError("HTTP 500") if "poison" in sent else None, max_batch_size=4, concurrency=1
     )
     result = await embedder.embed([*texts(50), "poison"])
 
     assert result.failed_indices == [50]
-    assert sum(map(len, provider.requests)) > 51 + 4  # some were sent more often
+    assert sum(map(len, provider.requests)) > 51 + 4  # some were sent more than once
     assert (embedder.stats().texts, embedder.stats().texts_failed) == (50, 1)
 
 
@@ -137,7 +137,9 @@ async def test_waiting_for_a_slot_is_not_counted_as_held_by_the_rate() -> None:
     await embedder.embed(texts(120))
 
     stats = embedder.stats()
-    assert stats.waited_s == pytest.approx(2.0 + 2.0, abs=0.01)  # the second and the third, each for the one before
+    assert stats.waited_s == pytest.approx(
+        2.0 + 2.0, abs=0.01
+    )  # the second and the third request, each for the one before
     assert stats.held_s == 0
 
 
@@ -177,13 +179,13 @@ async def test_a_reply_to_another_request_does_not_shorten_the_held_time() -> No
 async def test_the_time_until_a_shared_request_is_sent_is_queue_time() -> None:
     embedder, _ = make_embedder()
     async with asyncio.TaskGroup() as group:
-        for name in ("a", "b"):  # two shared requests may be under way at once
+        for name in ("a", "b"):  # two shared requests may be in flight at a time
             group.create_task(embedder.embed_one(name))
             await asyncio.sleep(0.25)
         for name in ("c", "d", "d"):
             group.create_task(embedder.embed_one(name))
         await asyncio.sleep(0)
-        assert embedder.stats().gathering == 2  # texts: who asks for an equal one waits for the same
+        assert embedder.stats().gathering == 2  # texts: duplicates count once
 
     stats = embedder.stats()
     assert stats.calls_queued == 5
@@ -215,7 +217,7 @@ async def test_stats_show_requests_in_flight_and_waiting() -> None:
     now = embedder.stats()
     assert (now.requests, now.succeeded) == (2, 0)
     assert now.under_way == provider.in_flight == 2
-    assert now.waiting == 1  # the worker beyond the slots
+    assert now.waiting == 1  # one batch more than there are slots
     await running
     assert embedder.stats().under_way == embedder.stats().waiting == 0
 
@@ -224,7 +226,7 @@ async def test_stats_show_requests_in_flight_and_waiting() -> None:
 async def test_stats_show_a_pause_until_it_ends() -> None:
     embedder, _ = make_embedder(lambda number, _: RateLimitedError("slow", retry_after_s=10.0) if number == 0 else None)
     running = asyncio.create_task(embedder.embed(["a"]))
-    await asyncio.sleep(6.0)  # answered after one second
+    await asyncio.sleep(6.0)  # the refusal comes after one second
 
     assert 5.0 <= embedder.stats().paused_for_s <= 5.6
     assert ", paused for 5." in str(embedder.stats())

@@ -37,7 +37,7 @@ def weigh_one(
 
 
 @pytest.mark.parametrize("text", [None, 5, 0.5, float("nan"), b"bytes", ["a"], {}, object()], ids=type)
-def test_what_is_no_str_is_refused_by_its_type(text: object) -> None:
+def test_a_value_that_is_not_a_str_is_refused_with_its_type(text: object) -> None:
     with pytest.raises(WrongTypeError, match=f"is {type(text).__name__}; a text is a str") as caught:
         check_text(text)
     assert isinstance(caught.value, (TypeError, InputError))
@@ -53,13 +53,13 @@ def test_an_empty_text_and_a_lone_surrogate_are_refused_without_showing_the_text
 
 
 @pytest.mark.parametrize("text", [" ", "\n", "\0", "a", "é", "😀", "<|endoftext|>", "null"])
-def test_all_other_texts_are_good(text: str) -> None:
+def test_all_other_texts_are_accepted(text: str) -> None:
     check_text(text)
     (item,), failed = weigh_one(text)
     assert (item.content, failed) == (text, [])
 
 
-def test_equal_texts_become_one_that_answers_all_positions() -> None:
+def test_duplicate_texts_become_one_text_with_all_positions() -> None:
     texts = unique(enumerate(["a", "b", "a", "A", "b", "a "]))
     assert [(text.content, list(text.indices)) for text in texts] == [
         ("a", [0, 2]),
@@ -75,7 +75,7 @@ def tokens_of(count: int) -> str:
     return text
 
 
-def test_as_many_tokens_as_the_model_takes_are_accepted_and_one_more_is_not() -> None:
+def test_a_text_at_the_models_token_limit_is_accepted_and_one_token_more_is_refused() -> None:
     (item,), failed = weigh_one(tokens_of(8_192))
     assert (item.tokens, failed) == (8_192, [])
 
@@ -85,7 +85,7 @@ def test_as_many_tokens_as_the_model_takes_are_accepted_and_one_more_is_not() ->
     assert str(error).startswith("has 8,193 tokens; the model takes 8,192.")
 
 
-def test_as_much_weight_as_a_batch_takes_is_accepted_and_one_more_is_not() -> None:
+def test_a_text_at_the_token_limit_of_a_batch_is_accepted_and_one_token_more_is_refused() -> None:
     limits = Limits(10, 1_000, 8_192)
     (item,), failed = weigh_one(tokens_of(1_000), limits=limits)
     assert (item.weight, failed) == (1_000, [])
@@ -100,7 +100,7 @@ def test_a_text_weighs_its_tokens_or_a_quarter_of_its_bytes() -> None:
     assert emoji.weight == emoji.tokens > len("🏳️‍🌈".encode()) / 4
 
 
-def test_a_text_that_is_surely_too_long_is_not_counted() -> None:
+def test_a_text_that_is_certainly_too_long_is_not_counted() -> None:
     items, ((_, error),) = weigh_one("a" * 5_000_000, counter=NoCounter())
     assert isinstance(error, TooLongError)
     assert (items, error.tokens) == ([], -(-5_000_000 // 128))
@@ -119,7 +119,7 @@ def test_failures_and_inputs_keep_their_texts_and_their_order() -> None:
     assert [text for text, _ in failed] == [texts[1], texts[3]]
 
 
-def test_without_a_tokenizer_a_text_that_may_fit_is_sent_and_one_that_cannot_is_not() -> None:
+def test_without_a_tokenizer_only_texts_that_cannot_fit_are_refused() -> None:
     (item,), failed = weigh_one("word " * 6_000, counter=ByteBound())
     assert (item.tokens, item.weight, failed) == (30_000, 8_192, [])
     (item,), failed = weigh_one("x" * 4_000, counter=ByteBound(), limits=Limits(10, 1_000, 8_192))
@@ -140,7 +140,7 @@ some_text = st.lists(
 
 @settings(deadline=None)
 @given(text=some_text.filter(bool), limit=st.integers(5, 40), exact=st.booleans())
-def test_the_pieces_of_a_long_text_are_the_text_and_each_of_them_fits(text: str, limit: int, exact: bool) -> None:
+def test_the_pieces_of_a_long_text_join_to_the_text_and_each_of_them_fits(text: str, limit: int, exact: bool) -> None:
     counter: TokenCounter = EXACT if exact else ByteBound()
     limits = Limits(10, 1_000, limit)
 

@@ -213,7 +213,7 @@ async def test_options_that_decide_a_vector_are_part_of_its_key(option: str, val
     await embedder.embed(["a"])
     assert sent_texts(provider) == ["a"]
     again, provider = make_cached(cache, **{option: value})
-    if option != "dimensions":  # the fake gives four whatever it is asked for
+    if option != "dimensions":  # the fake provider always returns four
         await again.embed(["a"])
         assert provider.requests == []
 
@@ -234,7 +234,7 @@ async def test_another_model_and_another_provider_have_other_keys() -> None:
 async def test_keys_are_hashes_of_settings_and_text_and_stay_the_same() -> None:
     cache = DictCache()
     await make_cached(cache)[0].embed(["a secret", "é"])
-    # spelled out here, since files of caches outlive releases
+    # written out, since cache files must stay valid over releases
     settings_ = (
         '{"dimensions": null, "model": "fake", "place": "tests.fakes.FakeProvider", '
         '"tokens_per_text": 8192, "too_long": "error"}'
@@ -276,7 +276,7 @@ async def test_an_invalid_cached_vector_is_a_miss_and_is_replaced(kept: object, 
 
 
 class Sized(FakeProvider):
-    """Knows its size from the first reply on, as a real one does."""
+    """Knows the size of its vectors from the first reply on, as a real provider does."""
 
     def __init__(self, size: int) -> None:
         super().__init__(latency_s=0)
@@ -296,7 +296,7 @@ async def test_cached_vectors_of_another_size_are_misses(count: int) -> None:
 
     provider = Sized(5)
     embedder = Embedder("fake", provider=provider, cache=cache)
-    result = await embedder.embed([*texts, "new"])  # at first nobody knows the size
+    result = await embedder.embed([*texts, "new"])  # the size is not known yet
     assert result.embeddings.shape == (count + 1, 5)
     assert sorted(sent_texts(provider)) == sorted([*texts, "new"])
     assert (result.cache_hits, result.cache_misses) == (0, count + 1)
@@ -373,7 +373,7 @@ async def test_each_row_has_its_vector_for_any_mix_of_hits_duplicates_and_bad_te
 ) -> None:
     cache: Any = {
         "memory": MemoryCache,
-        "small": lambda: MemoryCache(3_000),  # nine vectors: what was a hit just now may be gone
+        "small": lambda: MemoryCache(3_000),  # nine vectors, so hits may be evicted at any time
         "sqlite": lambda: SQLiteCache(tmp_path / f"{next(NUMBERS)}.db"),
         "own": DictCache,
     }[kind]()

@@ -66,7 +66,7 @@ def steps(at: int, then: Callable[[], object]) -> Iterator[Steps]:
 
 
 async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool:
-    """Do the work in a task and cancel that at the n-th step of whatever task; return whether it got so far."""
+    """Do the work in a task and cancel it at the n-th step of any task; return whether there were so many steps."""
     before = asyncio.all_tasks()
 
     def cancel() -> None:
@@ -85,7 +85,7 @@ async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool
 
 
 def foreign_threads() -> set[threading.Thread]:
-    """All threads but the server's, and those of the loop's default executor, which it keeps for its next work."""
+    """All threads except the server's, and except the loop's default executor, which keeps its threads."""
     return {
         thread for thread in threading.enumerate() if not thread.name.startswith(("asyncio_", "asyncembed-testing"))
     }
@@ -139,7 +139,7 @@ async def test_a_call_cancelled_at_any_step_leaves_no_task_and_the_embedder_usab
 ) -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         embedder = make(server)
-        await work(embedder)  # the vocabulary, the connections
+        await work(embedder)  # loads the vocabulary and opens the connections
         threads = foreign_threads()
         step, reached = 0, True
         while reached:
@@ -234,7 +234,7 @@ async def test_a_cancelled_call_leaves_no_request_and_no_task() -> None:
 
     assert provider.in_flight == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    # and the slots are free again
+    # the slots are free again
     result = await embedder.embed(texts(8))
     assert result.failures == ()
 
@@ -298,7 +298,7 @@ async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_beh
         assert all(task.cancelled() or task.exception() is None for task in tasks)
         assert 0 < answered < 10_000
 
-        await asyncio.sleep(0)  # for the callbacks of tasks that have ended
+        await asyncio.sleep(0)  # runs the callbacks of tasks that have ended
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert is_idle(embedder)
         again = [loop.create_task(embedder.embed_one(f"text {number}")) for number in range(2_000)]

@@ -56,7 +56,7 @@ async def test_calls_made_while_requests_are_in_flight_share_the_next_request() 
     await asyncio.wait(tasks)
 
     assert all(task.exception() is None for task in tasks)
-    # two at once, a second each
+    # two at a time, one second each
     assert len(provider.requests) <= 23
     assert provider.most_in_flight == 2
 
@@ -167,7 +167,9 @@ async def test_a_deadline_ends_only_its_own_call() -> None:
 
 async def test_closing_waits_for_queued_calls() -> None:
     embedder, provider = make_embedder(max_batch_size=2)
-    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)]  # three requests, two at once
+    tasks = [
+        asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)
+    ]  # three requests, two of them at a time
     await asyncio.sleep(0.5)
     await embedder.aclose()
     assert await settled(tasks) == [None] * 6
@@ -320,7 +322,7 @@ async def test_single_calls_go_before_a_bulk_job() -> None:
     await asyncio.sleep(3.5)
     began = now()
     await embedder.embed_one("a query")
-    assert now() - began <= 1.51  # what is under way, and its own
+    assert now() - began <= 1.51  # a request in flight, and its own
     assert not bulk.done()
     assert not (await bulk).failures
     assert provider.most_in_flight == 2

@@ -170,7 +170,7 @@ async def test_a_small_call_does_not_wait_for_the_end_of_a_large_one() -> None:
         await asyncio.sleep(10.5)
         began = now()
         await embedder.embed(["small"])
-        # behind what had its turn before: four under way, and as many as wait for a slot
+        # behind the four requests in flight and the batches that already wait for a slot
         assert now() - began <= 3.5
         assert not large.done()
 
@@ -203,7 +203,9 @@ def test_closed_event_loops_are_forgotten() -> None:
 
     async def use() -> None:
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        async with asyncio.TaskGroup() as group:  # at once, so that its locks are waited for, and know their loop
+        async with (
+            asyncio.TaskGroup() as group
+        ):  # concurrently, so that its locks have waiters and are bound to their loop
             for number in range(5):
                 group.create_task(embedder.embed([f"text {number}", "x" * 3_000]))
                 group.create_task(embedder.embed_one(f"text {number}"))

@@ -80,7 +80,7 @@ async def test_a_stream_reads_its_source_a_bounded_distance_ahead() -> None:
     async with aclosing(embedder.stream(source())) as items:
         async for item in items:
             await asyncio.sleep(1)
-            assert read - item.record.id <= 2 * 3 * 10  # (concurrency + 1) batches, and a slice of as many
+            assert read - item.record.id <= 2 * 3 * 10  # concurrency + 1 batches, and a chunk of the same size
             if item.record.id == 300:
                 break
     assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -38,7 +38,7 @@ async def assert_stored(sink: Any, texts: dict[str, str]) -> None:
 
 
 class LimitedSink:
-    """A store that takes so many batches and then no more."""
+    """A sink that takes a number of batches and then fails."""
 
     def __init__(self, batches: int) -> None:
         self.batches = batches

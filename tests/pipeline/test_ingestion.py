@@ -258,7 +258,7 @@ async def test_memory_does_not_grow_with_the_number_of_records(open_store: OpenS
 
     def source(first: int, count: int) -> Iterator[Record]:
         for number in range(first, first + count):
-            provider.requests.clear()  # the fake's own memory does grow
+            provider.requests.clear()  # or the fake provider's record would grow
             yield Record(number, f"text {number} " * 20)
 
     async def peak(count: int, first: int) -> int:
@@ -272,9 +272,9 @@ async def test_memory_does_not_grow_with_the_number_of_records(open_store: OpenS
     async with open_store() as sink:
         await peak(2_000, 0)
         small = await peak(4_000, 10_000)
-        # at times all batches are in memory at once, whatever their number; growth would be there each time
+        # a single run may happen to hold all its batches at once; real growth would be seen in each run
         large = min([await peak(16_000, first) for first in (100_000, 200_000)])
-    assert large < 2 * small  # of four times as many records
+    assert large < 2 * small  # with four times as many records
 
 
 # ---- arguments

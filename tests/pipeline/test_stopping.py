@@ -142,7 +142,7 @@ async def test_a_stopped_ingest_does_not_wait_for_an_idle_source(open_store: Ope
 
 
 class HangingSink:
-    """A sink that does not come back from one of its calls, until it is cancelled."""
+    """A sink with one method that hangs until it is cancelled."""
 
     def __init__(self, sink: Any, call: str) -> None:
         self._sink = sink
@@ -196,7 +196,7 @@ async def test_the_deadline_ends_ingest_with_a_report(open_store: OpenStore) -> 
 
 @pytest.mark.parametrize("deadline", [0.03 * step for step in range(1, 9)])
 async def test_at_any_deadline_the_report_agrees_with_the_store(open_store: OpenStore, deadline: float) -> None:
-    # a batch whose COMMIT was under way was told as failed, and was in the store
+    # once, a batch that was being committed was reported as failed although it was stored
     embedder, _ = make(max_batch_size=50)
     source = (Record(number, f"text {number}") for number in range(100_000))
     async with open_store() as sink:

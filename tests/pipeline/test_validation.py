@@ -84,7 +84,7 @@ async def test_metadata_that_only_spell_nul_are_stored(open_store: OpenStore) ->
 
 
 class UnreadableMapping(Mapping[str, Any]):
-    """A mapping that cannot be read."""
+    """A mapping whose values cannot be read."""
 
     def __getitem__(self, key: str) -> Any:
         raise ConnectionError("the row is gone: secret text")
@@ -121,7 +121,7 @@ async def test_a_record_that_cannot_be_read_fails_alone(open_store: OpenStore, o
 
 
 class WatchedMetadata(Mapping[str, int]):
-    """Metadata that note which thread reads them."""
+    """Metadata that record which thread reads them."""
 
     def __init__(self, readers: list[int]) -> None:
         self._readers = readers
@@ -152,4 +152,4 @@ async def test_only_records_that_are_slow_to_check_are_checked_in_a_thread(
     assert len({row.metadata for row in sink.rows}) == 1
     assert [row.id for row in sink.rows] == list(range(100))
     elsewhere = sum(reader != threading.get_ident() for reader in readers)
-    assert elsewhere == in_threads  # the first eight are checked before it is known how long they take
+    assert elsewhere == in_threads  # the first eight are checked before their time is known

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.virtual_time
 
 
 class Work:
-    """Starts pieces of work as they are admitted, and ends them when the test says so."""
+    """Starts batches as they are admitted, and ends them when the test calls `end`."""
 
     def __init__(self, most: int, most_backing_off: int = 0) -> None:
         self.admission = Admission(most, most_backing_off)
@@ -63,7 +63,7 @@ async def test_a_batch_that_backs_off_makes_room_for_another() -> None:
         await asyncio.sleep(0.1)
         assert work.started == ["a", "c"]
     await work.end("a")
-    assert work.started == ["c"]  # it holds the only place now
+    assert work.started == ["c"]  # "c" now holds the only place
     await work.end("c")
     assert work.started == ["b"]
 
@@ -87,7 +87,7 @@ async def test_a_cancelled_waiter_takes_no_place() -> None:
 async def test_a_waiter_that_is_cancelled_after_its_admission_gives_its_place_back() -> None:
     work = Work(1)
     await work.add("a", "b", "c")
-    work.admission.leave()  # "c" is admitted, and has not run since
+    work.admission.leave()  # "c" is admitted, but its task has not run yet
     work.started.remove("a")
     await work.cancel("c")
     assert work.started == ["b"]

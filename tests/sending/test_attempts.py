@@ -53,7 +53,7 @@ async def test_a_server_error_is_retried_after_a_backoff() -> None:
 
     assert (result.requests, result.retries, result.failures) == (3, 2, ())
     first, second, third = provider.sent_at
-    # 1 s of latency, then 0.5 s and 1 s, each times 0.5 to 1
+    # 1 s of latency, then backoffs of 0.5 s and 1 s, each times 0.5 to 1
     assert 1.25 <= second - first <= 1.51
     assert 1.5 <= third - second <= 2.01
 
@@ -109,7 +109,7 @@ async def test_a_batch_that_backs_off_does_not_delay_other_batches() -> None:
     result = await embedder.embed(texts(5))
 
     assert result.failed_indices == [0]
-    assert provider.requests[:2] == [["text 0"], ["text 1"]]  # not the same again, after a pause
+    assert provider.requests[:2] == [["text 0"], ["text 1"]]  # not "text 0" again after its backoff
     assert_vectors(result.embeddings, texts(5), failed=[0])
 
 
@@ -119,7 +119,7 @@ async def test_an_outage_stops_the_call_within_its_retries() -> None:
     with pytest.raises(ProviderDownError) as caught:
         await embedder.embed(texts(2_048))
 
-    # 5 attempts, and two single texts to see that it is not one of them
+    # 5 attempts, and two single texts as probes, to see whether one text is to blame
     assert len(provider.requests) == 5 + 2
     assert len(caught.value.result.failures) == 2_048
 

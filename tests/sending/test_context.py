@@ -1,4 +1,4 @@
-"""`context` through `Embedder`: the deadline bounds a call, and what ends it."""
+"""`context` through `Embedder`: the deadline of a call."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_a_pause_beyond_the_deadline_of_one_call_holds_for_later_calls() -
 
     refused_at = now()
     with pytest.raises(DeadlineError):
-        await embedder.embed(["a"], deadline=10.0)  # nothing to wait for
+        await embedder.embed(["a"], deadline=10.0)  # fails at once: the pause ends after this deadline, too
     assert now() - refused_at < 0.1
 
     await embedder.embed(["a"])

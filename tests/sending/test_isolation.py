@@ -136,7 +136,7 @@ async def test_one_bad_text_among_2048_costs_one_text_and_few_requests(position:
 
     assert result.failed_indices == [position]
     assert_vectors(result.embeddings, expected, failed=[position])
-    # a 400 is split at once: 2·log2(2048) = 22. The others: 2 more attempts, 2 probes, 22 parts, 4 for the culprit.
+    # a 400 is split at once: 2·log2(2048) = 22. The others: 2 more attempts, 2 probes, 22 parts, 4 for the bad text.
     assert len(provider.requests) - 1 <= (22 if isinstance(error, BadRequestError) else 30)
 
 
@@ -158,7 +158,7 @@ async def test_texts_that_cause_errors_fail_alone(error: AsyncEmbedError, one_in
     failed = [index for index, text in enumerate(expected) if text in poisons]
     assert result.failed_indices == failed
     assert_vectors(result.embeddings, expected, failed=failed)
-    # each is searched for by halves (22 requests, shared with its neighbours) and asked five times
+    # each is found by halving (22 requests, shared with its neighbours) and then attempted five times
     assert len(provider.requests) < 4 * 2_048
     assert len(provider.requests) < len(poisons) * (22 + 5)
 
@@ -169,7 +169,7 @@ async def test_an_outage_during_isolation_fails_no_good_text() -> None:
     expected = texts(256)
 
     def script(_: int, sent: Sequence[str]) -> AsyncEmbedError | None:
-        # the search is down to single texts after some seconds; then nothing passes for most of a minute
+        # after some seconds the search is down to single texts; then all requests fail for most of a minute
         down = 4 < now() - start < 50
         return ServerError("HTTP 500", status=500) if down or "text 77" in sent else None
 
@@ -194,7 +194,7 @@ async def test_a_call_whose_texts_all_fail_ends_early_while_another_call_succeed
 
     assert good.result().failures == ()
     assert len(caught.value.result.failures) == 200  # type: ignore[attr-defined]
-    # it is found out after some texts that it is all of them
+    # after some texts it is clear that all of them fail
     assert sum("bad" in sent[0] for sent in provider.requests) < 200
 
 

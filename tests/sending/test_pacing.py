@@ -1,4 +1,4 @@
-"""`pacing`: shared pauses, buckets as the provider keeps them, first come first served; on the virtual clock."""
+"""`pacing`: shared pauses, limits per minute, and the order in which requests are sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.virtual_time
 
 
 class LimitedProvider:
-    """Keeps token and request buckets as OpenAI does, and tells them in every answer unless `tells` is False."""
+    """Keeps token and request buckets as OpenAI does, and sends their state as headers unless `sends_headers=False`."""
 
     def __init__(
         self,
@@ -28,19 +28,19 @@ class LimitedProvider:
         tokens_per_minute: float = math.inf,
         requests_per_minute: float = math.inf,
         capacity_s: float = 60.0,
-        told_s: float | None = None,
+        stated_capacity_s: float | None = None,
         latency_s: float = 0.2,
-        tells: bool = True,
+        sends_headers: bool = True,
         retry_after: bool = True,
     ) -> None:
         self.info = ProviderInfo(identity=object())
         self._rates = {"tokens": tokens_per_minute / 60, "requests": requests_per_minute / 60}
         self._capacity = {name: rate * capacity_s for name, rate in self._rates.items()}
-        self._limit = {name: rate * (told_s or capacity_s) for name, rate in self._rates.items()}
+        self._limit = {name: rate * (stated_capacity_s or capacity_s) for name, rate in self._rates.items()}
         self._levels = dict(self._capacity)
         self._at = 0.0
         self._latency_s = latency_s
-        self._tells = tells
+        self._sends_headers = sends_headers
         self._retry_after = retry_after
         self.accepted = self.refused = 0
 
@@ -53,7 +53,7 @@ class LimitedProvider:
         if not waits:
             for name in needed:
                 self._levels[name] -= needed[name]
-        rates = self._told() if self._tells else None
+        rates = self._headers() if self._sends_headers else None
         await asyncio.sleep(self._latency_s)
         if waits:
             self.refused += 1
@@ -69,14 +69,14 @@ class LimitedProvider:
             if rate < math.inf:
                 self._levels[name] = min(self._capacity[name], self._levels[name] + rate * seconds)
 
-    def _told(self) -> Rates:
-        told: dict[str, float | int] = {}
+    def _headers(self) -> Rates:
+        headers: dict[str, float | int] = {}
         for name, rate in self._rates.items():
             if rate < math.inf:
-                told[f"limit_{name}"] = int(self._limit[name])
-                told[f"remaining_{name}"] = int(self._levels[name])
-                told[f"reset_{name}_s"] = round((self._capacity[name] - self._levels[name]) / rate, 3)
-        return Rates(**told)  # type: ignore[arg-type]
+                headers[f"limit_{name}"] = int(self._limit[name])
+                headers[f"remaining_{name}"] = int(self._levels[name])
+                headers[f"reset_{name}_s"] = round((self._capacity[name] - self._levels[name]) / rate, 3)
+        return Rates(**headers)  # type: ignore[arg-type]
 
     async def aclose(self) -> None: ...
 
@@ -84,18 +84,21 @@ class LimitedProvider:
 TEXTS = [f"{number:05}" + "x" * 95 for number in range(20_000)]  # 100 tokens each, as the fakes count
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("limits", "options"),
     [
-        pytest.param({"tells": True}, {}, id="learned from headers"),
-        pytest.param({"tells": True}, {"tokens_per_minute": 600_000}, id="given and told"),
-        pytest.param({"tells": False}, {"tokens_per_minute": 600_000}, id="given, not told"),
-        pytest.param({"tells": True, "capacity_s": 1.0}, {}, id="a small bucket, learned"),
-        pytest.param({"tells": True, "capacity_s": 1.0}, {"tokens_per_minute": 600_000}, id="a small bucket, given"),
-        pytest.param({"tells": True, "retry_after": False}, {}, id="no retry-after"),
+        pytest.param({"sends_headers": True}, {}, id="learned from headers"),
+        pytest.param({"sends_headers": True}, {"tokens_per_minute": 600_000}, id="given and in headers"),
+        pytest.param({"sends_headers": False}, {"tokens_per_minute": 600_000}, id="given, no headers"),
+        pytest.param({"sends_headers": True, "capacity_s": 1.0}, {}, id="a small bucket, learned"),
         pytest.param(
-            {"tells": True, "capacity_s": 1.2, "told_s": 60.0}, {}, id="a small bucket, its limit told a minute"
+            {"sends_headers": True, "capacity_s": 1.0}, {"tokens_per_minute": 600_000}, id="a small bucket, given"
+        ),
+        pytest.param({"sends_headers": True, "retry_after": False}, {}, id="no retry-after"),
+        pytest.param(
+            {"sends_headers": True, "capacity_s": 1.2, "stated_capacity_s": 60.0},
+            {},
+            id="a small bucket, its limit stated per minute",
         ),
     ],
 )
@@ -114,11 +117,12 @@ async def test_a_job_under_a_token_limit_takes_hardly_more_than_the_ideal_time(
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("tells", [True, False], ids=["told", "not told"])
-async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time(tells: bool) -> None:
-    provider = LimitedProvider(requests_per_minute=120, tells=tells)
-    embedder = Embedder("fake", provider=provider, max_batch_size=50, requests_per_minute=None if tells else 120)
+@pytest.mark.parametrize("sends_headers", [True, False], ids=["headers", "no headers"])
+async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time(sends_headers: bool) -> None:
+    provider = LimitedProvider(requests_per_minute=120, sends_headers=sends_headers)
+    embedder = Embedder(
+        "fake", provider=provider, max_batch_size=50, requests_per_minute=None if sends_headers else 120
+    )
     began = now()
 
     await embedder.embed(TEXTS)  # 400 requests; 120 may go at once, then 2 a second
@@ -127,8 +131,7 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("tells", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("sends_headers", [True, False], ids=["headers", "no headers"])
 @pytest.mark.parametrize(
     ("limit", "wait_s"),
     [
@@ -136,8 +139,10 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
         pytest.param({"tokens_per_minute": 1_000.0}, 300, id="a batch of five times the bucket"),
     ],
 )
-async def test_a_very_low_limit_of_the_user_is_kept(limit: dict[str, float], wait_s: float, tells: bool) -> None:
-    provider = LimitedProvider(requests_per_minute=60, tells=tells)
+async def test_a_very_low_limit_of_the_user_is_kept(
+    limit: dict[str, float], wait_s: float, sends_headers: bool
+) -> None:
+    provider = LimitedProvider(requests_per_minute=60, sends_headers=sends_headers)
     embedder = Embedder("fake", provider=provider, max_batch_size=50, **limit)  # type: ignore[arg-type]
     began = now()
 
@@ -147,7 +152,6 @@ async def test_a_very_low_limit_of_the_user_is_kept(limit: dict[str, float], wai
     assert provider.refused == 0
 
 
-@pytest.mark.virtual_time
 async def test_a_limit_that_several_embedders_set_is_one_limit() -> None:
     provider = LimitedProvider()
     embedders = [Embedder("fake", provider=provider, requests_per_minute=60) for _ in range(10)]
@@ -155,11 +159,10 @@ async def test_a_limit_that_several_embedders_set_is_one_limit() -> None:
         await embedder.embed(["a"])
         await embedder.aclose()
         await embedder.embed(["a"])
-    pace = shared_rate_limiter((provider.info.identity, "fake"))
-    assert list(pace.own) == [(60, False)]
+    rate = shared_rate_limiter((provider.info.identity, "fake"))
+    assert list(rate.own) == [(60, False)]
 
 
-@pytest.mark.virtual_time
 async def test_a_request_limit_per_hour_is_waited_for_as_long_as_retry_after_says() -> None:
     provider = LimitedProvider(requests_per_minute=10 / 60, capacity_s=3_600)  # ten an hour
     embedder = Embedder("fake", provider=provider, max_batch_size=1)
@@ -168,11 +171,10 @@ async def test_a_request_limit_per_hour_is_waited_for_as_long_as_retry_after_say
     result = await embedder.embed(TEXTS[:14])
 
     assert result.failures == ()
-    assert provider.refused <= 8  # those that were sent before the first refusal came
+    assert provider.refused <= 8  # requests in flight when the first one was refused
     assert now() - began <= 1.1 * 4 * 360
 
 
-@pytest.mark.virtual_time
 async def test_two_embedders_with_one_key_share_the_limit() -> None:
     provider = LimitedProvider(tokens_per_minute=600_000)
     embedders = [Embedder("fake", provider=provider, max_batch_size=50) for _ in range(2)]
@@ -186,25 +188,23 @@ async def test_two_embedders_with_one_key_share_the_limit() -> None:
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
 async def test_requests_larger_than_the_bucket_are_sent_one_by_one_when_it_is_full() -> None:
-    pace = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
+    rate = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
     began = now()
 
     for _ in range(2):
-        pace.leave(await pace.enter(500))
+        rate.leave(await rate.enter(500))
 
-    # full at once, then from -400 to 100 at 10 a second
+    # the first one at once, since the bucket is full; it then refills from -400 to 100, by 10 a second
     assert now() - began == pytest.approx(50, rel=0.01)
 
 
-@pytest.mark.virtual_time
 async def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    pace = RateLimiter(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
+    rate = RateLimiter(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
     order: list[str] = []
 
     async def send(name: str, tokens: int) -> None:
-        pace.leave(await pace.enter(tokens))
+        rate.leave(await rate.enter(tokens))
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
@@ -214,14 +214,13 @@ async def test_a_large_request_is_not_starved_by_small_ones() -> None:
     assert order == ["small 1", "large", *(f"small {n}" for n in range(2, 12))]
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize("per_minute", [None, 120])
 async def test_a_large_request_is_not_starved_by_urgent_ones_where_tokens_are_not_scarce(
     per_minute: float | None,
 ) -> None:
-    pace = RateLimiter(answered=True)
-    pace.limit(per_minute, None)
-    slots = ConcurrencyLimiter(pace, 1 if per_minute is None else 8)
+    rate = RateLimiter(answered=True)
+    rate.limit(per_minute, None)
+    slots = ConcurrencyLimiter(rate, 1 if per_minute is None else 8)
     served: list[str] = []
 
     async def use(name: str, tokens: int, *, urgent: bool) -> None:
@@ -235,7 +234,7 @@ async def test_a_large_request_is_not_starved_by_urgent_ones_where_tokens_are_no
 
     async with asyncio.TaskGroup() as group:
         loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
-        await asyncio.sleep(120)  # what the bucket began with is used up
+        await asyncio.sleep(120)  # uses up what the bucket held at first
         before = len(served)
         await use("bulk", 25_000, urgent=False)
         for loop in loops:
@@ -243,14 +242,13 @@ async def test_a_large_request_is_not_starved_by_urgent_ones_where_tokens_are_no
     assert served[before:].index("bulk") <= 8
 
 
-@pytest.mark.virtual_time
 async def test_a_pause_holds_all_requests_for_its_time() -> None:
-    pace = RateLimiter(answered=True)
+    rate = RateLimiter(answered=True)
     began = now()
-    pace.pause(10)
+    rate.pause(10)
 
     async def send() -> float:
-        pace.leave(await pace.enter(1))
+        rate.leave(await rate.enter(1))
         return now() - began
 
     tasks = [asyncio.create_task(send()) for _ in range(5)]
@@ -259,21 +257,19 @@ async def test_a_pause_holds_all_requests_for_its_time() -> None:
     assert all(10 <= task.result() <= 10.6 for task in tasks)
 
 
-@pytest.mark.virtual_time
 async def test_a_pause_that_is_extended_is_waited_for_in_full() -> None:
-    pace = RateLimiter(answered=True)
+    rate = RateLimiter(answered=True)
     began = now()
-    pace.pause(10)
-    waiting = asyncio.create_task(pace.enter(1))
+    rate.pause(10)
+    waiting = asyncio.create_task(rate.enter(1))
     await asyncio.sleep(5)
 
-    pace.pause(20)
+    rate.pause(20)
     await waiting
 
     assert 25 <= now() - began <= 26.1
 
 
-@pytest.mark.virtual_time
 async def test_fewer_requests_are_in_flight_after_an_overload_and_more_again_after_successes() -> None:
     overloaded_until = now() + 20
 
@@ -292,18 +288,17 @@ async def test_fewer_requests_are_in_flight_after_an_overload_and_more_again_aft
             finally:
                 self.in_flight -= 1
 
-    provider = Overloaded(tells=False)
+    provider = Overloaded(sends_headers=False)
     embedder = Embedder("fake", provider=provider, max_batch_size=1)
 
     result = await embedder.embed(TEXTS[:60])
     assert result.failures == ()
-    assert result.retries <= 50  # 108 if the same number is sent at once all the time
+    assert result.retries <= 50  # it would be 108 with the same concurrency all the time
     provider.most = 0
     await embedder.embed(TEXTS[:200])
     assert provider.most == 8
 
 
-@pytest.mark.virtual_time
 async def test_before_the_first_reply_only_one_large_request_is_sent() -> None:
     slots = ConcurrencyLimiter(RateLimiter(), 8)
     sent: list[float] = []
@@ -322,7 +317,6 @@ async def test_before_the_first_reply_only_one_large_request_is_sent() -> None:
     assert [round(at - began) for at in sent] == [0, 1, 1, 1]
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize("steps", range(8))
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> None:
     slots = ConcurrencyLimiter(RateLimiter(answered=True, tokens=Bucket(per_s=1, capacity=10, level=0, at=now())), 2)
@@ -341,7 +335,6 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> No
     assert slots.rate.in_flight == {}
 
 
-@pytest.mark.virtual_time
 async def test_a_rate_limiter_is_shared_by_key_and_forgotten_with_its_last_user() -> None:
     first = shared_rate_limiter("place")
     assert shared_rate_limiter("place") is first

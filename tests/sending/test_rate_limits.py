@@ -10,7 +10,7 @@ from asyncembed.sending.rate_limits import Bucket, bucket_from_headers, refill_r
 
 
 def test_two_replies_give_the_refill_rate_and_the_capacity_for_any_limit() -> None:
-    # the limit is told for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
+    # the limit is for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
     first = bucket_from_headers(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
     second = bucket_from_headers(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
     assert (second.per_s, second.capacity, second.level, second.at) == (5_000, 100_000, 33_000, 50.0)
@@ -61,7 +61,9 @@ def test_a_fixed_window_is_waited_for_until_it_restarts() -> None:
     bucket = bucket_from_headers(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
     assert 0.5 <= bucket.wait_s(1, now=0.0) < 0.6
     assert bucket.wait_s(1, now=0.5) == 0
-    again = bucket_from_headers(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
+    again = bucket_from_headers(
+        bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6
+    )  # no refill rate can be computed from these
     assert again.wait_s(1, now=0.6) == 0
     assert again.wait_s(2, now=0.6) < 1
 
