@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -106,46 +106,40 @@ def _check_parts(embedder: object, sink: object) -> None:
         raise TypeError(f"sink is {type(sink).__name__}; pass a SQLiteSink, a PostgresSink, or open_sink(…)")
 
 
+@dataclass(eq=False)
 class _Ingestion:
     """One `ingest` call. A record goes through `_check`, `_admit`, the embedder, `deliver`, `_store` and `_done`."""
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        sink: Sink,
-        call: CallContext,
-        skip_existing: bool,
-        report_progress: ProgressCallback,
-        total: int | None,
-        pruning: Pruning | None,
-    ) -> None:
-        self._embedder = embedder
-        self._sink = sink
-        self._call = call
-        self.end_early = AsyncEmbedError("the caller asked the run to end")
-        """Stops the call without an error."""
-        self._skip_existing = skip_existing
-        self._report_progress = report_progress
-        self._total = total
-        self._pruning = pruning
-        self._report = IngestReport()
-        self._count = 0
-        """Records read so far."""
-        self._records_a_turn = 8
-        self._why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
-        self._stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
-        self._pending: dict[int, Pending] = {}
-        self._in_flight: set[str] = set()
-        """The records that were passed to the embedder, by position, and their keys."""
-        self._held: dict[str, Pending] = {}
-        """By key, the last record whose key is in flight with an earlier text. It is released when that is done."""
-        self._released: list[Pending] = []
-        self._changed = asyncio.Event()
+    embedder: Embedder
+    sink: Sink
+    call: CallContext
+    skip_existing: bool
+    report_progress: ProgressCallback
+    total: int | None
+    pruning: Pruning | None
+    end_early: AsyncEmbedError = field(default_factory=lambda: AsyncEmbedError("the caller asked the run to end"))
+    """Stops the call without an error."""
+    report: IngestReport = field(default_factory=IngestReport)
+    read: int = 0
+    """Records read so far."""
+    records_a_turn: int = 8
+    pending: dict[int, Pending] = field(default_factory=dict)
+    in_flight: set[str] = field(default_factory=set)
+    """The records that were passed to the embedder, by position, and their keys."""
+    held: dict[str, Pending] = field(default_factory=dict)
+    """By key, the last record whose key is in flight with an earlier text. It is released when that is done."""
+    released: list[Pending] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        sink = self.sink
+        self.why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
+        self.stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
 
     async def stop_when(self, stop: asyncio.Event) -> None:
         """Stop the call without an error when the event is set."""
         await stop.wait()
-        self._call.stop(self.end_early)
+        self.call.stop(self.end_early)
 
     # ---- from the source to the embedder ----
 
@@ -156,68 +150,66 @@ class _Ingestion:
                 texts = await self._admit(await self._check(some))
                 if texts or some is IDLE:
                     yield texts
-                if len(self._pending) > self._embedder.max_in_flight:  # few texts, but of many records
+                if len(self.pending) > self.embedder.max_in_flight:  # few texts, but of many records
                     yield ()
-                    while len(self._pending) > self._embedder.max_in_flight:
+                    while len(self.pending) > self.embedder.max_in_flight:
                         await self._change()
-        while self._held or self._released:
+        while self.held or self.released:
             yield ()  # flush the batches that the held records wait for
-            while not self._released:
+            while not self.released:
                 await self._change()
             yield await self._admit([])
 
     async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+        self.changed.clear()
+        await self.changed.wait()
 
     async def _check(self, some: Sequence[Any]) -> list[Pending]:
         """Return the valid records, and report the others as failed."""
         good: list[Pending] = []
         bad: list[Failure] = []
-        start = 0
-        while start < len(some):
-            turn = some[start : start + self._records_a_turn]
+        while some:
+            turn, some = some[: self.records_a_turn], some[self.records_a_turn :]
             taken_s, fit, unfit = await in_thread_if(
-                self._records_a_turn == 1, checked, self._count, turn, self._why_unfit, self._stored_id
+                self.records_a_turn == 1, checked, self.read, turn, self.why_unfit, self.stored_id
             )
-            self._records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
+            self.records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
             good.extend(fit)
             bad.extend(unfit)
-            start += len(turn)
-            self._count += len(turn)
+            self.read += len(turn)
             await asyncio.sleep(0)
-        self._report.failures.extend(bad)
-        if self._pruning is not None:
+        self.report.failures.extend(bad)
+        if self.pruning is not None:
             failed = [failure.id for failure in bad if failure.id is not None]
-            await self._pruning.see([*(pending.record.id for pending in good), *failed])
+            await self.pruning.see([*(pending.record.id for pending in good), *failed])
         return good
 
     async def _admit(self, good: list[Pending]) -> list[Text]:
         """Return the texts of these and of all released records, except those that are stored already or held."""
-        released, self._released = self._released, []
+        released, self.released = self.released, []
         wanted: dict[str, Pending] = {}
         for pending in (*released, *good):
-            place = self._held if pending.key in self._in_flight else wanted
+            place = self.held if pending.key in self.in_flight else wanted
             if place.pop(pending.key, None) is not None:  # popped, so that the later record takes the last place
-                self._report.skipped_count += 1
+                self.report.skipped_count += 1
             place[pending.key] = pending
         stored = await self._existing(wanted.values())
         texts: list[tuple[int, str]] = []
         for pending in wanted.values():
             if pending.record.id in stored:
-                self._report.skipped_count += 1
+                self.report.skipped_count += 1
             else:
-                self._pending[pending.index] = pending
-                self._in_flight.add(pending.key)
+                self.pending[pending.index] = pending
+                self.in_flight.add(pending.key)
                 texts.append((pending.index, pending.record.text))
         self._progress()
         return unique(texts)
 
     async def _existing(self, wanted: Collection[Pending]) -> set[RecordId]:
-        if not self._skip_existing or not wanted:
+        if not self.skip_existing or not wanted:
             return set()
         hashes = {pending.record.id: pending.content_hash for pending in wanted}
-        return await self._sink.existing(self._embedder.model, hashes)
+        return await self.sink.existing(self.embedder.model, hashes)
 
     # ---- from the embedder to the sink ----
 
@@ -228,26 +220,26 @@ class _Ingestion:
                 await self._store(outcome.texts, outcome.vectors)
             except Exception as broken:
                 # before the slot is released, or the next batch would be sent and could not be stored either
-                self._call.stop(broken if isinstance(broken, AsyncEmbedError) else self.end_early)
+                self.call.stop(broken if isinstance(broken, AsyncEmbedError) else self.end_early)
                 raise
         for text, error in outcome.failed:
             for index in text.indices:
                 pending = self._done(index)
                 if error is not self.end_early:  # else it was not sent, and does not count as read
-                    self._report.failures.append(Failure(index, error, pending.record.id))
+                    self.report.failures.append(Failure(index, error, pending.record.id))
         self._progress()
 
     async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
         wanted = ((index, vector) for text, vector in zip(texts, vectors, strict=True) for index in text.indices)
         with suppress(StoppedError):  # its time for storing has passed; a write is stored wholly or not at all
             while some := list(islice(wanted, ROWS_A_WRITE)):
-                rows = [_row(self._pending[index], vector) for index, vector in some]
-                async with self._call.storing():
+                rows = [_row(self.pending[index], vector) for index, vector in some]
+                async with self.call.storing():
                     await self._write([index for index, _ in some], rows)
 
     async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
         try:
-            refused = await self._sink.write(self._embedder.model, rows)
+            refused = await self.sink.write(self.embedder.model, rows)
         except asyncio.CancelledError as cancelled:
             if outcome_of(cancelled) is not None:  # it was stored all the same
                 self._count_stored(indices, outcome_of(cancelled))
@@ -258,49 +250,49 @@ class _Ingestion:
         for index in indices:
             record = self._done(index).record
             if record.id in refused:
-                self._report.failures.append(Failure(index, refused[record.id], record.id))
+                self.report.failures.append(Failure(index, refused[record.id], record.id))
             else:
-                self._report.success_count += 1
+                self.report.success_count += 1
 
     def _done(self, index: int) -> Pending:
         """Remove a record that is stored or has failed, and release the record that is held for its key."""
-        pending = self._pending.pop(index)
-        self._in_flight.discard(pending.key)
-        held = self._held.pop(pending.key, None)
+        pending = self.pending.pop(index)
+        self.in_flight.discard(pending.key)
+        held = self.held.pop(pending.key, None)
         if held is not None:
-            self._released.append(held)
-        self._changed.set()
+            self.released.append(held)
+        self.changed.set()
         return pending
 
     # ---- the end ----
 
     async def prune(self) -> None:
         """Delete the rows that the source does not have, if requested. The source must have been read to its end."""
-        if self._pruning is not None:
-            unknown = sum(failure.id is None for failure in self._report.failures)
-            async with self._call.unless_stopped(STORING_S):
-                self._report.pruned_count = await self._pruning.finish(self._call, unknown)
+        if self.pruning is not None:
+            unknown = sum(failure.id is None for failure in self.report.failures)
+            async with self.call.unless_stopped(STORING_S):
+                self.report.pruned_count = await self.pruning.finish(self.call, unknown)
 
     def _progress(self) -> None:
-        report = self._report
-        self._report_progress(self._call.progress(report.seen, self._total, report.failed_count, report.skipped_count))
+        report = self.report
+        self.report_progress(self.call.progress(report.seen, self.total, report.failed_count, report.skipped_count))
 
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
         """Return the report. Records that were read and are not done have failed with the given error."""
         if error is not None and error is not self.end_early:
-            for pending in (*self._pending.values(), *self._held.values(), *self._released):
-                self._report.failures.append(Failure(pending.index, error, pending.record.id))
-        self._pending, self._held, self._released = {}, {}, []
-        self._report.failures.sort(key=lambda failure: failure.index)
+            for pending in (*self.pending.values(), *self.held.values(), *self.released):
+                self.report.failures.append(Failure(pending.index, error, pending.record.id))
+        self.pending, self.held, self.released = {}, {}, []
+        self.report.failures.sort(key=lambda failure: failure.index)
         self._progress()
-        usage = self._call.usage
+        usage = self.call.usage
         return replace(
-            self._report,
+            self.report,
             total_tokens=usage.tokens,
             requests=usage.requests,
             retries=usage.retries,
-            elapsed_s=self._call.elapsed_s,
-            cost_usd=self._embedder.cost_usd(usage),
+            elapsed_s=self.call.elapsed_s,
+            cost_usd=self.embedder.cost_usd(usage),
             cache_hits=usage.cache_hits,
             cache_misses=usage.cache_misses,
         )
