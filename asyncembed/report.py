@@ -25,8 +25,8 @@ class Usage:
         retries: Of `requests`, those that repeated an earlier one.
         tokens: Tokens billed, as reported by the provider.
         tokens_known: Whether the provider has reported the tokens of every successful request.
-        cache_hits: Texts whose vectors were in the cache; duplicates count once.
-        cache_misses: Texts that were looked up in the cache and not found.
+        cache_hits: Texts found in the cache; duplicates count once.
+        cache_misses: Texts looked up in the cache and not found.
     """
 
     requests: int = 0

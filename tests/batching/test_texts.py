@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from asyncembed.batching.packing import Limits, weigh
 from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, fit_one_request, prepare_inputs, unique
 from asyncembed.batching.tokens import ByteBound, TokenCounter, ToktokCounter
-from asyncembed.errors import AsyncEmbedError, InputError, InvalidTextError, TooLongError, WrongTypeError
+from asyncembed.errors import AsyncEmbedError, InvalidTextError, TooLongError
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
 from asyncembed.types import check_text
 
@@ -34,22 +34,6 @@ def weigh_one(
     text: str, *, counter: TokenCounter = EXACT, limits: Limits = OPENAI, too_long: TooLong = "error"
 ) -> tuple[list[Input], list[tuple[Text, AsyncEmbedError]]]:
     return prepare_inputs(unique([(0, text)]), counter, limits, too_long)
-
-
-@pytest.mark.parametrize("text", [None, 5, 0.5, float("nan"), b"bytes", ["a"], {}, object()], ids=type)
-def test_a_value_that_is_not_a_str_is_refused_with_its_type(text: object) -> None:
-    with pytest.raises(WrongTypeError, match=f"is {type(text).__name__}; a text is a str") as caught:
-        check_text(text)
-    assert isinstance(caught.value, (TypeError, InputError))
-
-
-def test_an_empty_text_and_a_lone_surrogate_are_refused_without_showing_the_text() -> None:
-    with pytest.raises(InvalidTextError, match="is empty"):
-        check_text("")
-    with pytest.raises(InvalidTextError, match="lone surrogate at character 6") as caught:
-        check_text("canary\ud800")
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("text", [" ", "\n", "\0", "a", "é", "😀", "<|endoftext|>", "null"])

@@ -66,7 +66,7 @@ def steps(at: int, then: Callable[[], object]) -> Iterator[Steps]:
 
 
 async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool:
-    """Do the work in a task and cancel it at the n-th step of any task; return whether there were so many steps."""
+    """Do the work in a task and cancel it at the n-th step of any task; return whether there was an n-th step."""
     before = asyncio.all_tasks()
 
     def cancel() -> None:

@@ -191,11 +191,11 @@ class Uncounted(list[Any]):
 
 async def test_a_source_without_a_known_length_has_no_total(open_store: OpenStore) -> None:
     embedder, _ = make()
-    told: list[Progress] = []
+    seen: list[Progress] = []
     async with open_store() as sink:
-        report = await ingest(Uncounted(records(3)), embedder, sink, on_progress=told.append)
+        report = await ingest(Uncounted(records(3)), embedder, sink, on_progress=seen.append)
     assert report.success_count == 3
-    assert told[-1].total is None
+    assert seen[-1].total is None
 
 
 # ---- batches and memory
@@ -287,10 +287,10 @@ async def test_an_object_that_is_not_a_sink_is_refused(sink: Any) -> None:
 
 
 async def test_a_coroutine_function_as_progress_callback_is_refused(tmp_path: Path) -> None:
-    async def tell(progress: object) -> None: ...
+    async def on_progress(progress: object) -> None: ...
 
     embedder = Embedder("fake", provider=FakeProvider())
     with pytest.raises(TypeError, match="coroutine function"):
-        await ingest(records(1), embedder, SQLiteSink(tmp_path / "vectors.db"), on_progress=tell)
+        await ingest(records(1), embedder, SQLiteSink(tmp_path / "vectors.db"), on_progress=on_progress)
     with pytest.raises(TypeError, match="coroutine function"):
-        await embedder.embed(["a"], on_progress=tell)
+        await embedder.embed(["a"], on_progress=on_progress)

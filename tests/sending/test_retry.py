@@ -157,13 +157,13 @@ def kind(error: ProviderError, history: History, max_retries: int = MAX_RETRIES)
         # while other requests succeed, the batch is suspected after the third failure
         pytest.param(make_history(failures=1, healthy=True), RETRY, id="first failure"),
         pytest.param(make_history(failures=2, healthy=True), RETRY, id="second failure"),
-        pytest.param(make_history(failures=SUSPECT_AFTER, healthy=True), SPLIT, id="third failure, others pass"),
-        pytest.param(make_history(1, SUSPECT_AFTER, healthy=True), RETRY, id="third failure of one text, others pass"),
-        pytest.param(make_history(1, REJECT_AFTER, healthy=True), REJECT, id="fifth failure of one text, others pass"),
+        pytest.param(make_history(failures=SUSPECT_AFTER, healthy=True), SPLIT, id="third failure, others succeed"),
+        pytest.param(make_history(1, SUSPECT_AFTER, healthy=True), RETRY, id="one text, third failure, others succeed"),
+        pytest.param(make_history(1, REJECT_AFTER, healthy=True), REJECT, id="one text, fifth failure, others succeed"),
         pytest.param(make_history(1, 2, healthy=True), RETRY, id="second failure of one text"),
         # while no request succeeds, a probe tells an outage from a bad text
-        pytest.param(make_history(failures=SUSPECT_AFTER), PROBE, id="third failure, nobody passes"),
-        pytest.param(make_history(1, 2), RETRY, id="second failure of one text, nobody passes"),
+        pytest.param(make_history(failures=SUSPECT_AFTER), PROBE, id="third failure, no request succeeds"),
+        pytest.param(make_history(1, 2), RETRY, id="second failure of one text, no request succeeds"),
         pytest.param(make_history(failures=MAX_RETRIES + 1, probed=True), DOWN, id="the last failure of an outage"),
         pytest.param(make_history(1, MAX_RETRIES + 1), DOWN, id="the last failure of one text"),
     ],
