@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 
 import numpy as np
 import pytest
@@ -141,3 +142,10 @@ async def test_an_error_of_the_source_is_not_hidden_by_the_check_for_a_stop(erro
         async for _ in until_stopped(slices(), CallContext()):
             pass
     assert caught.value is error
+
+
+async def test_a_source_is_closed_with_the_generator_that_reads_it() -> None:
+    closed: list[bool] = []
+    async with aclosing(until_stopped(hang_after(closed, [], []), CallContext())) as taken:
+        assert await anext(taken) == []
+    assert closed == [True]
