@@ -1,4 +1,4 @@
-"""Per-event-loop values, work in threads, and helpers that cancel a task or let it finish despite cancellation."""
+"""Helpers for asyncio: values per event loop, task groups, tasks that end or finish despite cancellation, threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class PerLoop(Generic[T]):
-    """One value for each event loop, made when it is first asked for, and forgotten after its loop is closed.
+    """One value for each event loop, created at first use and dropped after its loop is closed.
 
-    A weak mapping would not do: asyncio's locks know their loop, so a value that holds one would keep its own key.
+    A weak mapping does not work: asyncio's locks refer to their loop, so a value with a lock would keep its key alive.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -32,18 +32,18 @@ class PerLoop(Generic[T]):
         return self._values[here]
 
     def peek(self) -> T | None:
-        """Return the running loop's value, if there is one and a loop is running."""
+        """Return the running loop's value; None if no loop is running or it has no value yet."""
         try:
             return self._values.get(asyncio.get_running_loop())
         except RuntimeError:
             return None
 
     def items(self) -> list[tuple[asyncio.AbstractEventLoop, T]]:
-        """Return all loops and their values; any thread may ask."""
+        """Return all loops and their values. Safe to call from any thread."""
         return list(self._values.items())
 
     def pop(self) -> T | None:
-        """Forget the running loop's value and return it, if there was one."""
+        """Remove the running loop's value and return it; None if it had none."""
         return self._values.pop(asyncio.get_running_loop(), None)
 
 
@@ -55,40 +55,40 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as errors:
-        error = errors.exceptions[0]  # what came first counts, the others follow from it
+        error = errors.exceptions[0]  # the first one; later ones may follow from it
     if error is not None:
         raise error
 
 
 def noted(cancelled: asyncio.CancelledError, outcome: Any) -> asyncio.CancelledError:
-    """Note on the error of a cancelled call that its work was done all the same, and with what outcome."""
-    cancelled.outcome = outcome  # type: ignore[attr-defined]  # a subclass would not do: asyncio.timeout knows this one
+    """Attach the outcome of work that was done although its caller was cancelled to the CancelledError."""
+    cancelled.outcome = outcome  # type: ignore[attr-defined]  # not a subclass: asyncio.timeout compares types
     return cancelled
 
 
 def outcome_of(cancelled: asyncio.CancelledError) -> Any:
-    """Return the outcome of what was done although its caller was cancelled; None if it was not, or nobody knows."""
+    """Return the outcome that `noted` has attached; None if there is none."""
     return getattr(cancelled, "outcome", None)
 
 
 async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel the tasks and wait for their end, even if the caller is cancelled meanwhile; drop what they raise."""
+    """Cancel the tasks and wait until they have ended, even if the caller is cancelled. Their errors are dropped."""
     for task in tasks:
         task.cancel()
     try:
         await _all_done(tasks)
     finally:
         for task in tasks:
-            task.cancelled() or task.exception()  # seen, or asyncio would log it as lost
+            task.cancelled() or task.exception()  # retrieved, or asyncio would log it
 
 
 async def finished(work: Coroutine[Any, Any, T]) -> T:
-    """Do the work to its end, even if the caller is cancelled meanwhile; that is then cancelled afterwards."""
+    """Finish the work even if the caller is cancelled meanwhile; the CancelledError is then raised afterwards."""
     task = asyncio.create_task(work)
     try:
         await _all_done([task])
     finally:
-        task.cancelled() or task.exception()  # seen, should the caller be cancelled
+        task.cancelled() or task.exception()  # retrieved, in case the caller is cancelled
     return task.result()
 
 
@@ -107,11 +107,11 @@ _lanes = PerLoop(asyncio.Lock)
 
 
 async def in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what the work returns; done in a thread if it is worth that, about 0.1 ms.
+    """Return the result of the work; run it in a thread if it is worth the 0.1 ms that a thread costs.
 
-    One such piece of work at a time: it is Python code, so several would gain nothing, and each of them may keep the
-    interpreter from the loop for its 5 ms turn (measured: 120 ms with six at once). Work that
-    lets go of the interpreter, as tokenizers do, goes to `asyncio.to_thread` directly.
+    Only one runs at a time: it is Python code, so several would not be faster, and each thread may keep the GIL from
+    the event loop for 5 ms (measured: 120 ms with six at once). Work that releases the GIL, as tokenizers do, is
+    passed to `asyncio.to_thread` directly.
     """
     if not worth_it:
         return work(*args, **kwargs)

@@ -1,6 +1,6 @@
-"""What is told of requests: the counts of `Embedder.stats()`, and the seam for who wants to watch.
+"""Counts of `Embedder.stats()`, and the interface for observers.
 
-Everything here is counts, seconds and names of errors: an observer is shown no text, no key and no message.
+All values are counts, seconds and class names of errors: an observer receives no text, no key and no error message.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestStarted:
-    """A request that leaves now.
+    """A request that is sent now.
 
     Attributes:
-        model: The model that is asked for.
-        address: The server's name and port; None where there is no server, or nobody knows.
-        inputs: Texts it holds.
-        tokens: What they weigh by our own count.
-        fill: The part of a request's limit that they take, of inputs or of tokens, whichever is more.
+        model: The requested model.
+        address: The server's name and port; None if there is no server or its address is unknown.
+        inputs: Texts in the request.
+        tokens: Their weight in tokens, by our own count.
+        fill: The share of a request's limits that is used, from 0 to 1: of inputs or of tokens, whichever is larger.
         is_retry: Whether one of these texts was sent before.
-        waited_s: Seconds it waited for a slot, its turn and the rate.
-        held_s: Of these, the seconds in which it was next and had a slot, and the rate or a pause held it up.
-        callers: What `Observer.caller` returned for each call that shares it; None if it is shared by none.
+        waited_s: Seconds it waited for a slot, for its turn and for the rate limit.
+        held_s: Of `waited_s`, the seconds in which it was next and had a slot, and waited only for the rate limit or
+            a pause.
+        callers: The values that `Observer.caller` returned for the calls that share it; None if it is not shared.
     """
 
     model: str
@@ -43,12 +44,12 @@ class RequestFinished:
 
     Attributes:
         elapsed_s: Seconds from its start.
-        error: The name of the error's class, "CancelledError" if nobody waits for it any more; None if it went well.
-        status: The HTTP status of an error; None if there was no answer.
-        tokens: Tokens billed, as the provider said; None if it did not say.
-        model: The model that answered; None if it did not say.
-        dimensions: The size of the vectors; None if none came.
-        encoding: The format that vectors were asked for in; None if none was named.
+        error: The name of the error's class, "CancelledError" if no call waits for it any more; None after success.
+        status: The HTTP status of an error; None if there was no response.
+        tokens: Tokens billed, as reported by the provider; None if it did not report them.
+        model: The model that the provider reports to have used; None if it did not report it.
+        dimensions: The size of the vectors; None if there are none.
+        encoding: The format in which vectors were requested; None if the request named none.
     """
 
     elapsed_s: float
@@ -62,35 +63,35 @@ class RequestFinished:
 
 @runtime_checkable
 class Observer(Protocol):
-    """Is told of each request, and of what was waited for. Called on the event loop: it must not block.
+    """Receives an event for each request, wait and cache lookup. Called on the event loop: it must not block.
 
-    What it raises is logged once and harms no call.
+    Its first error is logged, later ones are not. None of them fails a call.
     """
 
     def request(self, started: RequestStarted, /) -> Callable[[RequestFinished], object]:
-        """A request leaves; what is returned is called once, in the same task, when it has ended."""
+        """A request is sent. The returned function is called once, in the same task, when the request has ended."""
         ...
 
     def caller(self) -> object:
-        """Return what to remember of a call that will share a request; it comes back in `RequestStarted.callers`."""
+        """Return a value for a call that will share a request. It is passed on in `RequestStarted.callers`."""
         ...
 
     def queued(self, model: str, seconds: float, /) -> object:
-        """A call of `embed_one`, or a small `embed`, has waited so long for its shared request to leave."""
+        """An `embed_one` or small `embed` call waited this many seconds until its shared request was sent."""
         ...
 
     def paused(self, model: str, seconds: float, everybody: bool, /) -> object:
-        """A failed request is sent again after so many seconds; until then nobody sends, or only it does not."""
+        """A retry was scheduled in `seconds`. If `everybody`, all requests pause until then, else only this batch."""
         ...
 
     def cached(self, model: str, hits: int, misses: int, /) -> object:
-        """So many texts were looked up in the cache."""
+        """Texts were looked up in the cache."""
         ...
 
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
-    """What was counted on one event loop; `Stats` explains the names."""
+    """The counts of one event loop; see `Stats` for the fields."""
 
     requests: int = 0
     retries: int = 0
@@ -114,11 +115,11 @@ class Counters:
     cache_misses: int = 0
 
     def add(self, other: Counters) -> None:
-        """Add what was counted on another event loop, which may go on counting in its thread."""
+        """Add the counts of another event loop, which may still be counting in its own thread."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.queue_max_s = max(self.queue_max_s, other.queue_max_s)
-        for error, count in dict(other.failures).items():  # a copy, made in one step
+        for error, count in dict(other.failures).items():  # an atomic copy
             self.failures[error] = self.failures.get(error, 0) + count
 
 
@@ -127,35 +128,37 @@ _SUMS = tuple(each.name for each in fields(Counters) if each.name not in ("failu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """What an embedder has done since it was made, over all event loops, and what it is doing now.
+    """The counts of an embedder since it was created, over all event loops, and its present state.
 
-    Requests that have not ended yet are in `requests`, and in none of `succeeded`, `cancelled` and `failures`.
+    A request that has not ended yet is in `requests`, but not in `succeeded`, `cancelled` or `failures`.
 
     Attributes:
         requests: Requests sent, retries included.
-        retries: Of `requests`, those that repeated one.
-        succeeded: Of `requests`, those that brought vectors.
-        cancelled: Of `requests`, those that nobody waited for any more.
-        failures: Of `requests`, those that failed, by the name of the error.
-        texts: Texts embedded; equal ones of one call, and of calls that share a request, are one.
-        texts_failed: Texts that failed. A call that is cancelled or runs out of time leaves some in neither count.
-        tokens: Tokens billed: the sum of what the provider said.
-        filled: The sum of how full requests were; see `batch_fill`.
+        retries: Of `requests`, those that repeated an earlier one.
+        succeeded: Of `requests`, those that returned vectors.
+        cancelled: Of `requests`, those that were cancelled because no call waited for them any more.
+        failures: Of `requests`, those that failed, by the class name of the error.
+        texts: Texts embedded. Duplicates within one call, or within calls that share a request, count once.
+        texts_failed: Texts that failed. Unfinished texts of a call that is cancelled or reaches its deadline may be
+            in neither count.
+        tokens: Tokens billed, as reported by the provider, summed.
+        filled: `RequestStarted.fill`, summed; see `batch_fill`.
         request_s: Seconds that requests took, summed.
-        waited_s: Seconds that requests waited for a slot, their turn and the rate, summed.
-        held_s: Of `waited_s`, the seconds in which one was next and had a slot, and the rate or a pause held it up.
-        backoff_s: Seconds that single batches stood back after a failure, holding nothing; summed.
-        pauses: How often the provider asked for a pause, which everybody keeps.
-        calls_queued: Calls of `embed_one`, and small ones of `embed`, that have left in a shared request.
-        queue_s: Seconds they waited for it to leave, summed;
-        queue_max_s: and the longest of them.
-        overloads: Such calls that were refused with an `OverloadedError`.
-        cache_hits: Texts that the cache answered.
-        cache_misses: Texts that it did not have.
-        under_way: Requests that hold a slot now: sent, or being delivered.
-        waiting: Requests that wait for a slot or for the rate.
+        waited_s: Seconds that requests waited for a slot, for their turn and for the rate limit, summed.
+        held_s: Of `waited_s`, the seconds in which a request was next and had a slot, and waited only for the rate
+            limit or a pause.
+        backoff_s: Seconds that single batches backed off after a failure, without a slot, summed.
+        pauses: How often all requests paused because the provider requested it.
+        calls_queued: `embed_one` and small `embed` calls that were sent in a shared request.
+        queue_s: Seconds that these calls waited until it was sent, summed.
+        queue_max_s: The longest of these waits in seconds.
+        overloads: `embed_one` and small `embed` calls that were refused with an `OverloadedError`.
+        cache_hits: Texts found in the cache.
+        cache_misses: Texts looked up in the cache and not found.
+        under_way: Requests that hold a slot now: in flight, or being delivered.
+        waiting: Requests that wait for a slot or for the rate limit.
         gathering: Texts that wait for the next shared request.
-        paused_for_s: Seconds until anybody may send again; 0 if there is no pause.
+        paused_for_s: Seconds until requests may be sent again; 0 if there is no pause.
     """
 
     requests: int = 0
@@ -185,17 +188,17 @@ class Stats:
 
     @property
     def refusals(self) -> int:
-        """Requests refused for coming too fast (429)."""
+        """Requests refused because they exceeded a rate limit (429)."""
         return self.failures.get("RateLimitedError", 0)
 
     @property
     def batch_fill(self) -> float | None:
-        """How full requests were on average, from 0 to 1: of inputs or of tokens, whichever bound them."""
+        """The average fill of requests, from 0 to 1; see `RequestStarted.fill`. None before the first request."""
         return self.filled / self.requests if self.requests else None
 
     @property
     def mean_request_s(self) -> float | None:
-        """Seconds that a request took on average; None before the first one ended."""
+        """The average duration of a request in seconds; None before the first one has ended."""
         ended = self.succeeded + self.cancelled + sum(self.failures.values())
         return self.request_s / ended if ended else None
 

@@ -1,4 +1,4 @@
-"""The results and reports of calls: plain values, filled by `embedder` and `pipeline`."""
+"""Results and reports of calls: the values that `embedder` and `pipeline` return."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Usage:
 
     Attributes:
         requests: Requests sent, retries included.
-        retries: Of `requests`, those that repeated one.
-        tokens: Tokens billed, as the provider said.
-        tokens_known: Whether the provider has said so for each successful request.
-        cache_hits: Texts whose vectors were in the cache; duplicates count once.
-        cache_misses: Texts that were looked up in the cache and not found.
+        retries: Of `requests`, those that repeated an earlier one.
+        tokens: Tokens billed, as reported by the provider.
+        tokens_known: Whether the provider has reported the tokens of every successful request.
+        cache_hits: Texts found in the cache; duplicates count once.
+        cache_misses: Texts looked up in the cache and not found.
     """
 
     requests: int = 0
@@ -39,17 +39,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is. Handed to `on_progress` after every batch, and once at the end.
+    """The progress of a call, passed to `on_progress` after every batch and once at the end.
 
     Attributes:
-        done: Texts or records finished in any way: embedded (and stored), failed or skipped.
-        total: How many there are; None while an iterable has not told its length.
+        done: Texts or records that are finished: embedded (and stored), failed or skipped.
+        total: All texts or records; None if the source has no known length.
         failed: Of `done`, those that failed.
         skipped: Of `done`, those that were stored already.
-        tokens: Tokens billed so far, as the provider said.
+        tokens: Tokens billed so far, as reported by the provider.
         requests: HTTP requests sent so far, retries included.
-        retries: Of `requests`, those that repeated one.
-        elapsed_s: Seconds since the run began.
+        retries: Of `requests`, those that repeated an earlier one.
+        elapsed_s: Seconds since the call began.
     """
 
     done: int
@@ -75,18 +75,18 @@ ProgressCallback: TypeAlias = Callable[[Progress], object]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingResult:
-    """What `embed` returns: one row a text, in the order of the texts.
+    """The result of `embed`: one row per text, in the order of the texts.
 
     Attributes:
         embeddings: float32[n, d]; row i belongs to text i; a failed row is all NaN.
         failures: Index and error of each text that failed, in order.
-        total_tokens: Tokens billed: the sum of what the provider said.
+        total_tokens: Tokens billed, as reported by the provider, summed.
         requests: Requests sent, retries included.
-        retries: Of `requests`, those that repeated one.
+        retries: Of `requests`, those that repeated an earlier one.
         elapsed_s: Seconds the call took.
         cost_usd: List price of `total_tokens`; None if the price or the count is unknown.
-        cache_hits: Texts whose vectors were there; equal ones count once.
-        cache_misses: Texts that were looked up in vain.
+        cache_hits: Texts found in the cache; duplicates count once.
+        cache_misses: Texts looked up in the cache and not found.
     """
 
     embeddings: Vectors = field(repr=False)
@@ -110,21 +110,21 @@ class EmbeddingResult:
     def __getitem__(self, index: int) -> Vectors | None:
         """Return the vector float32[d] of text `index`, None if that text failed."""
         row: Vectors = self.embeddings[index]
-        # a vector that was handed out is finite (P3), so a NaN in front means a failed row
+        # vectors are finite (P3), so a leading NaN marks a failed row
         return None if not row.size or np.isnan(row[0]) else row
 
     def raise_for_failures(self) -> None:
-        """Do nothing if every text was embedded.
+        """Raise an error if any text failed.
 
         Raises:
-            SomeFailedError: Some texts failed; `AllFailedError` if all did. Its `result` is this one.
+            SomeFailedError: Some texts failed; an `AllFailedError` if all did. Its `.result` is this result.
         """
         if self.failures:
             raise failed(self)
 
 
 def failed(result: EmbeddingResult) -> SomeFailedError:
-    """Build the error for a result with failures: `AllFailedError` if no text was embedded."""
+    """Return the error for a result with failures: an `AllFailedError` if no text was embedded."""
     first, count = result.failures[0], len(result.failures)
     kind = AllFailedError if count == len(result) else SomeFailedError
     error = kind(
@@ -138,21 +138,21 @@ def failed(result: EmbeddingResult) -> SomeFailedError:
 
 @dataclass(slots=True)
 class IngestReport:
-    """What `ingest` did. Always `success_count + failed_count + skipped_count == seen`.
+    """The result of `ingest`. Always `success_count + failed_count + skipped_count == seen`.
 
     Attributes:
-        success_count: Records embedded and stored by this run.
+        success_count: Records embedded and stored by this call.
         skipped_count: Records not sent: stored already, or replaced by a later record with the same id.
-        failures: Each record that failed: its index, its id, and why; in the order of the input.
-        total_tokens: Tokens billed: the sum of what the provider said.
+        failures: Index, id and error of each record that failed, in the order of the input.
+        total_tokens: Tokens billed, as reported by the provider, summed.
         requests: Requests sent, retries included.
-        retries: Of `requests`, those that repeated one.
-        elapsed_s: Seconds the run took.
+        retries: Of `requests`, those that repeated an earlier one.
+        elapsed_s: Seconds the call took.
         cost_usd: List price of `total_tokens`; None if the price or the count is unknown.
-        pruned_count: Rows deleted because the source no longer has them; None unless that was asked for and the
-            pass was complete.
-        cache_hits: Texts whose vectors were in the embedder's cache; equal ones that are read together count once.
-        cache_misses: Texts that were looked up there in vain.
+        pruned_count: Rows deleted because the source no longer has their ids. None without `prune=True`, if the source
+            was not read to its end, or if a record failed without an id.
+        cache_hits: Texts found in the embedder's cache; duplicates that are read together count once.
+        cache_misses: Texts looked up in the cache and not found.
     """
 
     success_count: int = 0
@@ -169,7 +169,7 @@ class IngestReport:
 
     @property
     def failed_count(self) -> int:
-        """How many records failed."""
+        """The number of records that failed."""
         return len(self.failures)
 
     @property
@@ -179,7 +179,7 @@ class IngestReport:
 
     @property
     def seen(self) -> int:
-        """How many records were taken from the source."""
+        """The number of records taken from the source."""
         return self.success_count + self.failed_count + self.skipped_count
 
     def __str__(self) -> str:
@@ -194,13 +194,13 @@ class IngestReport:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What `check` proved.
+    """The result of `Embedder.check`: key, address and model work.
 
     Attributes:
-        model: The model's name, as it was asked for.
+        model: The requested model.
         dimensions: The size of its vectors.
-        tokens: Tokens billed for it; None if the provider did not say.
-        latency_s: Seconds it took, waiting for its turn included.
+        tokens: Tokens billed for the check; None if the provider did not report them.
+        latency_s: Seconds the check took, including the wait for a slot.
     """
 
     model: str
@@ -211,15 +211,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `plan` foresees; nothing was sent.
+    """The result of `Embedder.plan`: an estimate, for which nothing was sent.
 
     Attributes:
-        texts: How many texts would be sent (duplicates once).
+        texts: Texts that would be sent; duplicates that are read together count once.
         failures: Texts that would fail before they are sent.
-        requests: HTTP requests, none of them repeated.
-        tokens: Tokens to be billed; an upper bound unless `exact`.
+        requests: HTTP requests, without retries.
+        tokens: Tokens that would be billed; an upper bound unless `exact`.
         exact: Whether the tokens were counted with the model's own tokenizer.
-        seconds: Time needed at the given limits per minute; None if there are none.
+        seconds: Seconds needed within the embedder's limits per minute; None if it has none.
         cost_usd: List price of `tokens`; None if unknown.
     """
 
@@ -244,15 +244,15 @@ def _number(count: int, noun: str) -> str:
 
 
 def reporter(on_progress: ProgressCallback | None) -> ProgressCallback:
-    """Guard a progress callback: if it raises, that is logged, and it is not called again.
+    """Return a function that calls the progress callback. If that raises, it is logged and not called again.
 
     Raises:
-        TypeError: It cannot be called, or has to be awaited.
+        TypeError: It is not callable, or is a coroutine function.
     """
     if on_progress is not None and not callable(on_progress):
         raise TypeError(f"on_progress is {type(on_progress).__name__}; it must be a function")
     if inspect.iscoroutinefunction(on_progress):
-        raise TypeError("on_progress is a coroutine function, which nobody would await; pass a function")
+        raise TypeError("on_progress is a coroutine function, which would not be awaited; pass a function")
     broken = on_progress is None
 
     def report(progress: Progress) -> None:

@@ -1,7 +1,7 @@
-"""The values that flow through the library, and the seams between its parts.
+"""The values that users see, the contracts of providers, caches and sinks, and the checks of texts and vectors.
 
-Vectors are `float32[n, d]`, C-contiguous: row i belongs to text i. Texts and metadata are kept out of every
-repr: what is logged by accident must not leak what was embedded.
+Vectors are `float32[n, d]`, C-contiguous: row i belongs to text i. Texts and metadata are left out of every repr, so
+that logging a value by accident shows nothing that was embedded.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import numpy.typing as npt
 
 from .errors import AsyncEmbedError, InvalidTextError, ProtocolError, WrongTypeError
 
+# ---- values ----
+
 Vectors: TypeAlias = npt.NDArray[np.float32]
-"""float32[n, d], or float32[d] where one vector is meant."""
+"""float32[n, d], or float32[d] for a single vector."""
 
 RecordId: TypeAlias = str | int | UUID
-"""Stores keep ids as text: the number 5 and the string "5" are the same id."""
+"""Sinks store ids as text: the number 5 and the string "5" are the same id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One thing to embed and store.
+    """A text with an id, to be embedded and stored.
 
     Args:
         id: A str, an int or a UUID, unique in its table.
-        text: What is embedded, as it is.
-        metadata: Anything JSON can hold; stored beside the vector.
+        text: The text, embedded unchanged.
+        metadata: Anything JSON can represent; stored beside the vector.
     """
 
     id: RecordId
@@ -41,12 +43,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One text that was not embedded, or one record that was not stored.
+    """A text that was not embedded, or a record that was not stored.
 
     Attributes:
         index: Its position in the input, counted from 0.
-        error: Why.
-        id: The record's id; None in `embed`, and where the record had none.
+        error: The reason.
+        id: The record's id; None in `embed`, and if the record had none.
     """
 
     index: int
@@ -60,7 +62,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedRecord:
-    """What `stream` yields: the record, and either its vector float32[d] or the error."""
+    """One item of `stream`: a record, and either its vector float32[d] or its error."""
 
     record: Record
     vector: Vectors | None = field(repr=False)
@@ -68,10 +70,23 @@ class EmbeddedRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """What an answer's headers tell of the provider's limits; None for what they do not tell.
+class Hit:
+    """One search result. `score` is the cosine similarity, from -1 to 1."""
 
-    `reset_…_s` are the seconds until a limit is full again, not the wait that is needed.
+    id: str
+    score: float
+    text: str | None = field(default=None, repr=False)
+    metadata: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+# ---- the contract of providers ----
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The rate limits in a reply's headers; None for values that are not there.
+
+    `reset_…_s` is the number of seconds until a limit is full again. It is not the time to wait before a request.
     """
 
     limit_requests: int | None = None
@@ -84,14 +99,14 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reply:
-    """What one request brought: float32[n, d], row i for text i, and what the provider billed.
+    """The result of one `Provider.embed`.
 
     Attributes:
-        vectors: float32[n, d], all finite.
-        tokens: Tokens billed as the provider said; None if it did not say.
-        rates: What the answer told of the provider's limits; None if nothing.
-        model: The model that the provider says it used; None if it did not say.
-        requests: How many it took: more than one if the provider refused to be asked in that way.
+        vectors: float32[n, d], all finite; row i belongs to text i.
+        tokens: Tokens billed, as reported by the provider; None if it did not report them.
+        rates: The rate limits in the headers; None if there were none.
+        model: The model that the provider reports to have used; None if it did not report it.
+        requests: HTTP requests sent: more than one if the provider refused the first form of the request.
     """
 
     vectors: Vectors = field(repr=False)
@@ -103,14 +118,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ProviderInfo:
-    """What a provider says about itself; the defaults are those of a provider that says nothing.
+    """A provider's description of itself. The defaults apply to a provider without an `info`.
 
     Attributes:
         base_url: The address that texts are sent to, path included; None if there is none.
-        identity: What the provider counts its rate limits by, usually address and a hash of the key. Embedders whose
-            providers have equal identities share one rate limiter. None: the provider object itself.
-        dimensions: The size of the vectors, once it is known.
-        encoding_format: The format in which vectors are requested; None if none is named.
+        identity: The key by which the provider counts its rate limits, usually its address and a hash of the API key.
+            Embedders whose providers have equal identities share one rate limiter. None: the provider object itself.
+        dimensions: The size of the vectors; None while it is unknown.
+        encoding_format: The format in which vectors are requested; None if the request names none.
         validates: Whether it checks its replies itself: count, size and finite numbers. If not, `Embedder` does.
     """
 
@@ -135,24 +150,24 @@ class ProviderInfo:
 
 
 class Provider(Protocol):
-    """Sends one request to one place. Safe to call from many tasks at once."""
+    """Sends requests to one embedding service. Safe to call from many tasks at once."""
 
     async def embed(self, texts: Sequence[str]) -> Reply:
         """Send one request and return its validated reply.
 
         Raises:
-            ProviderError: The request failed; nothing of its reply is used.
+            ProviderError: The request failed; no vector of its reply is used.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close what was opened here, and nothing that was handed in."""
+        """Close what the provider has opened itself. A client that was passed in stays open."""
         ...
 
 
 @runtime_checkable
 class DescribedProvider(Provider, Protocol):
-    """A provider that says more about itself than the defaults of `ProviderInfo`."""
+    """A provider that describes itself."""
 
     @property
     def info(self) -> ProviderInfo:
@@ -161,36 +176,42 @@ class DescribedProvider(Provider, Protocol):
 
 
 def info_of(provider: Provider) -> ProviderInfo:
-    """Return what a provider says about itself."""
+    """Return a provider's description of itself, or the defaults."""
     return provider.info if isinstance(provider, DescribedProvider) else ProviderInfo()
 
 
-class Cache(Protocol):
-    """Keeps vectors by a hash of their text and all that decides their numbers. Safe to call from many tasks at once.
+# ---- the contract of caches ----
 
-    It can fail no call: what it raises is logged once and counts as a miss, except a `ConfigError`, which says that
-    it can never work. What it takes its time for, its callers wait for: give it a timeout.
+
+class Cache(Protocol):
+    """Stores vectors by a hash of the text and of everything else that decides them. Safe to call from many tasks.
+
+    An error of a cache fails no call: it is logged once and counts as a miss. The exception is a `ConfigError`, which
+    means that the cache can never work. Callers wait for `get`, so it needs a timeout of its own.
     """
 
     async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
-        """Return those it has, each float32[d]. A key has 32 bytes. The caller alters none of them."""
+        """Return the stored vectors, each float32[d], by key. A key has 32 bytes. The caller does not alter them."""
         ...
 
     async def put(self, vectors: Mapping[bytes, Vectors]) -> None:
-        """Keep copies of the vectors, each float32[d]: what is handed in is a part of something larger."""
+        """Store copies of the vectors, each float32[d]: each of them is a view of a larger array."""
         ...
 
     async def aclose(self) -> None:
-        """Let go of what was opened here."""
+        """Close what the cache has opened."""
         ...
+
+
+# ---- the contract of sinks ----
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One row on its way to a store.
+    """One row to be stored.
 
     Attributes:
-        id: As the user gave it; `str(id)` is the key.
+        id: The id as the user gave it; `str(id)` is the key.
         text: The embedded text.
         vector: float32[d], finite.
         content_hash: SHA-256 of the text's UTF-8 bytes, as lower-case hex.
@@ -204,42 +225,32 @@ class Row:
     metadata: str | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One search result. `score` is the cosine similarity, from -1 to 1."""
-
-    id: str
-    score: float
-    text: str | None = field(default=None, repr=False)
-    metadata: Mapping[str, Any] | None = field(default=None, repr=False)
-
-
 class Sink(Protocol):
-    """Where `ingest` stores rows. Any object with these three methods will do; more are optional, see below."""
+    """A store for the rows of `ingest`: any object with these three methods. The classes below add optional ones."""
 
     async def prepare(self, model: str, dimensions: int | None) -> None:
-        """Check all that can be checked before a token is paid; create what is missing. Idempotent.
+        """Check everything that can be checked before tokens are paid for; create what is missing. Idempotent.
 
         Args:
             model: The model's name, part of every row's key.
-            dimensions: The vectors' size; None if the first vector will tell.
+            dimensions: The size of the vectors; None if it is known only after the first reply.
 
         Raises:
-            SinkConfigError: This sink cannot take vectors of that model and size.
+            SinkConfigError: This sink cannot store vectors of that model and size.
         """
         ...
 
     async def existing(self, model: str, hashes: Mapping[RecordId, str]) -> set[RecordId]:
-        """Return those of the given ids that are stored for this model with this very content hash."""
+        """Return the ids that are stored for this model with exactly the given content hash."""
         ...
 
     async def write(self, model: str, rows: Sequence[Row]) -> Mapping[RecordId, AsyncEmbedError]:
-        """Upsert the rows in one transaction: when it returns they are durable, when it raises none is.
+        """Upsert the rows in one transaction: if it returns they are durable, if it raises none is stored.
 
-        Of rows with the same key the last one wins. A cancelled call leaves no transaction open.
+        If several rows have the same key, the last one is stored. A cancelled call leaves no transaction open.
 
         Returns:
-            The rows which the store refuses, each with its error; all others are stored. Mostly empty.
+            The rows that the store refuses, each with its error; all others are stored. Usually empty.
 
         Raises:
             SinkError: Nothing of this call was stored.
@@ -249,7 +260,7 @@ class Sink(Protocol):
 
 @runtime_checkable
 class KeyedSink(Sink, Protocol):
-    """A sink whose key is not always `str(id)`: in a column of integers "007" and 7 are one id."""
+    """A sink whose key is not always `str(id)`: in a column of integers "007" and 7 are the same id."""
 
     def stored_id(self, id: RecordId) -> str:
         """Return the id as it is stored, in text."""
@@ -258,10 +269,10 @@ class KeyedSink(Sink, Protocol):
 
 @runtime_checkable
 class CheckingSink(Sink, Protocol):
-    """A sink that knows in advance which ids it cannot hold, so that their texts are not paid for."""
+    """A sink that can reject ids in advance, so that their texts are not paid for."""
 
     def why_unfit(self, id: RecordId) -> str | None:
-        """Return what is wrong with an id; None if the sink can hold it."""
+        """Return why the sink cannot store an id; None if it can."""
         ...
 
 
@@ -274,12 +285,15 @@ class PrunableSink(KeyedSink, Protocol):
         ...
 
     async def delete(self, ids: Iterable[RecordId], model: str) -> int:
-        """Delete the model's rows with these ids in one transaction; return how many there were."""
+        """Delete the model's rows with these ids in one transaction; return how many rows were deleted."""
         ...
 
 
+# ---- checks of texts and vectors ----
+
+
 def check_text(text: object) -> None:
-    """Raise if no model could embed the value.
+    """Raise an error if no model can embed the value.
 
     Raises:
         WrongTypeError: It is not a str.
@@ -293,12 +307,12 @@ def check_text(text: object) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            # from None: the original shows the text
+            # from None: the original error shows the text
             raise InvalidTextError(f"has a lone surrogate at character {error.start}, so it is not UTF-8") from None
 
 
 def check_vectors(vectors: object, count: int) -> None:
-    """Raise a `ProtocolError` unless they are float32[count, d], all finite, as a provider promises."""
+    """Raise a `ProtocolError` unless the vectors are float32[count, d], all finite."""
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
         got = getattr(vectors, "shape", type(vectors).__name__)
         raise ProtocolError(f"expected vectors float32[{count}, d], got {got}")

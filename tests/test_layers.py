@@ -1,4 +1,4 @@
-"""The structure: who may import whom, who owns which driver, and habits that have cost others dearly."""
+"""The structure: which module may import which, one owner for each driver, and patterns that are forbidden."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import asyncembed
 
 PACKAGE = Path(asyncembed.__file__).parent
 
-# A module imports from its own package and from rows above its own; those in one row do not know each other.
+# A module imports from its own package and from rows above its own, never from another package of its own row.
 LAYERS = [
     "errors metrics models concurrency",
     "types options",
@@ -53,7 +53,7 @@ MODULES = dict(modules())
 
 
 def part_of(name: str) -> str:
-    """The package or flat module that a module belongs to; the root is "asyncembed"."""
+    """Return the package or flat module that a module belongs to; the root is "asyncembed"."""
     return name.split(".")[0] or "asyncembed"
 
 
@@ -64,7 +64,7 @@ def package_of(name: str) -> list[str]:
 
 
 def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees."""
+    """Yield all nodes except those under `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -123,7 +123,7 @@ def test_each_driver_has_one_owner(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_update_waits_between_reading_and_writing(name: str) -> None:
-    # `x += await f()` reads x before it waits: of nine rows written so, six were not counted
+    # `x += await f()` reads x before it awaits, so concurrent updates are lost
     for node in ast.walk(MODULES[name]):
         if isinstance(node, ast.AugAssign):
             assert not any(isinstance(inner, ast.Await) for inner in ast.walk(node.value)), f"line {node.lineno}"
@@ -136,8 +136,8 @@ def test_no_bare_gather_and_no_wall_clock(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_nothing_is_done_row_by_row_in_sqlite(name: str) -> None:
-    # see `databases.sqlite`; asyncpg's method sends all rows in one go
+def test_no_sqlite_statement_works_row_by_row(name: str) -> None:
+    # see `databases.sqlite`; asyncpg's method sends all rows at once
     calls = {ast.unparse(node.func) for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call)}
     row_by_row = [call for call in calls if call.endswith((".executemany", ".fetchall"))]
     assert name == "sinks.postgres.writing" or not row_by_row

@@ -1,4 +1,4 @@
-"""`report`: what the results of a run say of it."""
+"""`report`: results, reports, progress and plans as values and as text."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_a_result_is_indexed_from_the_end_too() -> None:
 
 
 @pytest.mark.parametrize("index", [4, -5, 10**9])
-def test_beyond_the_texts_there_is_an_index_error(index: int) -> None:
+def test_an_index_beyond_the_texts_is_an_index_error(index: int) -> None:
     with pytest.raises(IndexError):
         result()[index]
 
 
-def test_a_result_can_be_walked_through() -> None:
+def test_a_result_can_be_iterated() -> None:
     assert [row is None for row in result(bad=(2,))] == [False, False, True, False]
 
 
@@ -51,17 +51,17 @@ def test_a_vector_that_begins_with_zero_is_no_failure() -> None:
     assert result(1)[0] is not None
 
 
-def test_a_failed_text_has_no_vector_even_if_none_has() -> None:
-    # nothing came back, so nobody knows how long a vector would have been
+def test_a_text_has_no_vector_if_no_text_was_embedded() -> None:
+    # no reply came, so the size of a vector is unknown
     nothing = EmbeddingResult(np.empty((2, 0), np.float32), (), 0, 0, 0, 0.0, None)
     assert (nothing[0], nothing[1], len(nothing)) == (None, None, 2)
 
 
-def test_without_failures_there_is_nothing_to_raise() -> None:
+def test_raise_for_failures_does_nothing_without_failures() -> None:
     result().raise_for_failures()
 
 
-def test_some_failures_are_raised_with_the_result_and_the_first_of_them() -> None:
+def test_raise_for_failures_raises_an_error_with_the_result_and_the_first_failure() -> None:
     some = result(bad=(1, 3))
     with pytest.raises(SomeFailedError) as caught:
         some.raise_for_failures()
@@ -71,13 +71,13 @@ def test_some_failures_are_raised_with_the_result_and_the_first_of_them() -> Non
     assert caught.value.__cause__ is some.failures[0].error
 
 
-def test_only_failures_are_a_runtime_error_of_their_own() -> None:
+def test_a_result_of_nothing_but_failures_is_an_all_failed_error() -> None:
     error = failed(result(2, bad=(0, 1)))
     assert isinstance(error, AllFailedError)
     assert isinstance(error, RuntimeError)
 
 
-def test_results_cannot_be_changed_and_do_not_print_their_vectors() -> None:
+def test_results_are_immutable_and_do_not_print_their_vectors() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         result().requests = 5  # type: ignore[misc]
     assert "embeddings" not in repr(result())
@@ -89,7 +89,7 @@ def test_an_ingest_report_adds_up() -> None:
     assert (report.failed_count, report.failed_ids, report.seen) == (2, ["b", None], 10)
 
 
-def test_a_run_of_nothing_is_a_report_of_zeros() -> None:
+def test_a_new_ingest_report_is_all_zeros() -> None:
     report = IngestReport()
     assert (report.seen, report.failed_ids, report.failures, report.cost_usd) == (0, [], [], None)
     assert IngestReport().failures is not report.failures
@@ -103,7 +103,7 @@ def test_a_run_of_nothing_is_a_report_of_zeros() -> None:
         (0.001, "1,000 stored, 3 skipped, 0 failed; 50,000 tokens in 12 requests, $0.0010, 1.2 s"),
     ],
 )
-def test_an_ingest_report_reads(cost_usd: float | None, words: str) -> None:
+def test_an_ingest_report_is_printed_as_one_line(cost_usd: float | None, words: str) -> None:
     assert str(IngestReport(1_000, 3, [], 50_000, 12, 0, 1.23, cost_usd)) == words
 
 
@@ -117,7 +117,7 @@ def test_an_ingest_report_reads(cost_usd: float | None, words: str) -> None:
         (Progress(0, None, 0, 0, 0, 0, 0, 0.0), "0 done (0 skipped, 0 failed), 0 tokens in 0 requests, 0/s"),
     ],
 )
-def test_progress_reads(progress: Progress, words: str) -> None:
+def test_progress_is_printed_as_one_line(progress: Progress, words: str) -> None:
     assert str(progress) == words
 
 
@@ -132,11 +132,11 @@ def test_progress_reads(progress: Progress, words: str) -> None:
         (Plan(10, (), 2, 5_000, False, None, None), "10 texts, at most 5,000 tokens, 2 requests, price unknown"),
     ],
 )
-def test_a_plan_reads(plan: Plan, words: str) -> None:
+def test_a_plan_is_printed_as_one_line(plan: Plan, words: str) -> None:
     assert str(plan) == words
 
 
-def test_a_failure_may_be_taken_apart_and_results_are_compared_by_identity() -> None:
+def test_a_failure_can_be_unpacked_and_results_are_compared_by_identity() -> None:
     error = AsyncEmbedError("no")
     [(index, why)] = [Failure(3, error, "an id")]
     assert (index, why) == (3, error)

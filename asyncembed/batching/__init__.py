@@ -1,1 +1,1 @@
-"""Texts to batches: counted, cut and packed. Pure; nothing here waits or sends."""
+"""Texts become batches: tokens are counted, long texts cut, inputs packed. Nothing here sends a request."""

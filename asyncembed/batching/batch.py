@@ -1,4 +1,4 @@
-"""A batch, what becomes of its texts, and who receives that. Pure."""
+"""A batch of inputs, the outcome of its texts, and the interface of its receiver. Pure."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class Batch:
 
     inputs: list[Input]
     sent: bool = False
-    """Whether they were sent before, so that sending them again is a retry."""
+    """Whether the inputs were sent before, so that sending them again is a retry."""
 
     @property
     def weight(self) -> int:
-        """What the inputs weigh together, in tokens."""
+        """The sum of the inputs' weights, in tokens."""
         return sum([each.weight for each in self.inputs])
 
     def part(self, inputs: list[Input]) -> Batch:
-        """Return a batch of some of its inputs."""
+        """Return a batch of some of this batch's inputs."""
         return Batch(inputs, self.sent)
 
     def fits(self, limits: Limits) -> bool:
-        """Return whether one request may hold it; a single input cannot be made smaller, so it always fits."""
+        """Return whether one request may hold the batch. A single input cannot be made smaller, so it always fits."""
         count = len(self.inputs)
         return count == 1 or (count <= limits.inputs and self.weight <= limits.tokens)
 
     def repacked(self, limits: Limits) -> list[Batch]:
-        """Return its inputs in batches that fit limits which were learned after it was packed."""
+        """Return the inputs in batches that fit these limits, which were learned after this batch was packed."""
         packer: Packer[Input] = Packer(limits.inputs, limits.tokens, 1)
         full = [inputs for each in self.inputs if (inputs := packer.add(each, each.weight))]
         return [self.part(inputs) for inputs in (*full, *packer.flush())]
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Texts that are done: row i of `vectors`, float32[n, d], belongs to `texts[i]`. Each of `failed` has its error."""
+    """Texts that are done: row i of `vectors`, float32[n, d], belongs to `texts[i]`; `failed` has texts and errors."""
 
     texts: Sequence[Text] = ()
     vectors: Vectors = field(default_factory=lambda: np.empty((0, 0), np.float32))
@@ -56,16 +56,16 @@ class Receiver(Protocol):
     """Receives the outcomes of one call."""
 
     async def deliver(self, outcome: Outcome) -> None:
-        """Take an outcome. The batch holds its concurrency slot until this returns.
+        """Process an outcome. The batch holds its concurrency slot until this returns.
 
         Raises:
-            Exception: The outcome cannot be taken; the call ends with this error.
+            Exception: It cannot be processed; the call ends with this error.
         """
         ...
 
 
 def outcome_of_reply(batch: Batch, reply: Reply) -> Outcome:
-    """Return what a reply finishes: whole texts, and long texts whose last piece this was."""
+    """Return the texts that a reply finishes: a long text is finished with its last piece."""
     if all(each.text.pieces is None for each in batch.inputs):
         return Outcome([each.text for each in batch.inputs], reply.vectors)
     texts: list[Text] = []
@@ -88,7 +88,7 @@ def outcome_of_reply(batch: Batch, reply: Reply) -> Outcome:
 
 
 def outcome_of_error(batch: Batch, error: AsyncEmbedError) -> Outcome:
-    """Return the batch's texts as failed; a long text only with its last piece, so that it is delivered once."""
+    """Return the batch's texts as failed. A long text fails with its last piece, so that it is delivered once."""
     errors: list[tuple[Text, AsyncEmbedError]] = []
     for each in batch.inputs:
         pieces = each.text.pieces

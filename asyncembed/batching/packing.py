@@ -1,8 +1,8 @@
-"""Group texts into batches that one request may hold. Pure: no clock, no I/O.
+"""Packs texts into batches, each within the limits of one request. Pure: no clock, no I/O.
 
-Two things bind a batch: the number of inputs, and the sum of their weights in tokens. `Packer` keeps a few
-batches open and puts each item into the fullest one where it fits (best fit): what is too long for the rest
-of one batch does not close it for the short ones that follow.
+A batch has two limits: the number of inputs, and the sum of their weights in tokens. `Packer` keeps a few batches open
+and adds each item to the fullest one in which it fits (best fit). So a long item that does not fit into a batch does
+not close it for the short ones that follow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 # Measured by bench/pack.py, 2026-11: requests over the least possible, 30,000 texts of 1 to 8,192 tokens in batches
 # of 300,000 (of 20,000): 1 open batch 0.7 % (16 %), 2 none (5.7 %), 4 none (2.2 %), 8 none (1.2 %), 16 none (0.8 %),
-# at 0.5 to 1.2 million texts a second. More of them hold back more texts.
+# at 0.5 to 1.2 million texts a second. More open batches hold back more texts.
 OPEN_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may hold, and one text of it; see `models` for the sources of the defaults."""
+    """The limits of one request, and of one text in it; see `models` for the sources of the defaults."""
 
     inputs: int
     tokens: int
@@ -30,7 +30,7 @@ class Limits:
 
 
 def weigh(tokens: int, size_bytes: int) -> int:
-    """Return what a text weighs in a batch: its tokens, or the server's estimate of them if that is more."""
+    """Return the weight of a text in a batch: its tokens, or the server's estimate of them if that is larger."""
     return max(tokens, -(-size_bytes // BYTES_PER_ESTIMATED_TOKEN))
 
 
@@ -45,16 +45,14 @@ def _weight(batch: _Open[T]) -> int:
 
 
 class Packer(Generic[T]):
-    """Collects items one by one and hands out batches as they fill.
+    """Takes items one by one and returns batches as they fill. The items of a batch keep their order.
 
     Args:
         max_inputs: Items a batch may hold.
-        max_tokens: Weight a batch may hold. An item that is heavier than this travels alone.
-        open_batches: How many batches may be filling at once. With 1 the batches are runs of consecutive
-            items; with more they are denser, and an item may leave after one that came later. The number
-            grows from 1 with each batch handed out, so that the first one leaves as soon as it is full.
-
-    In every batch the items keep their order, whatever the weights.
+        max_tokens: Weight a batch may hold. A heavier item is a batch of its own.
+        open_batches: How many batches may be open at a time. With 1, each batch is a run of consecutive items. With
+            more, batches are fuller, and a later item may be returned before an earlier one. The number grows from 1
+            with each returned batch, so that the first batch is returned as soon as it is full.
     """
 
     def __init__(self, max_inputs: int, max_tokens: int, open_batches: int = OPEN_BATCHES) -> None:
@@ -65,7 +63,7 @@ class Packer(Generic[T]):
         self._open: list[_Open[T]] = []
 
     def add(self, item: T, weight: int) -> list[T] | None:
-        """Take one item; return a batch if that completes one, else None."""
+        """Add one item; return a batch if that completes one, else None."""
         best: _Open[T] | None = None
         for batch in self._open:
             if batch.weight + weight <= self._max_tokens and (best is None or batch.weight > best.weight):
@@ -78,17 +76,17 @@ class Packer(Generic[T]):
             self._open.append(best)
         best.items.append(item)
         best.weight += weight
-        # a batch of one is full at once, but then none other was open, so `done` is None
+        # a batch of one is full at once, but then no other was open, so `done` is None
         return self._close(best) if len(best.items) >= self._max_inputs else done
 
     def flush(self) -> list[list[T]]:
-        """Hand out all that is left, fullest first. The packer is empty afterwards and can go on."""
+        """Return all open batches, fullest first. The packer is empty afterwards and can be used again."""
         rest = sorted(self._open, key=_weight, reverse=True)
         self._open = []
         return [batch.items for batch in rest]
 
     def __len__(self) -> int:
-        """How many items wait in open batches."""
+        """The number of items in open batches."""
         return sum(len(batch.items) for batch in self._open)
 
     def _close(self, batch: _Open[T]) -> list[T]:

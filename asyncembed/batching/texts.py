@@ -1,6 +1,6 @@
-"""The texts of a call, and the inputs of requests they become: counted, and cut where they are too long.
+"""The texts of a call, and the inputs that they become: tokens are counted, long texts cut into pieces.
 
-Pure, but blocking: it is called in a thread, a portion of texts at a time.
+Pure, but blocking: `prepare_inputs` is called in a thread for one portion of texts at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..types import Vectors
 from .packing import Limits, weigh
 from .tokens import MAX_BYTES_PER_TOKEN, TokenCounter
 
-# How much is counted at once in a thread: 10 ms of tiktoken, which releases the GIL meanwhile.
+# The texts that are counted at once in a thread: 10 ms of tiktoken, which releases the GIL meanwhile.
 PORTION_TEXTS = 512
 PORTION_CHARACTERS = 512 * 1024
 
@@ -26,28 +26,28 @@ TooLong: TypeAlias = Literal["error", "truncate", "mean"]
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """One text of a call, and the positions in the call's input where it stands.
+    """One text of a call, and its positions in the call's input.
 
-    A text that is not cut into pieces is itself the input of a request. A second object for each text would be felt
-    with many texts, most of all by the garbage collector.
+    A text that is not cut into pieces is itself the input of a request: a second object for each text would cost time
+    with many texts, above all in the garbage collector.
     """
 
     content: str = field(repr=False)
     indices: Sequence[int]
     pieces: PooledPieces | None = None
-    """The vectors of its pieces so far, if it was cut."""
+    """The sum of its pieces' vectors so far; None if it was not cut."""
     tokens: int = 0
     weight: int = 0
 
     @property
     def text(self) -> Text:
-        """The text that this input belongs to: itself."""
+        """The text that this input belongs to, as in `Piece`: itself."""
         return self
 
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """An input of a request that is a part of a long text."""
+    """A part of a long text, as an input of a request."""
 
     text: Text
     content: str = field(repr=False)
@@ -63,7 +63,7 @@ Input: TypeAlias = Text | Piece
 class PooledPieces:
     """Mean pooling of a long text's pieces: the mean of their vectors, weighted by tokens, at unit length.
 
-    It is summed in float64, so the result does not depend on the order of the pieces.
+    The sum is in float64, so the result does not depend on the order of the pieces.
     """
 
     missing: int
@@ -71,22 +71,25 @@ class PooledPieces:
     error: AsyncEmbedError | None = None
 
     def add(self, vector: Vectors, tokens: int) -> None:
+        """Add the vector float32[d] of a piece."""
         weighted = vector.astype(np.float64) * tokens
         self.total = weighted if self.total is None else self.total + weighted
         self.missing -= 1
 
     def fail(self, error: AsyncEmbedError) -> None:
+        """Record that a piece has failed; the first error counts."""
         self.error = self.error or error
         self.missing -= 1
 
     def vector(self) -> Vectors:
+        """Return the mean float32[d]."""
         assert self.total is not None
-        norm = np.linalg.norm(self.total) or 1.0  # opposite pieces may cancel out
+        norm = np.linalg.norm(self.total) or 1.0  # opposite vectors cancel out
         return (self.total / norm).astype(np.float32)
 
 
 def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
-    """Cut a sequence into portions that are counted at once."""
+    """Cut a sequence into the portions that are counted at once."""
     start = characters = 0
     for end, text in enumerate(texts, start=1):
         characters += len(text.content)
@@ -98,11 +101,11 @@ def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
 
 
 def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = None) -> list[Text]:
-    """Merge duplicate texts: each is sent once, and its vector belongs to all its positions.
+    """Return the different texts, each with all its positions.
 
     Args:
         texts: Positions and texts.
-        found: The texts of earlier positions, by content; these are added to it.
+        found: The texts of earlier positions, by content; the new ones are added to it.
     """
     found = {} if found is None else found
     for index, content in texts:
@@ -117,9 +120,9 @@ def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = Non
 
 
 def fit_one_request(texts: Sequence[Text], limits: Limits) -> bool:
-    """Return whether the texts surely fit into one request, and each is surely short enough; if so, set their weights.
+    """Return whether the texts certainly fit into one request, each within its limit; if so, set their weights.
 
-    No text has more tokens than bytes, and no character has more than four bytes: short texts need no tokenizer.
+    A text has at most as many tokens as bytes, and a character at most four bytes: short texts need no tokenizer.
     """
     characters = 0
     for text in texts:
@@ -137,9 +140,9 @@ def prepare_inputs(
 ) -> tuple[list[Input], list[tuple[Text, AsyncEmbedError]]]:
     """Return the inputs that the texts become, in order, and the texts that are too long, each with its error.
 
-    Tokens are counted only where the number of bytes does not decide. With an inexact counter a text that may be too
-    long is sent as it is under "error": the server knows, and its refusal costs that text alone. Under "truncate" and
-    "mean" it is cut by the upper bound, into less than would have fitted.
+    Tokens are not counted if the number of bytes already shows that a text is too long. If the counter is inexact, a
+    text that may be too long is sent unchanged under "error": a refusal by the server costs that text alone. Under
+    "truncate" and "mean" it is cut by the upper bound, so its pieces are shorter than they could be.
     """
     inputs: list[Input] = []
     failed: list[tuple[Text, AsyncEmbedError]] = []
@@ -197,8 +200,8 @@ def _cut(text: str, counter: TokenCounter, limit: int, *, only_first: bool) -> I
 
 
 def _first_piece(text: str, start: int, counter: TokenCounter, limit: int) -> str:
-    # Tokenizing all that is left for every piece would cost the square of the length, so look at a window
-    # of it (English has 4 to 5 characters a token) and widen that only if it fits whole.
+    # Tokenizing the whole rest for every piece would take quadratic time, so only a window of it is cut (English has
+    # 4 to 5 characters per token). The window is widened if it fits entirely.
     width = limit * 8
     while True:
         window = text[start : start + width]

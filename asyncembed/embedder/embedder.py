@@ -1,4 +1,4 @@
-"""`Embedder`: one long-lived object that turns texts into vectors."""
+"""`Embedder`: a long-lived object that turns texts into vectors."""
 
 from __future__ import annotations
 
@@ -37,38 +37,37 @@ from .planning import count_up
 from .results import Results
 from .stream import OrderedStream
 
-# Containers are killed 10 to 30 s after SIGTERM; an answer takes less than a second mostly.
+# Containers are killed 10 to 30 s after SIGTERM; most requests take less than a second.
 CLOSE_GRACE_S = 10.0
 
 
 class Embedder:
-    """Turns texts into vectors: packed into few requests, paced, retried, and checked.
+    """Turns texts into vectors: packs them into few requests, keeps rate limits, retries, and checks the replies.
 
-    One object serves many tasks at once, and one event loop after another. Making it is cheap and sends nothing.
+    One object serves many tasks at once, and one event loop after another. Creating it is cheap and sends nothing.
 
     Args:
-        model: The model's name, on Azure the deployment's; "local" is the embedded model (extra `local`).
-        client: A ready `AsyncOpenAI` or `AsyncAzureOpenAI`; used as it is, never closed.
-        http_client: A ready httpx or httpx2 `AsyncClient`; used as it is, never closed.
-        provider: Any `types.Provider`, in place of all the options for OpenAI.
-        api_key: The key, or an async function that returns it. Default: the environment's `OPENAI_API_KEY`.
-        base_url: Default: the environment's `OPENAI_BASE_URL`, else OpenAI itself.
-        dimensions: Ask for shorter vectors; only some models shorten.
-        max_batch_size: Texts a request, 1 to 2,048.
-        max_tokens_per_batch: Tokens a request; a text weighs max(tokens, UTF-8 bytes / 4).
-        max_tokens_per_text: Tokens the model takes in one text.
-        too_long: What becomes of a longer one: "error" fails it, "truncate" embeds its beginning, "mean" embeds
-            its pieces and takes their mean, weighted by tokens, at unit length.
-        concurrency: Requests under way at once.
-        requests_per_minute, tokens_per_minute: Stay below these. Limits that the provider's headers tell are
-            kept without being given here.
-        max_retries: How often a batch is sent again while nothing succeeds.
-        timeout: Seconds, wall-clock, for one attempt.
-        observer: Is told of every request, in counts; see `metrics.Observer`, and `otel.OpenTelemetry`.
-        max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their answers at once.
-        cache: Answers texts that were embedded before: True for one in memory, a path for one in an SQLite file, or any
-            `types.Cache`, which is never closed.
-        allow_insecure_http: Whether key and texts may travel in clear beyond this machine.
+        model: The name of the model, or of the deployment on Azure; "local" is the local model (extra `local`).
+        client: An `AsyncOpenAI` or `AsyncAzureOpenAI` to use; never closed.
+        http_client: An `AsyncClient` of httpx or httpx2 to use; never closed.
+        provider: Any `types.Provider`, instead of the options for OpenAI.
+        api_key: The key, or an async function that returns it. Default: the environment variable `OPENAI_API_KEY`.
+        base_url: The address of the API. Default: the environment variable `OPENAI_BASE_URL`, else OpenAI itself.
+        dimensions: The size of shortened vectors. Not every model can shorten its vectors.
+        max_batch_size: Texts per request, 1 to 2,048.
+        max_tokens_per_batch: Tokens per request; a text counts as max(tokens, UTF-8 bytes / 4).
+        max_tokens_per_text: Tokens that the model accepts in one text.
+        too_long: How longer texts are treated: "error" fails them, "truncate" embeds their beginning, "mean" embeds
+            their pieces and returns the mean, weighted by tokens, at unit length.
+        concurrency: Requests in flight at once.
+        requests_per_minute, tokens_per_minute: Limits to keep. Limits in the provider's headers are kept anyway.
+        max_retries: How often a batch is sent again while no request succeeds.
+        timeout: Wall-clock seconds for one attempt.
+        observer: Receives an event for every request; see `metrics.Observer` and `otel.OpenTelemetry`.
+        max_waiting: Texts of `embed_one` and small `embed` calls that may wait for their vectors at once.
+        cache: Returns vectors of texts that were embedded before: True for a cache in memory, a path for one in an
+            SQLite file, or any `types.Cache`, which is never closed.
+        allow_insecure_http: Whether key and texts may be sent unencrypted to another machine.
 
     Raises:
         ConfigError: An option is out of range, or there is no usable key or address. It is a ValueError.
@@ -146,7 +145,7 @@ class Embedder:
         return f"<Embedder {self.model!r}{f' at {host}' if host else ''}: {status}>"
 
     def stats(self) -> Stats:
-        """Return what has been done since this was made, and what is under way now. Cheap, and safe in any thread."""
+        """Return the counts since the embedder was created, and its present state. Cheap; safe in any thread."""
         here = [(loop, dispatcher) for loop, dispatcher in self._dispatchers.items() if not loop.is_closed()]
         limiters = [(loop, dispatcher.endpoint.limiter) for loop, dispatcher in here]
         return self._metrics.stats(
@@ -168,11 +167,12 @@ class Embedder:
         await self.aclose(CLOSE_GRACE_S if error is None else 0.0)
 
     async def aclose(self, grace: float = CLOSE_GRACE_S) -> None:
-        """Wait for what is under way, then close the connections; clients that were handed in stay open.
+        """Wait for running calls, then close the connections. Clients that were passed in stay open.
 
         Args:
-            grace: Seconds to wait, at most. Calls that are not answered by then get a `TransportError`; bulk ones have
-                their result so far on it. A `stream` is ended at once. A batch that is being stored then has 10 s more.
+            grace: Seconds to wait, at most. Calls that are unfinished then raise a `TransportError`; for `embed`, its
+                `.result` holds the finished texts. A `stream` is ended at once. A batch that is being stored then has
+                10 s more.
         """
         async with self._closing.get():  # a concurrent `aclose()` waits for the first one to finish
             dispatcher = self._dispatchers.pop()
@@ -188,7 +188,7 @@ class Embedder:
 
     @property
     def dimensions(self) -> int | None:
-        """The size of the vectors; None while nobody can know it."""
+        """The size of the vectors; None while it is unknown."""
         if self._asked_dimensions is not None:
             return self._asked_dimensions
         return info_of(self._provider).dimensions
@@ -200,10 +200,10 @@ class Embedder:
         on_progress: ProgressCallback | None = None,
         deadline: float | None = None,
     ) -> EmbeddingResult:
-        """Return one vector a text; texts that fail fail alone. Equal texts are sent once.
+        """Return one vector per text. A text that fails does not affect the others. Duplicates are sent once.
 
-        Few texts share requests with other calls, as `embed_one` does; such a request counts for each who shared it,
-        and its tokens are divided among them.
+        A call with few texts shares requests with other calls, as `embed_one` does. A shared request counts for each
+        of its calls, and its tokens are divided among them.
 
         Args:
             texts: At least one; none of them empty.
@@ -211,13 +211,13 @@ class Embedder:
             deadline: Seconds for the whole call, waiting included.
 
         Raises:
-            TypeError: `texts` is one str, or holds something that is not a str.
+            TypeError: `texts` is a single str, or holds something that is not a str. Nothing was sent.
             ValueError: `texts` is empty, or holds an empty text. Nothing was sent.
-            AllFailedError: Not one text was embedded; `.result` tells why.
-            FatalProviderError: Going on is pointless (wrong key, no quota, unknown model, an outage);
-                `.result` holds what was done.
-            DeadlineError: The deadline passed; `.result` holds what was done. Nothing is left running.
-            OverloadedError: `max_waiting` texts of small calls wait already. Nothing was sent.
+            AllFailedError: No text was embedded; `.result` has the reasons.
+            FatalProviderError: Further requests would fail, too (wrong key, no quota, unknown model, an outage).
+                `.result` holds the finished texts.
+            DeadlineError: The deadline passed. `.result` holds the finished texts. Nothing is left running.
+            OverloadedError: `max_waiting` texts of small calls are waiting already. Nothing was sent.
         """
         contents = as_list(texts)
         call = CallContext(deadline)
@@ -238,10 +238,10 @@ class Embedder:
         return result
 
     async def embed_one(self, text: str, *, deadline: float | None = None) -> Vectors:
-        """Return the vector float32[d] of one text. Concurrent calls share requests, equal texts one input.
+        """Return the vector float32[d] of one text. Concurrent calls share requests; duplicates share one input.
 
-        A lone call is sent at once; what is asked for while two shared requests are under way travels together.
-        Cancelling one call harms no other.
+        A lone call is sent at once. While two shared requests are in flight, further calls are queued and share the
+        next request. Cancelling one call does not affect the others.
 
         Args:
             text: Not empty.
@@ -249,8 +249,8 @@ class Embedder:
 
         Raises:
             DeadlineError: The deadline passed.
-            OverloadedError: `max_waiting` texts wait already. Nothing was sent.
-            AsyncEmbedError: Why this text failed; an object of this call's own.
+            OverloadedError: `max_waiting` texts are waiting already. Nothing was sent.
+            AsyncEmbedError: The text failed. Each call gets its own error object.
         """
         try:
             check_text(text)
@@ -265,16 +265,16 @@ class Embedder:
         raise call.stopped_by
 
     async def check(self, *, deadline: float | None = 10.0) -> Check:
-        """Prove that key, address, model and dimensions are right, with one request of one token.
+        """Check key, address, model and dimensions with one request of one token.
 
-        It is sent before all others and never repeated; a pause that the provider asked for is kept.
+        It is sent before other requests and not retried. It waits for a pause that the provider has requested.
 
         Args:
-            deadline: Seconds for all of it, waiting included.
+            deadline: Seconds for the check, waiting included.
 
         Raises:
-            ProviderError: It failed: an `AuthenticationError`, a `NotFoundError`, a `TransportError`, …
-            ConfigError: The provider answers with vectors of another size than this model is known to have.
+            ProviderError: The request failed: an `AuthenticationError`, a `NotFoundError`, a `TransportError`, …
+            ConfigError: The size of the vectors is not the one that the model is known to have.
             DeadlineError: The deadline passed.
         """
         call = CallContext(deadline, urgent=True)
@@ -293,18 +293,18 @@ class Embedder:
     ) -> AsyncGenerator[EmbeddedRecord, None]:
         """Yield each record with its vector or its error, in order, while the source is still being read.
 
-        Memory is bounded by what is under way: the source is read only so far ahead. Leaving the loop early ends
-        the requests under way; `async with contextlib.aclosing(...)` does so at once.
+        Memory is bounded: the source is read only a limited distance ahead. If the loop is left early, requests in
+        flight are cancelled; use `async with contextlib.aclosing(...)` to have that happen at once.
 
         Args:
-            records: Any sync or async iterable of records, in all their forms, or of plain texts, whose id is
-                then their position.
+            records: Any sync or async iterable of records, in any of their forms, or of texts. The id of a text is
+                its position.
             deadline: Seconds for the whole stream, waiting included.
 
         Raises:
-            FatalProviderError: Going on is pointless. What was done has been yielded.
-            DeadlineError: The deadline passed; likewise.
-            Exception: What the source raised, as it is; likewise.
+            FatalProviderError: Further requests would fail, too. All finished records have been yielded.
+            DeadlineError: The deadline passed. All finished records have been yielded.
+            Exception: The source's own error, unchanged. All records before it have been yielded.
         """
         call = CallContext(deadline)
         ordered = OrderedStream(most_ahead=(self.concurrency + 1) * self._limits.inputs)
@@ -325,10 +325,10 @@ class Embedder:
             await dispatcher.embed_slices(slices, call, ordered, open_batches=1, ends_by_itself=False)
 
     async def plan(self, texts: AnyIterable) -> Plan:
-        """Return what embedding the texts would take. Sends nothing.
+        """Estimate requests, tokens, time and price of embedding the texts. Sends nothing.
 
         Args:
-            texts: Any sync or async iterable of texts, or of records in all their forms.
+            texts: Any sync or async iterable of texts, or of records in any of their forms.
         """
         counter = await self._counter()
         counted = await count_up(texts, counter, self._limits, self._too_long)
@@ -342,19 +342,19 @@ class Embedder:
             cost_usd=self._price(counted.tokens),
         )
 
-    # ---- what `pipeline` builds on ----
+    # ---- used by `pipeline` ----
 
     async def embed_slices(self, slices: Slices, call: CallContext, receiver: Receiver) -> None:
-        """Embed slices of texts; the receiver gets the outcomes while their slot is held."""
+        """Embed slices of texts. A batch holds its concurrency slot until the receiver has taken the outcome."""
         await self._dispatchers.get().embed_slices(slices, call, receiver)
 
     @property
     def max_in_flight(self) -> int:
-        """How many texts may be between a source and its store."""
+        """The number of texts that may be read from a source and not yet stored."""
         return (self.concurrency + 1 + MAX_BACKING_OFF + OPEN_BATCHES) * self._limits.inputs
 
     def cost_usd(self, usage: Usage) -> float | None:
-        """Return the list price of what a call was billed; None if price or count is unknown."""
+        """Return the list price of a call's tokens; None if price or count is unknown."""
         return self._price(usage.tokens) if usage.tokens_known else None
 
     def _price(self, tokens: int) -> float | None:
@@ -366,7 +366,7 @@ class Embedder:
         return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
 
     def _new_dispatcher(self) -> Dispatcher:
-        # The provider counts limits per address, key and model; a user's own provider is its own place.
+        # Limits are counted per address, key and model. A provider without an identity shares them with no other.
         place = info_of(self._provider).identity or id(self._provider)
         rate = shared_rate_limiter((place, self.model))
         rate.limit(*self._per_minute)
@@ -392,7 +392,7 @@ class Embedder:
             "place": info_of(self._provider).base_url or f"{kind.__module__}.{kind.__qualname__}",
             "model": self.model,
             "dimensions": self._asked_dimensions,
-            # these decide what is embedded of a long text
+            # these decide which part of a long text is embedded
             "too_long": self._too_long,
             "tokens_per_text": min(limits.tokens_per_text, limits.tokens),
         }

@@ -9,7 +9,7 @@ from ..batching.texts import Text, unique
 from ..errors import ConfigError, InputError
 from ..types import check_text
 
-# Checked and compared in 2 ms; then other tasks may run.
+# Checked and deduplicated in 2 ms; then other tasks may run.
 TEXTS_A_TURN = 1_000
 
 
@@ -17,8 +17,8 @@ def as_list(texts: Iterable[str]) -> list[str]:
     """Return the texts as a list.
 
     Raises:
-        TypeError: It is one str, or has no order.
-        ConfigError: There is none.
+        TypeError: `texts` is a single str, or has no order.
+        ConfigError: `texts` is empty.
     """
     if isinstance(texts, (str, bytes, bytearray)):
         raise TypeError(f"texts is one {type(texts).__name__}; embed takes a list of str, embed_one a single one")
@@ -31,10 +31,10 @@ def as_list(texts: Iterable[str]) -> list[str]:
 
 
 async def unique_texts(contents: list[str]) -> list[Text]:
-    """Return the different texts, each with its positions; yields to the event loop in between.
+    """Check the texts and return the different ones, each with its positions. Other tasks may run in between.
 
     Raises:
-        InputError: The first one that cannot be embedded, with its position.
+        InputError: A text cannot be embedded; the message has its position.
     """
     found: dict[str, Text] = {}
     for start in range(0, len(contents), TEXTS_A_TURN):

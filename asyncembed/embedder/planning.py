@@ -1,4 +1,4 @@
-"""`plan`: counts and packs texts as `embed` does, and sends nothing."""
+"""`plan`: counts and packs texts as `embed` does, but sends nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..types import Failure
 
 @dataclass(slots=True)
 class Counted:
-    """The inputs, their tokens and the requests they take; and the texts that would fail before they are sent."""
+    """Texts that would be sent, their tokens and requests, and the texts that would fail before they are sent."""
 
     inputs: int = 0
     tokens: int = 0
@@ -24,7 +24,7 @@ class Counted:
 
 
 async def count_up(texts: AnyIterable, counter: TokenCounter, limits: Limits, too_long: TooLong) -> Counted:
-    """Return what texts, or records in all their forms, would take; in bounded memory, counted in threads."""
+    """Count texts, or records in any of their forms. Memory is bounded, and tokens are counted in threads."""
     packer: Packer[None] = Packer(limits.inputs, limits.tokens)
     found, count = Counted(), 0
     async with aclosing(in_chunks(texts)) as slices:

@@ -1,4 +1,4 @@
-"""`stream`: reads a source ahead, within bounds, and yields the outcomes in the source's order."""
+"""`stream`: reads a source a bounded distance ahead, and yields the results in the order of the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from ..types import EmbeddedRecord, Record
 
 
 class OrderedStream:
-    """The receiver of one `stream` call: restores the order of the source, and bounds how far it is read ahead."""
+    """The receiver of one `stream` call: restores the order of the source, and bounds how far it is read ahead.
+
+    Args:
+        most_ahead: The number of records that may be read and not yet yielded; one chunk may exceed it.
+    """
 
     def __init__(self, most_ahead: int) -> None:
         self._most_ahead = most_ahead
@@ -27,11 +31,12 @@ class OrderedStream:
         self._changed = asyncio.Event()
 
     async def slices(self, source: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
+        """Yield the texts to be embedded, in slices; an empty slice flushes partly filled batches."""
         async with aclosing(in_chunks(source, min(CHUNK_RECORDS, self._most_ahead))) as slices:
             async for some in slices:
-                yield self._texts(some)  # of IDLE: no texts, which flushes
+                yield self._texts(some)  # for IDLE, an empty slice
                 if self._read - self._yielded >= self._most_ahead:
-                    yield ()  # flush: the reader waits for a batch that is still being filled
+                    yield ()  # flush: the reader waits for a batch that is only partly filled
                     while self._read - self._yielded >= self._most_ahead:
                         await self._change()
 
@@ -47,6 +52,7 @@ class OrderedStream:
         return unique(texts)
 
     async def deliver(self, outcome: Outcome) -> None:
+        """Hold the records of an outcome until `items` yields them."""
         for text, vector in zip(outcome.texts, outcome.vectors, strict=True):
             for index in text.indices:
                 self._finish(index, EmbeddedRecord(self._records.pop(index), vector))
@@ -55,10 +61,11 @@ class OrderedStream:
                 self._finish(index, EmbeddedRecord(self._records.pop(index), None, error))
 
     async def items(self) -> AsyncGenerator[EmbeddedRecord, None]:
+        """Yield the records in order, each as soon as all earlier ones were yielded."""
         while True:
             item = self._done.pop(self._yielded, None)
             if item is not None:
-                # a copy: a view would keep the vectors of the whole request in memory
+                # copied: a view would keep all vectors of its request in memory
                 yield item if item.vector is None else replace(item, vector=item.vector.copy())
                 self._yielded += 1
                 self._changed.set()
@@ -68,6 +75,7 @@ class OrderedStream:
                 await self._change()
 
     def end(self) -> None:
+        """End `items` after the records that are done: nothing more will be delivered."""
         self._ended = True
         self._changed.set()
 

@@ -1,11 +1,11 @@
-"""`ingest`: records in, rows in a store out; embedding and storing run side by side."""
+"""`ingest`: reads records, embeds their texts, and stores the rows. Embedding and storing run at the same time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -21,13 +21,13 @@ from ..types import CheckingSink, Failure, KeyedSink, RecordId, Row, Sink, Vecto
 from .pruning import Pruning
 from .validation import Pending, WhyUnfit, checked
 
-# Records are checked on the loop, so many at a time that it takes about so long: in a thread, each piece of the replies
-# that are being read meanwhile would wait for the interpreter, 5 ms a turn. (20,000 records, two busy cores, by turns:
-# the first reply was stored from 0.26 s on, not 0.36.) A record that takes longer alone is worth a thread.
+# Records are checked on the event loop, in turns of about this long. In a thread, the check would keep the GIL from the
+# loop, which reads replies meanwhile, for 5 ms at a time. (20,000 records, two busy cores, alternating runs: the first
+# reply was stored after 0.26 s instead of 0.36 s.) Records that take longer than a turn are checked in a thread.
 TURN_S = 0.00025
 RECORDS_A_TURN = 64
 
-# Stored in one transaction: all that a request can bring, unless its texts belong to more records than that.
+# Stored in one transaction: everything that a request can return, unless its texts belong to more records than that.
 ROWS_A_WRITE = 4_096
 
 
@@ -42,33 +42,34 @@ async def ingest(
     deadline: float | None = None,
     stop: asyncio.Event | None = None,
 ) -> IngestReport:
-    """Embed records and store them; those that are stored already, with the same text and model, cost nothing.
+    """Embed records and store them. Records that are stored already, with the same text and model, cost nothing.
 
-    Records are taken lazily and in bounded memory. A bad record fails alone. A request's slot is held until its
-    rows are stored, so what a crash can make you pay twice is what was under way. Of several records with one id
-    the last one wins, as if they had been written one after the other; the replaced ones count as skipped.
+    Records are read lazily, in bounded memory. A bad record does not affect the others. A request holds its
+    concurrency slot until its rows are stored, so a crash loses, and a rerun pays again for, only requests in flight.
+    If several records have the same id, the last one is stored; the replaced ones count as skipped.
 
     Args:
-        records: Any sync or async iterable of records, in all their forms; see `Record`. An `InputError` among
+        records: Any sync or async iterable of records, in any of their forms; see `Record`. An `InputError` among
             them counts as a record that failed.
         embedder: Stays open.
         sink: Stays open.
-        skip_existing: Ask the store, and leave out what it has. With False everything is embedded anew.
-        prune: After a complete pass, delete the model's rows whose ids the source does not have. A failed record
-            is in the source; if one failed without an id, nothing is deleted. What else stores into the same table
-            for the same model is deleted, too.
+        skip_existing: Query the sink first, and leave out records that it has. If False, everything is embedded again.
+        prune: After the source was read to its end, delete the model's rows whose ids the source does not have. A
+            record that failed counts as part of the source; if one failed without an id, nothing is deleted. Rows that
+            other programs have stored into the same table for the same model are deleted, too.
         on_progress: Called with a `Progress` after every batch and every skipped slice.
         deadline: Seconds for the whole call.
-        stop: Setting it ends the run early and well: nothing new is sent, what is under way is stored, and the
-            report tells of what was finished. A rerun does the rest.
+        stop: If this event is set, the call ends early and returns its report: nothing new is sent, and batches in
+            flight are stored. A rerun does the rest.
 
     Raises:
-        TypeError: Embedder or sink are none.
+        TypeError: `embedder` is not an Embedder, or `sink` is not a sink.
         ConfigError: prune=True, and the sink cannot list and delete ids; see `types.PrunableSink`.
-        FatalProviderError: Going on is pointless. What was done is stored, `.report` tells.
-        SinkError: The store cannot take more. What it took is stored, `.report` tells.
-        SourceError: The source broke off; likewise. Other errors of a source are raised as they are.
-        DeadlineError: The deadline passed; likewise.
+        FatalProviderError: Further requests would fail, too. Finished batches are stored, see `.report`.
+        SinkError: The sink failed. Earlier batches are stored, see `.report`.
+        SourceError: The source failed. Earlier records are stored, see `.report`. Other errors of a source are raised
+            unchanged.
+        DeadlineError: The deadline passed. Finished batches are stored, see `.report`.
     """
     _check_parts(embedder, sink)
     call = CallContext(deadline)
@@ -105,145 +106,142 @@ def _check_parts(embedder: object, sink: object) -> None:
         raise TypeError(f"sink is {type(sink).__name__}; pass a SQLiteSink, a PostgresSink, or open_sink(…)")
 
 
+@dataclass(eq=False)
 class _Ingestion:
-    """One `ingest` call: the records between source and store, and the report. Receives the outcomes."""
+    """One `ingest` call. A record goes through `_check`, `_admit`, the embedder, `deliver`, `_store` and `_done`."""
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        sink: Sink,
-        call: CallContext,
-        skip_existing: bool,
-        report_progress: ProgressCallback,
-        total: int | None,
-        pruning: Pruning | None,
-    ) -> None:
-        self._embedder = embedder
-        self._sink = sink
-        self._call = call
-        self.end_early = AsyncEmbedError("the caller asked the run to end")
-        """Stops the call without an error."""
-        self._skip_existing = skip_existing
-        self._report_progress = report_progress
-        self._total = total
-        self._pruning = pruning
-        self._report = IngestReport()
-        self._count = 0
-        self._records_a_turn = 8
-        self._why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
-        self._stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
-        self._pending: dict[int, Pending] = {}
-        self._in_flight: set[str] = set()
-        self._held: dict[str, Pending] = {}
-        """Records whose id is in flight with an earlier text: they go after it, the last of them."""
-        self._released: list[Pending] = []
-        self._changed = asyncio.Event()
+    embedder: Embedder
+    sink: Sink
+    call: CallContext
+    skip_existing: bool
+    report_progress: ProgressCallback
+    total: int | None
+    pruning: Pruning | None
+    end_early: AsyncEmbedError = field(default_factory=lambda: AsyncEmbedError("the caller asked the run to end"))
+    """Stops the call without an error."""
+    report: IngestReport = field(default_factory=IngestReport)
+    read: int = 0
+    """Records read so far."""
+    records_a_turn: int = 8
+    pending: dict[int, Pending] = field(default_factory=dict)
+    in_flight: set[str] = field(default_factory=set)
+    """The records that were passed to the embedder, by position, and their keys."""
+    held: dict[str, Pending] = field(default_factory=dict)
+    """By key, the last record whose key is in flight with an earlier text. It is released when that is done."""
+    released: list[Pending] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        sink = self.sink
+        self.why_unfit: WhyUnfit = sink.why_unfit if isinstance(sink, CheckingSink) else lambda id: None
+        self.stored_id: Callable[[RecordId], str] = sink.stored_id if isinstance(sink, KeyedSink) else str
 
     async def stop_when(self, stop: asyncio.Event) -> None:
-        """End the run early when the event is set."""
+        """Stop the call without an error when the event is set."""
         await stop.wait()
-        self._call.stop(self.end_early)
+        self.call.stop(self.end_early)
+
+    # ---- from the source to the embedder ----
 
     async def slices(self, records: AnyIterable) -> AsyncGenerator[Sequence[Text], None]:
-        """Yield what has to be embedded; skips, failures and repeated ids stay behind."""
-        async with aclosing(in_chunks(records)) as slices:
-            async for some in slices:
-                good, bad = await self._check(some)
-                self._report.failures.extend(bad)
-                if self._pruning is not None:
-                    failed = [failure.id for failure in bad if failure.id is not None]
-                    await self._pruning.see([*(pending.record.id for pending in good), *failed])
-                texts = await self._admit(good)
+        """Yield the texts to be embedded; an empty slice flushes partly filled batches."""
+        async with aclosing(in_chunks(records)) as chunks:
+            async for some in chunks:
+                texts = await self._admit(await self._check(some))
                 if texts or some is IDLE:
                     yield texts
-                if len(self._pending) > self._embedder.max_in_flight:  # few texts, but of many records
+                if len(self.pending) > self.embedder.max_in_flight:  # few texts, but of many records
                     yield ()
-                    while len(self._pending) > self._embedder.max_in_flight:
+                    while len(self.pending) > self.embedder.max_in_flight:
                         await self._change()
-        while self._held or self._released:
-            yield ()  # send what they wait for
-            while not self._released:
+        while self.held or self.released:
+            yield ()  # flush the batches that the held records wait for
+            while not self.released:
                 await self._change()
             yield await self._admit([])
 
     async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+        self.changed.clear()
+        await self.changed.wait()
 
-    async def _check(self, some: Sequence[Any]) -> tuple[list[Pending], list[Failure]]:
+    async def _check(self, some: Sequence[Any]) -> list[Pending]:
+        """Return the valid records, and report the others as failed."""
         good: list[Pending] = []
         bad: list[Failure] = []
-        start = 0
-        while start < len(some):
-            turn = some[start : start + self._records_a_turn]
+        while some:
+            turn, some = some[: self.records_a_turn], some[self.records_a_turn :]
             taken_s, fit, unfit = await in_thread_if(
-                self._records_a_turn == 1, checked, self._count, turn, self._why_unfit, self._stored_id
+                self.records_a_turn == 1, checked, self.read, turn, self.why_unfit, self.stored_id
             )
-            self._records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
+            self.records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))
             good.extend(fit)
             bad.extend(unfit)
-            start += len(turn)
-            self._count += len(turn)
+            self.read += len(turn)
             await asyncio.sleep(0)
-        return good, bad
+        self.report.failures.extend(bad)
+        if self.pruning is not None:
+            failed = [failure.id for failure in bad if failure.id is not None]
+            await self.pruning.see([*(pending.record.id for pending in good), *failed])
+        return good
 
     async def _admit(self, good: list[Pending]) -> list[Text]:
-        last: dict[str, Pending] = {}
-        for pending in (*self._take_released(), *good):
-            place = self._held if pending.key in self._in_flight else last
-            if place.pop(pending.key, None) is not None:  # so that it comes last
-                self._report.skipped_count += 1
+        """Return the texts of these and of all released records, except those that are stored already or held."""
+        released, self.released = self.released, []
+        wanted: dict[str, Pending] = {}
+        for pending in (*released, *good):
+            place = self.held if pending.key in self.in_flight else wanted
+            if place.pop(pending.key, None) is not None:  # popped, so that the later record takes the last place
+                self.report.skipped_count += 1
             place[pending.key] = pending
-        stored = await self._existing(list(last.values()))
-        texts = [(pending.index, pending.record.text) for pending in last.values() if pending.record.id not in stored]
-        for pending in last.values():
+        stored = await self._existing(wanted.values())
+        texts: list[tuple[int, str]] = []
+        for pending in wanted.values():
             if pending.record.id in stored:
-                self._report.skipped_count += 1
+                self.report.skipped_count += 1
             else:
-                self._pending[pending.index] = pending
-                self._in_flight.add(pending.key)
+                self.pending[pending.index] = pending
+                self.in_flight.add(pending.key)
+                texts.append((pending.index, pending.record.text))
         self._progress()
         return unique(texts)
 
-    async def _existing(self, wanted: list[Pending]) -> set[RecordId]:
-        if not self._skip_existing or not wanted:
+    async def _existing(self, wanted: Collection[Pending]) -> set[RecordId]:
+        if not self.skip_existing or not wanted:
             return set()
         hashes = {pending.record.id: pending.content_hash for pending in wanted}
-        return await self._sink.existing(self._embedder.model, hashes)
+        return await self.sink.existing(self.embedder.model, hashes)
 
-    def _take_released(self) -> list[Pending]:
-        released, self._released = self._released, []
-        return released
+    # ---- from the embedder to the sink ----
 
     async def deliver(self, outcome: Outcome) -> None:
-        """Store what was embedded, in one transaction if it is not a flood; count it only then."""
+        """Store the vectors of an outcome; records count as done only afterwards."""
         if outcome.texts:
             try:
                 await self._store(outcome.texts, outcome.vectors)
             except Exception as broken:
-                # before the slot is free, or somebody who waits for it would send what cannot be stored either
-                self._call.stop(broken if isinstance(broken, AsyncEmbedError) else self.end_early)
+                # before the slot is released, or the next batch would be sent and could not be stored either
+                self.call.stop(broken if isinstance(broken, AsyncEmbedError) else self.end_early)
                 raise
         for text, error in outcome.failed:
             for index in text.indices:
                 pending = self._done(index)
-                if error is not self.end_early:  # else it was never tried, so it was not seen
-                    self._report.failures.append(Failure(index, error, pending.record.id))
+                if error is not self.end_early:  # else it was not sent, and does not count as read
+                    self.report.failures.append(Failure(index, error, pending.record.id))
         self._progress()
 
     async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
         wanted = ((index, vector) for text, vector in zip(texts, vectors, strict=True) for index in text.indices)
-        with suppress(StoppedError):  # it was given time, and is in the store wholly or not at all
+        with suppress(StoppedError):  # its time for storing has passed; a write is stored wholly or not at all
             while some := list(islice(wanted, ROWS_A_WRITE)):
-                rows = [_row(self._pending[index], vector) for index, vector in some]
-                async with self._call.storing():
+                rows = [_row(self.pending[index], vector) for index, vector in some]
+                async with self.call.storing():
                     await self._write([index for index, _ in some], rows)
 
     async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
         try:
-            refused = await self._sink.write(self._embedder.model, rows)
+            refused = await self.sink.write(self.embedder.model, rows)
         except asyncio.CancelledError as cancelled:
-            if outcome_of(cancelled) is not None:
+            if outcome_of(cancelled) is not None:  # it was stored all the same
                 self._count_stored(indices, outcome_of(cancelled))
             raise
         self._count_stored(indices, refused)
@@ -252,46 +250,49 @@ class _Ingestion:
         for index in indices:
             record = self._done(index).record
             if record.id in refused:
-                self._report.failures.append(Failure(index, refused[record.id], record.id))
+                self.report.failures.append(Failure(index, refused[record.id], record.id))
             else:
-                self._report.success_count += 1
-
-    async def prune(self) -> None:
-        """Delete what the source does not have, if that was asked for; the source has been read to its end."""
-        if self._pruning is not None:
-            unknown = sum(failure.id is None for failure in self._report.failures)
-            async with self._call.unless_stopped(STORING_S):
-                self._report.pruned_count = await self._pruning.finish(self._call, unknown)
+                self.report.success_count += 1
 
     def _done(self, index: int) -> Pending:
-        pending = self._pending.pop(index)
-        self._in_flight.discard(pending.key)
-        held = self._held.pop(pending.key, None)
+        """Remove a record that is stored or has failed, and release the record that is held for its key."""
+        pending = self.pending.pop(index)
+        self.in_flight.discard(pending.key)
+        held = self.held.pop(pending.key, None)
         if held is not None:
-            self._released.append(held)
-        self._changed.set()
+            self.released.append(held)
+        self.changed.set()
         return pending
 
+    # ---- the end ----
+
+    async def prune(self) -> None:
+        """Delete the rows that the source does not have, if requested. The source must have been read to its end."""
+        if self.pruning is not None:
+            unknown = sum(failure.id is None for failure in self.report.failures)
+            async with self.call.unless_stopped(STORING_S):
+                self.report.pruned_count = await self.pruning.finish(self.call, unknown)
+
     def _progress(self) -> None:
-        report = self._report
-        self._report_progress(self._call.progress(report.seen, self._total, report.failed_count, report.skipped_count))
+        report = self.report
+        self.report_progress(self.call.progress(report.seen, self.total, report.failed_count, report.skipped_count))
 
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
-        """Return the report; records that were taken and not finished failed with that error."""
+        """Return the report. Records that were read and are not done have failed with the given error."""
         if error is not None and error is not self.end_early:
-            for pending in (*self._pending.values(), *self._held.values(), *self._released):
-                self._report.failures.append(Failure(pending.index, error, pending.record.id))
-        self._pending, self._held, self._released = {}, {}, []
-        self._report.failures.sort(key=lambda failure: failure.index)
+            for pending in (*self.pending.values(), *self.held.values(), *self.released):
+                self.report.failures.append(Failure(pending.index, error, pending.record.id))
+        self.pending, self.held, self.released = {}, {}, []
+        self.report.failures.sort(key=lambda failure: failure.index)
         self._progress()
-        usage = self._call.usage
+        usage = self.call.usage
         return replace(
-            self._report,
+            self.report,
             total_tokens=usage.tokens,
             requests=usage.requests,
             retries=usage.retries,
-            elapsed_s=self._call.elapsed_s,
-            cost_usd=self._embedder.cost_usd(usage),
+            elapsed_s=self.call.elapsed_s,
+            cost_usd=self.embedder.cost_usd(usage),
             cache_hits=usage.cache_hits,
             cache_misses=usage.cache_misses,
         )
@@ -299,8 +300,8 @@ class _Ingestion:
 
 def _length_of(records: object) -> int | None:
     try:
-        return len(records)  # type: ignore[arg-type]  # that is the question
-    except Exception:  # it has none, or it is not known yet
+        return len(records)  # type: ignore[arg-type]  # it may have no length
+    except Exception:  # it has none, or does not know it yet
         return None
 
 

@@ -1,4 +1,4 @@
-"""Sorts records into good ones and failures before anything is paid for. Pure."""
+"""Checks records before anything is paid for them. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from ..sources.records import as_record
 from ..types import Failure, Record, RecordId, check_text
 
 WhyUnfit: TypeAlias = Callable[[RecordId], str | None]
-"""What a sink may have as `why_unfit`, so that an id it cannot hold is not paid for: returns what is wrong with it."""
-
+"""Returns why a sink cannot store an id, None if it can; see `types.CheckingSink`."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A good record between source and store."""
+    """A valid record that is not stored yet: its position, and its id, hash and metadata as they are stored."""
 
     index: int
     record: Record
@@ -35,30 +34,31 @@ class Pending:
 def checked(
     first: int, some: Sequence[Any], why_unfit: WhyUnfit, stored_id: Callable[[RecordId], str]
 ) -> tuple[float, list[Pending], list[Failure]]:
-    """Tell the good records of a slice from the bad ones, before anything is paid for either; and the time it took.
+    """Return the seconds that the check took, the valid records, and the failures. `first` is the first position.
 
-    The thread's own time, in seconds: what it waits for the interpreter says nothing of the records.
+    The seconds are the thread's CPU time: the time it waits for the GIL does not depend on the records.
     """
     began = time.thread_time()
     good: list[Pending] = []
     bad: list[Failure] = []
     for index, value in enumerate(some, start=first):
-        record_id = getattr(value, "record_id", None)
+        record: Record | None = None
         try:
             record = as_record(value)
-            record_id = record.id
-            check_text(record.text)
-            key = stored_id(record.id)  # two spellings of one id are one row
-            metadata = _as_json(record.metadata)
-            reason = why_unstorable(key, record.text, metadata) or why_unfit(record.id)
-            if reason is not None:
-                raise InvalidRecordError(reason)
+            good.append(_pending(index, record, why_unfit, stored_id))
         except InputError as error:
-            bad.append(Failure(index, error, record_id))
-        else:
-            content_hash = hashlib.sha256(record.text.encode()).hexdigest()
-            good.append(Pending(index, record, key, content_hash, metadata))
+            bad.append(Failure(index, error, record.id if record is not None else getattr(value, "record_id", None)))
     return time.thread_time() - began, good, bad
+
+
+def _pending(index: int, record: Record, why_unfit: WhyUnfit, stored_id: Callable[[RecordId], str]) -> Pending:
+    check_text(record.text)
+    key = stored_id(record.id)  # two spellings of an id are one row
+    metadata = _as_json(record.metadata)
+    reason = why_unstorable(key, record.text, metadata) or why_unfit(record.id)
+    if reason is not None:
+        raise InvalidRecordError(reason)
+    return Pending(index, record, key, hashlib.sha256(record.text.encode()).hexdigest(), metadata)
 
 
 def _as_json(metadata: object) -> str | None:
@@ -69,5 +69,5 @@ def _as_json(metadata: object) -> str | None:
     try:
         return _encode(dict(metadata))
     except (TypeError, ValueError, RecursionError) as error:
-        # from None: the original may show the metadata
+        # from None: the original error may show the metadata
         raise InvalidRecordError(f"has metadata that JSON cannot hold ({type(error).__name__})") from None

@@ -1,4 +1,4 @@
-"""`packing`: every item once, in order, within both limits, in as few batches as can be."""
+"""`packing`: every item once, in order, within both limits, in few batches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_any_mixture_is_packed_within_both_limits(seed: int) -> None:
     ("texts", "max_inputs", "requests"),
     [(1, 2_048, 1), (2_048, 2_048, 1), (2_049, 2_048, 2), (5_000, 2_048, 3), (300, 100, 3), (19_207, 2_048, 10)],
 )
-def test_short_texts_take_as_few_requests_as_there_are_inputs_for(texts: int, max_inputs: int, requests: int) -> None:
+def test_short_texts_take_as_few_requests_as_the_limit_on_inputs_allows(
+    texts: int, max_inputs: int, requests: int
+) -> None:
     batches = pack([100] * texts, max_inputs)
     assert [len(batch) for batch in batches[:-1]] == [max_inputs] * (requests - 1)
     assert len(batches) == requests
@@ -88,13 +90,13 @@ def test_with_one_open_batch_the_batches_are_consecutive_runs(
     assert list(chain.from_iterable(batches)) == list(range(len(weights)))
 
 
-def test_the_first_batch_leaves_with_the_item_that_does_not_fit() -> None:
+def test_the_first_batch_is_returned_when_an_item_does_not_fit() -> None:
     packer: Packer[str] = Packer(10, 100)
     assert packer.add("a", 60) is None
     assert packer.add("b", 60) == ["a"]
 
 
-def test_a_batch_leaves_with_the_item_that_fills_it() -> None:
+def test_a_batch_is_returned_when_an_item_fills_it() -> None:
     packer: Packer[str] = Packer(2, 100)
     assert packer.add("a", 1) is None
     assert packer.add("b", 1) == ["a", "b"]
@@ -104,17 +106,17 @@ def test_a_batch_leaves_with_the_item_that_fills_it() -> None:
 def test_a_long_item_does_not_close_a_batch_for_short_ones() -> None:
     packer: Packer[str] = Packer(10, 100)
     packer.add("first", 90)
-    packer.add("second", 90)  # the first batch has left: now two may be open
+    packer.add("second", 90)  # returns the first batch; now two may be open
     assert [packer.add(name, weight) for name, weight in (("third", 90), ("fits", 10))] == [None, None]
     assert len(packer) == 3
     assert sorted(map(len, packer.flush())) == [1, 2]
 
 
-def test_an_item_beyond_the_limit_travels_alone() -> None:
+def test_an_item_heavier_than_the_limit_is_a_batch_alone() -> None:
     assert sorted(pack([10, 500, 10, 101, 100], 10, 100)) == [[0], [1], [2], [3], [4]]
 
 
-def test_after_a_flush_the_packer_is_empty_and_goes_on() -> None:
+def test_after_a_flush_the_packer_is_empty_and_can_be_used_again() -> None:
     packer: Packer[str] = Packer(10, 100)
     packer.add("a", 1)
     assert (packer.flush(), len(packer), packer.flush()) == ([["a"]], 0, [])

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncembed.batching.packing import Limits
-from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, prepare_inputs, unique
+from asyncembed.batching.packing import Limits, weigh
+from asyncembed.batching.texts import Input, PooledPieces, Text, TooLong, fit_one_request, prepare_inputs, unique
 from asyncembed.batching.tokens import ByteBound, TokenCounter, ToktokCounter
-from asyncembed.errors import AsyncEmbedError, InputError, InvalidTextError, TooLongError, WrongTypeError
+from asyncembed.errors import AsyncEmbedError, InvalidTextError, TooLongError
 from asyncembed.models import MAX_INPUTS, MAX_TOKENS_PER_REQUEST, MAX_TOKENS_PER_TEXT
 from asyncembed.types import check_text
 
@@ -36,30 +36,14 @@ def weigh_one(
     return prepare_inputs(unique([(0, text)]), counter, limits, too_long)
 
 
-@pytest.mark.parametrize("text", [None, 5, 0.5, float("nan"), b"bytes", ["a"], {}, object()], ids=type)
-def test_what_is_no_str_is_refused_by_its_type(text: object) -> None:
-    with pytest.raises(WrongTypeError, match=f"is {type(text).__name__}; a text is a str") as caught:
-        check_text(text)
-    assert isinstance(caught.value, (TypeError, InputError))
-
-
-def test_an_empty_text_and_a_lone_surrogate_are_refused_without_showing_the_text() -> None:
-    with pytest.raises(InvalidTextError, match="is empty"):
-        check_text("")
-    with pytest.raises(InvalidTextError, match="lone surrogate at character 6") as caught:
-        check_text("canary\ud800")
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
-
-
 @pytest.mark.parametrize("text", [" ", "\n", "\0", "a", "é", "😀", "<|endoftext|>", "null"])
-def test_all_other_texts_are_good(text: str) -> None:
+def test_all_other_texts_are_accepted(text: str) -> None:
     check_text(text)
     (item,), failed = weigh_one(text)
     assert (item.content, failed) == (text, [])
 
 
-def test_equal_texts_become_one_that_answers_all_positions() -> None:
+def test_duplicate_texts_become_one_text_with_all_positions() -> None:
     texts = unique(enumerate(["a", "b", "a", "A", "b", "a "]))
     assert [(text.content, list(text.indices)) for text in texts] == [
         ("a", [0, 2]),
@@ -75,7 +59,7 @@ def tokens_of(count: int) -> str:
     return text
 
 
-def test_as_many_tokens_as_the_model_takes_are_accepted_and_one_more_is_not() -> None:
+def test_a_text_at_the_models_token_limit_is_accepted_and_one_token_more_is_refused() -> None:
     (item,), failed = weigh_one(tokens_of(8_192))
     assert (item.tokens, failed) == (8_192, [])
 
@@ -85,7 +69,7 @@ def test_as_many_tokens_as_the_model_takes_are_accepted_and_one_more_is_not() ->
     assert str(error).startswith("has 8,193 tokens; the model takes 8,192.")
 
 
-def test_as_much_weight_as_a_batch_takes_is_accepted_and_one_more_is_not() -> None:
+def test_a_text_at_the_token_limit_of_a_batch_is_accepted_and_one_token_more_is_refused() -> None:
     limits = Limits(10, 1_000, 8_192)
     (item,), failed = weigh_one(tokens_of(1_000), limits=limits)
     assert (item.weight, failed) == (1_000, [])
@@ -100,7 +84,7 @@ def test_a_text_weighs_its_tokens_or_a_quarter_of_its_bytes() -> None:
     assert emoji.weight == emoji.tokens > len("🏳️‍🌈".encode()) / 4
 
 
-def test_a_text_that_is_surely_too_long_is_not_counted() -> None:
+def test_a_text_that_is_certainly_too_long_is_not_counted() -> None:
     items, ((_, error),) = weigh_one("a" * 5_000_000, counter=NoCounter())
     assert isinstance(error, TooLongError)
     assert (items, error.tokens) == ([], -(-5_000_000 // 128))
@@ -119,7 +103,7 @@ def test_failures_and_inputs_keep_their_texts_and_their_order() -> None:
     assert [text for text, _ in failed] == [texts[1], texts[3]]
 
 
-def test_without_a_tokenizer_a_text_that_may_fit_is_sent_and_one_that_cannot_is_not() -> None:
+def test_without_a_tokenizer_only_texts_that_cannot_fit_are_refused() -> None:
     (item,), failed = weigh_one("word " * 6_000, counter=ByteBound())
     assert (item.tokens, item.weight, failed) == (30_000, 8_192, [])
     (item,), failed = weigh_one("x" * 4_000, counter=ByteBound(), limits=Limits(10, 1_000, 8_192))
@@ -140,7 +124,7 @@ some_text = st.lists(
 
 @settings(deadline=None)
 @given(text=some_text.filter(bool), limit=st.integers(5, 40), exact=st.booleans())
-def test_the_pieces_of_a_long_text_are_the_text_and_each_of_them_fits(text: str, limit: int, exact: bool) -> None:
+def test_the_pieces_of_a_long_text_join_to_the_text_and_each_of_them_fits(text: str, limit: int, exact: bool) -> None:
     counter: TokenCounter = EXACT if exact else ByteBound()
     limits = Limits(10, 1_000, limit)
 
@@ -155,6 +139,39 @@ def test_the_pieces_of_a_long_text_are_the_text_and_each_of_them_fits(text: str,
     mean = pieces[0].text.pieces
     assert (mean.missing if mean else 1) == len(pieces)
     assert beginning[0].text.pieces is None
+
+
+@settings(deadline=None)
+@given(
+    contents=st.lists(some_text.filter(bool), min_size=1, max_size=6),
+    inputs=st.integers(1, 6),
+    tokens=st.integers(1, 2_000),
+    tokens_per_text=st.integers(1, 1_000),
+)
+def test_texts_that_surely_fit_one_request_do_fit_it(
+    contents: list[str], inputs: int, tokens: int, tokens_per_text: int
+) -> None:
+    texts, limits = unique(enumerate(contents)), Limits(inputs, tokens, tokens_per_text)
+    if fit_one_request(texts, limits):
+        assert len(texts) <= limits.inputs
+        assert sum(text.weight for text in texts) <= limits.tokens
+        for text, count in zip(texts, EXACT.count([text.content for text in texts]), strict=True):
+            assert count <= min(text.tokens, limits.tokens_per_text)
+            assert weigh(count, len(text.content.encode())) <= text.weight
+
+
+@pytest.mark.parametrize(
+    ("contents", "fit"),
+    [
+        pytest.param(["a" * 25] * 10, True, id="at both limits of tokens"),
+        pytest.param(["a" * 26], False, id="a text that may be too long"),
+        pytest.param(["a" * 25] * 9 + ["b" * 25, "c"], False, id="texts that may be too heavy"),
+        pytest.param(list("abcdefghijk"), False, id="too many texts"),
+    ],
+)
+def test_four_bytes_a_character_decide_whether_texts_surely_fit_one_request(contents: list[str], fit: bool) -> None:
+    texts = [Text(content, (index,)) for index, content in enumerate(contents)]
+    assert fit_one_request(texts, Limits(inputs=10, tokens=1_000, tokens_per_text=100)) is fit
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "😀" * 20_000, "word " * 20_000, "é" * 50_000])

@@ -1,4 +1,4 @@
-"""`tokens`: exact counters agree with each other, the bound is one, and no vocabulary is waited for too long."""
+"""`tokens`: exact counters agree with each other, bytes bound them, and loading a vocabulary is bounded in time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tiktoken_folder(tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def fresh_vocabularies() -> Iterator[None]:
-    """The module remembers what it has loaded; a test of loading begins and ends without."""
+    """Clear the vocabularies that the module has loaded, before and after a test."""
     for cache in (tokens._loading, tokens._no_vocabulary):
         cache.cache_clear()
     yield
@@ -80,7 +80,7 @@ def test_the_fast_counter_and_tiktoken_agree(tiktoken_folder: Path, texts: list[
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(text=some_text | st.sampled_from(TEXTS), most=st.integers(1, 60))
-def test_a_cut_is_the_longest_beginning_that_has_no_more_tokens(counter: TokenCounter, text: str, most: int) -> None:
+def test_a_cut_is_the_longest_beginning_within_the_token_limit(counter: TokenCounter, text: str, most: int) -> None:
     beginning = counter.cut(text, most)
 
     assert text.startswith(beginning)
@@ -89,7 +89,7 @@ def test_a_cut_is_the_longest_beginning_that_has_no_more_tokens(counter: TokenCo
     if counter.count([text])[0] <= most:
         assert beginning == text
     else:
-        # not a token too few: what is cut off begins with a character that did not fit, or split a token
+        # no token too few: the rest begins with a character that did not fit, or the cut has split a token
         assert counter.count([beginning])[0] >= min(most, len(beginning)) - 8
 
 
@@ -106,7 +106,7 @@ def test_a_million_spaces_are_counted_by_both_counters(counter: TokenCounter) ->
     assert counter.count([counter.cut(text, 100)])[0] <= 100
 
 
-async def test_a_model_without_a_known_tokenizer_gets_the_bound() -> None:
+async def test_for_a_model_without_a_known_tokenizer_bytes_are_counted() -> None:
     assert isinstance(await load_counter(None), ByteBound)
 
 
@@ -123,7 +123,7 @@ async def test_tiktoken_is_used_where_the_fast_counter_is_not_installed(
     assert counter.count(["hello world"]) == [2]
 
 
-def test_without_vocabulary_and_network_there_is_one_warning_and_the_bound(tmp_path: Path) -> None:
+def test_without_vocabulary_and_network_bytes_are_counted_and_one_warning_is_logged(tmp_path: Path) -> None:
     program = """
 import asyncio, json, logging, sys, time
 sys.modules["toktok"] = None
@@ -137,7 +137,7 @@ async def main():
     return [type(counter).__name__ for counter in counters]
 print(json.dumps([asyncio.run(main()), asyncio.run(main()), lines]))
 """
-    nowhere = "http://127.0.0.1:9"  # port 9 is discard: nobody listens
+    nowhere = "http://127.0.0.1:9"  # port 9 is discard: no server listens there
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env={
@@ -158,15 +158,15 @@ print(json.dumps([asyncio.run(main()), asyncio.run(main()), lines]))
 
 
 class SlowLoad:
-    """A vocabulary that comes when it is told to."""
+    """A loader that returns when `may_return` is set."""
 
     def __init__(self) -> None:
-        self.come = threading.Event()
+        self.may_return = threading.Event()
         self.loads = 0
 
     def __call__(self, encoding: str) -> TokenCounter:
         self.loads += 1
-        self.come.wait()
+        self.may_return.wait()
         return ToktokCounter(encoding)
 
 
@@ -175,7 +175,7 @@ def slow_load(fresh_vocabularies: None, monkeypatch: pytest.MonkeyPatch) -> Iter
     load = SlowLoad()
     monkeypatch.setattr(tokens, "_load", load)
     yield load
-    load.come.set()
+    load.may_return.set()
 
 
 async def test_a_cancelled_waiter_does_not_cancel_the_others(slow_load: SlowLoad) -> None:
@@ -185,14 +185,14 @@ async def test_a_cancelled_waiter_does_not_cancel_the_others(slow_load: SlowLoad
     with pytest.raises(asyncio.CancelledError):
         await leaving
 
-    slow_load.come.set()
+    slow_load.may_return.set()
 
     assert isinstance(await staying, ToktokCounter)
     assert isinstance(await load_counter(ENCODING), ToktokCounter)
     assert slow_load.loads == 1
 
 
-async def test_a_download_that_hangs_is_waited_for_once(
+async def test_a_hanging_download_is_waited_for_once(
     slow_load: SlowLoad, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tokens, "LOAD_TIMEOUT_S", 0.0)
@@ -200,15 +200,15 @@ async def test_a_download_that_hangs_is_waited_for_once(
     assert [type(counter) for counter in counters] == [ByteBound] * 3
     assert len(caplog.records) == 1
 
-    slow_load.come.set()  # a vocabulary that comes late is used
+    slow_load.may_return.set()  # a vocabulary that is loaded late is used
     await asyncio.to_thread(tokens._loading(ENCODING)[0].result, 30)
     assert isinstance(await load_counter(ENCODING), ToktokCounter)
 
 
-async def test_loading_does_not_hold_up_the_loop(slow_load: SlowLoad) -> None:
+async def test_loading_a_vocabulary_does_not_block_the_event_loop(slow_load: SlowLoad) -> None:
     loading = asyncio.create_task(load_counter(ENCODING))
     for _ in range(100):
         await asyncio.sleep(0)
     assert not loading.done()
-    slow_load.come.set()
+    slow_load.may_return.set()
     await loading

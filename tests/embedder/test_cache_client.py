@@ -16,8 +16,8 @@ from tests.caches.keys import vector
 TEXTS = [Text(name, (index,)) for index, name in enumerate("abcd")]
 
 
-class Answers:
-    """A cache that has what it was given."""
+class FixedCache:
+    """A cache that holds the given vectors, by text."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:
         self._found = found
@@ -37,7 +37,7 @@ class Answers:
     [pytest.param(8, "b", id="the model's size"), pytest.param(None, "ad", id="the size of the first")],
 )
 async def test_vectors_of_one_size_are_hits(size: int | None, hits: str) -> None:
-    client = CacheClient(Answers({"a": vector("a", 3), "b": vector("b", 8), "d": vector("d", 3)}), {}, lambda: size)
+    client = CacheClient(FixedCache({"a": vector("a", 3), "b": vector("b", 8), "d": vector("d", 3)}), {}, lambda: size)
     found, missing = await client.split(TEXTS, client.size)
     assert [text.content for text in found.texts] == list(hits)
     assert [text.content for text in missing] == [name for name in "abcd" if name not in hits]
@@ -45,15 +45,15 @@ async def test_vectors_of_one_size_are_hits(size: int | None, hits: str) -> None
         np.testing.assert_array_equal(row, vector(text.content, row.size))
 
 
-async def test_an_empty_vector_is_no_hit_and_sets_no_size() -> None:
-    client = CacheClient(Answers({"a": np.empty(0, np.float32), "b": vector("b")}), {}, lambda: None)
+async def test_an_empty_vector_is_a_miss_and_sets_no_size() -> None:
+    client = CacheClient(FixedCache({"a": np.empty(0, np.float32), "b": vector("b")}), {}, lambda: None)
     found, missing = await client.split(TEXTS, None)
     assert [text.content for text in found.texts] == ["b"]
     assert [text.content for text in missing] == ["a", "c", "d"]
 
 
-async def test_in_a_small_call_a_miss_makes_all_texts_misses_while_the_size_is_unknown() -> None:
-    client = CacheClient(Answers({"a": vector("a", 3)}), {}, lambda: None)
+async def test_while_the_size_is_unknown_one_miss_in_a_small_call_makes_all_texts_misses() -> None:
+    client = CacheClient(FixedCache({"a": vector("a", 3)}), {}, lambda: None)
     usage = Usage()
     found, missing = await client.look_up(TEXTS, usage)
     assert (list(found.texts), missing) == ([], TEXTS)

@@ -18,7 +18,7 @@ import pytest
 from asyncembed import Embedder, Record, SQLiteSink, ingest
 from asyncembed.errors import DeadlineError, ServerError
 from asyncembed.testing import EmbeddingServer, embedding_of
-from tests.fakes import FakeProvider, is_idle
+from tests.fakes import FakeProvider, is_idle, make_embedder, texts
 
 DIMENSIONS = 8
 
@@ -66,7 +66,7 @@ def steps(at: int, then: Callable[[], object]) -> Iterator[Steps]:
 
 
 async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool:
-    """Do the work in a task and cancel that at the n-th step of whatever task; return whether it got so far."""
+    """Do the work in a task and cancel it at the n-th step of any task; return whether there was an n-th step."""
     before = asyncio.all_tasks()
 
     def cancel() -> None:
@@ -85,7 +85,7 @@ async def cancelled_at(step: int, work: Callable[[], Awaitable[object]]) -> bool
 
 
 def foreign_threads() -> set[threading.Thread]:
-    """All threads but the server's, and those of the loop's default executor, which it keeps for its next work."""
+    """All threads except the server's, and except the loop's default executor, which keeps its threads."""
     return {
         thread for thread in threading.enumerate() if not thread.name.startswith(("asyncio_", "asyncembed-testing"))
     }
@@ -96,6 +96,8 @@ def make(server: EmbeddingServer, **options: Any) -> Embedder:
 
 
 TEXTS = [f"text {number}" for number in range(12)]
+
+
 RECORDS = [Record(number, text) for number, text in enumerate(TEXTS)]
 
 
@@ -132,12 +134,12 @@ async def stream(embedder: Embedder) -> None:
 
 
 @pytest.mark.parametrize("work", [embed, embed_ones, stream], ids=lambda work: work.__name__)
-async def test_a_call_cancelled_at_any_step_leaves_nothing_and_harms_nothing(
+async def test_a_call_cancelled_at_any_step_leaves_no_task_and_the_embedder_usable(
     work: Callable[[Embedder], Awaitable[None]],
 ) -> None:
     with EmbeddingServer(dimensions=DIMENSIONS).in_thread() as server:
         embedder = make(server)
-        await work(embedder)  # the vocabulary, the connections
+        await work(embedder)  # loads the vocabulary and opens the connections
         threads = foreign_threads()
         step, reached = 0, True
         while reached:
@@ -193,7 +195,9 @@ async def test_aclose_cancelled_at_any_step_leaves_no_task_and_the_embedder_usab
 
 
 @pytest.mark.parametrize("work", [embed, embed_ones, stream], ids=lambda work: work.__name__)
-async def test_asyncio_timeout_around_a_call_is_a_plain_timeout(work: Callable[[Embedder], Awaitable[None]]) -> None:
+async def test_an_asyncio_timeout_around_a_call_raises_a_plain_timeout_error(
+    work: Callable[[Embedder], Awaitable[None]],
+) -> None:
     provider = FakeProvider(latency_s=3_600)
     embedder = Embedder("fake", provider=provider)
     before = asyncio.all_tasks()
@@ -207,7 +211,7 @@ async def test_asyncio_timeout_around_a_call_is_a_plain_timeout(work: Callable[[
 
 
 @pytest.mark.virtual_time
-async def test_a_deadline_inside_a_longer_timeout_is_ours_and_a_shorter_timeout_is_theirs() -> None:
+async def test_the_shorter_of_deadline_and_asyncio_timeout_decides_the_error() -> None:
     embedder = Embedder("fake", provider=FakeProvider(latency_s=3_600))
     with pytest.raises(DeadlineError):
         async with asyncio.timeout(10):
@@ -216,6 +220,23 @@ async def test_a_deadline_inside_a_longer_timeout_is_ours_and_a_shorter_timeout_
         async with asyncio.timeout(5):
             await embedder.embed(["a"], deadline=10)
     assert type(caught.value) is TimeoutError
+
+
+@pytest.mark.virtual_time
+async def test_a_cancelled_call_leaves_no_request_and_no_task() -> None:
+    embedder, provider = make_embedder(concurrency=4, max_batch_size=1)
+    call = asyncio.create_task(embedder.embed(texts(100)))
+    await asyncio.sleep(2.5)
+
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    assert provider.in_flight == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    # the slots are free again
+    result = await embedder.embed(texts(8))
+    assert result.failures == ()
 
 
 @pytest.mark.virtual_time
@@ -277,7 +298,7 @@ async def test_ten_thousand_calls_cancelled_at_random_instants_leave_nothing_beh
         assert all(task.cancelled() or task.exception() is None for task in tasks)
         assert 0 < answered < 10_000
 
-        await asyncio.sleep(0)  # for the callbacks of tasks that have ended
+        await asyncio.sleep(0)  # runs the callbacks of tasks that have ended
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert is_idle(embedder)
         again = [loop.create_task(embedder.embed_one(f"text {number}")) for number in range(2_000)]

@@ -1,4 +1,4 @@
-"""`coalescing` through `Embedder.embed_one`: concurrent calls share requests, and nobody pays for anybody else."""
+"""`coalescing` through `Embedder`: concurrent small calls share requests, each with its own result, cost and end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncembed import Embedder
 from asyncembed.errors import (
     BadRequestError,
     DeadlineError,
@@ -19,18 +18,9 @@ from asyncembed.errors import (
     RejectedTextError,
     TransportError,
 )
-from tests.fakes import FakeProvider, Script, is_idle, vector_of
+from tests.fakes import is_idle, make_embedder, now, vector_of
 
 pytestmark = pytest.mark.virtual_time
-
-
-def make(script: Script | None = None, **options: Any) -> tuple[Embedder, FakeProvider]:
-    provider = FakeProvider(script)  # a request takes one second
-    return Embedder("fake", provider=provider, **options), provider
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def settled(tasks: list[asyncio.Task[Any]]) -> list[Any]:
@@ -39,14 +29,14 @@ async def settled(tasks: list[asyncio.Task[Any]]) -> list[Any]:
 
 
 async def test_a_lone_call_is_sent_at_once() -> None:
-    embedder, provider = make()
+    embedder, provider = make_embedder()
     began = now()
     np.testing.assert_array_equal(await embedder.embed_one("a"), vector_of("a"))
     assert provider.sent_at[0] - began < 1e-3
 
 
-async def test_calls_of_one_moment_are_one_request_and_equal_texts_one_input() -> None:
-    embedder, provider = make()
+async def test_simultaneous_calls_are_one_request_and_duplicate_texts_one_input() -> None:
+    embedder, provider = make_embedder()
     texts = [f"text {number % 1_500}" for number in range(2_000)]
 
     tasks = [asyncio.create_task(embedder.embed_one(text)) for text in texts]
@@ -57,8 +47,8 @@ async def test_calls_of_one_moment_are_one_request_and_equal_texts_one_input() -
         np.testing.assert_array_equal(task.result(), vector_of(text))
 
 
-async def test_what_arrives_while_requests_are_under_way_travels_together() -> None:
-    embedder, provider = make()
+async def test_calls_made_while_requests_are_in_flight_share_the_next_request() -> None:
+    embedder, provider = make_embedder()
     tasks = []
     for number in range(100):  # one call every 0.1 s, for 10 s
         tasks.append(asyncio.create_task(embedder.embed_one(f"text {number}")))
@@ -66,13 +56,13 @@ async def test_what_arrives_while_requests_are_under_way_travels_together() -> N
     await asyncio.wait(tasks)
 
     assert all(task.exception() is None for task in tasks)
-    # two at once, a second each
+    # two at a time, one second each
     assert len(provider.requests) <= 23
     assert provider.most_in_flight == 2
 
 
-async def test_no_caller_waits_longer_than_the_request_under_way_and_its_own() -> None:
-    embedder, _ = make()
+async def test_no_caller_waits_longer_than_for_the_request_in_flight_and_its_own() -> None:
+    embedder, _ = make_embedder()
     waits: list[float] = []
 
     async def call(number: int) -> None:
@@ -87,16 +77,16 @@ async def test_no_caller_waits_longer_than_the_request_under_way_and_its_own() -
     assert max(waits) <= 2.01
 
 
-async def test_each_caller_has_a_vector_of_its_own() -> None:
-    embedder, _ = make()
+async def test_each_caller_gets_its_own_copy_of_a_vector() -> None:
+    embedder, _ = make_embedder()
     one, other = [asyncio.create_task(embedder.embed_one("same")) for _ in range(2)]
     await asyncio.wait([one, other])
     one.result()[:] = 0
     np.testing.assert_array_equal(other.result(), vector_of("same"))
 
 
-async def test_a_poison_fails_its_own_caller_alone() -> None:
-    embedder, _ = make(lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None)
+async def test_a_bad_text_fails_only_its_own_callers() -> None:
+    embedder, _ = make_embedder(lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None)
     tasks = [asyncio.create_task(embedder.embed_one(text)) for text in ("a", "poison", "b", "poison")]
 
     errors = await settled(tasks)
@@ -105,16 +95,16 @@ async def test_a_poison_fails_its_own_caller_alone() -> None:
     assert errors[1] is not errors[3]
 
 
-async def test_a_fatal_answer_reaches_every_caller_as_an_error_of_its_own() -> None:
-    embedder, provider = make(lambda *_: QuotaError("no money", status=429))
+async def test_each_caller_gets_its_own_copy_of_a_fatal_error() -> None:
+    embedder, provider = make_embedder(lambda *_: QuotaError("no money", status=429))
     errors = await settled([asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(5)])
     assert all(isinstance(error, QuotaError) and error.status == 429 for error in errors)
     assert len({id(error) for error in errors}) == 5
     assert len(provider.requests) == 1
 
 
-async def test_a_cancelled_caller_harms_nobody() -> None:
-    embedder, provider = make()
+async def test_a_cancelled_call_does_not_affect_other_calls() -> None:
+    embedder, provider = make_embedder()
     tasks = [asyncio.create_task(embedder.embed_one(text)) for text in ("a", "same", "same", "b")]
     await asyncio.sleep(0.5)
 
@@ -127,8 +117,8 @@ async def test_a_cancelled_caller_harms_nobody() -> None:
     assert len(provider.requests) == 1
 
 
-async def test_the_last_one_to_leave_ends_the_request() -> None:
-    embedder, provider = make()
+async def test_a_shared_request_is_cancelled_with_its_last_call() -> None:
+    embedder, provider = make_embedder()
     tasks = [asyncio.create_task(embedder.embed_one(text)) for text in ("a", "b")]
     await asyncio.sleep(0.5)
     for task in tasks:
@@ -142,8 +132,8 @@ async def test_the_last_one_to_leave_ends_the_request() -> None:
     np.testing.assert_array_equal(await embedder.embed_one("a"), vector_of("a"))
 
 
-async def test_who_asks_for_a_text_whose_request_is_being_ended_gets_a_new_one() -> None:
-    embedder, provider = make()
+async def test_a_text_whose_request_is_being_cancelled_is_sent_again() -> None:
+    embedder, provider = make_embedder()
     first = asyncio.create_task(embedder.embed_one("a"))
     await asyncio.sleep(0.5)
     first.cancel()
@@ -153,8 +143,8 @@ async def test_who_asks_for_a_text_whose_request_is_being_ended_gets_a_new_one()
     assert len(provider.requests) == 2
 
 
-async def test_a_text_that_nobody_wants_any_more_is_not_sent() -> None:
-    embedder, provider = make()
+async def test_the_queued_text_of_a_cancelled_call_is_not_sent() -> None:
+    embedder, provider = make_embedder()
     busy = [asyncio.create_task(embedder.embed_one(text)) for text in ("a",)]
     await asyncio.sleep(0.1)
     busy.append(asyncio.create_task(embedder.embed_one("b")))
@@ -166,8 +156,8 @@ async def test_a_text_that_nobody_wants_any_more_is_not_sent() -> None:
     assert [sent for sent in provider.requests if "c" in sent] == []
 
 
-async def test_a_deadline_ends_one_call_and_no_other() -> None:
-    embedder, _ = make()
+async def test_a_deadline_ends_only_its_own_call() -> None:
+    embedder, _ = make_embedder()
     impatient = asyncio.create_task(embedder.embed_one("a", deadline=0.5))
     patient = asyncio.create_task(embedder.embed_one("a"))
     await asyncio.wait([impatient, patient])
@@ -175,9 +165,11 @@ async def test_a_deadline_ends_one_call_and_no_other() -> None:
     np.testing.assert_array_equal(patient.result(), vector_of("a"))
 
 
-async def test_closing_waits_for_what_was_asked_for() -> None:
-    embedder, provider = make(max_batch_size=2)
-    tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)]  # three requests, two at once
+async def test_closing_waits_for_queued_calls() -> None:
+    embedder, provider = make_embedder(max_batch_size=2)
+    tasks = [
+        asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)
+    ]  # three requests, two of them at a time
     await asyncio.sleep(0.5)
     await embedder.aclose()
     assert await settled(tasks) == [None] * 6
@@ -185,8 +177,8 @@ async def test_closing_waits_for_what_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("grace", [0.0, 1.2])
-async def test_closing_ends_with_an_error_what_takes_longer_than_the_grace(grace: float) -> None:
-    embedder, provider = make(max_batch_size=2)
+async def test_calls_that_take_longer_than_the_grace_of_closing_fail(grace: float) -> None:
+    embedder, provider = make_embedder(max_batch_size=2)
     tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(6)]
     await asyncio.sleep(0.5)
     began = now()
@@ -198,8 +190,8 @@ async def test_closing_ends_with_an_error_what_takes_longer_than_the_grace(grace
     assert provider.in_flight == 0
 
 
-async def test_small_calls_share_requests_with_each_other_and_with_single_ones() -> None:
-    embedder, provider = make()
+async def test_small_embed_calls_and_embed_one_calls_share_requests() -> None:
+    embedder, provider = make_embedder()
     small = [asyncio.create_task(embedder.embed([f"text {n}", "same", f"text {n}"])) for n in range(50)]
     single = [asyncio.create_task(embedder.embed_one("same")) for _ in range(50)]
     await asyncio.wait([*small, *single])
@@ -211,8 +203,8 @@ async def test_small_calls_share_requests_with_each_other_and_with_single_ones()
     np.testing.assert_array_equal(single[-1].result(), vector_of("same"))
 
 
-async def test_what_shared_requests_were_billed_is_divided_among_their_callers() -> None:
-    embedder, provider = make()
+async def test_the_tokens_of_shared_requests_are_divided_among_their_callers() -> None:
+    embedder, provider = make_embedder()
     tasks = [asyncio.create_task(embedder.embed([f"text {n}" * (n + 1), "same"])) for n in range(20)]
     results = [await task for task in tasks]
     alone = await embedder.embed(["another", "one"])
@@ -222,22 +214,22 @@ async def test_what_shared_requests_were_billed_is_divided_among_their_callers()
     assert (alone.requests, len(provider.requests)) == (1, 2)
 
 
-async def test_a_long_text_in_pieces_is_billed_whole() -> None:
-    embedder, provider = make(max_tokens_per_text=50, max_tokens_per_batch=50, too_long="mean")
+async def test_all_pieces_of_a_long_text_are_billed() -> None:
+    embedder, provider = make_embedder(max_tokens_per_text=50, max_tokens_per_batch=50, too_long="mean")
     result = await embedder.embed(["x" * 1_000])
     assert len(provider.requests) == 20
     assert result.total_tokens == provider.billed == 1_000
 
 
-async def test_the_cause_of_a_failure_reaches_a_caller_that_shares() -> None:
-    embedder, _ = make(lambda *_: BadRequestError("HTTP 400", status=400))
+async def test_the_cause_of_a_failure_reaches_each_caller() -> None:
+    embedder, _ = make_embedder(lambda *_: BadRequestError("HTTP 400", status=400))
     with pytest.raises(RejectedTextError) as caught:
         await embedder.embed_one("a")
     assert isinstance(caught.value.__cause__, BadRequestError)
 
 
-async def test_a_call_of_many_texts_does_not_wait_for_company() -> None:
-    embedder, provider = make()
+async def test_a_call_of_many_texts_is_not_queued() -> None:
+    embedder, provider = make_embedder()
     busy = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(2)]
     await asyncio.sleep(0.1)
     busy.append(asyncio.create_task(embedder.embed_one("gathers")))
@@ -246,8 +238,8 @@ async def test_a_call_of_many_texts_does_not_wait_for_company() -> None:
     assert sorted(map(len, provider.requests)) == [1, 2, 100]
 
 
-async def test_a_poison_in_a_small_call_fails_alone() -> None:
-    embedder, _ = make(lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None)
+async def test_a_bad_text_in_a_small_call_fails_alone() -> None:
+    embedder, _ = make_embedder(lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None)
     one, other = [asyncio.create_task(embedder.embed(texts)) for texts in (["a", "poison"], ["b", "c"])]
     await asyncio.wait([one, other])
     assert one.result().failed_indices == [1]
@@ -255,8 +247,8 @@ async def test_a_poison_in_a_small_call_fails_alone() -> None:
     assert other.result().failed_indices == []
 
 
-async def test_a_small_call_that_is_cancelled_leaves_its_texts_to_others() -> None:
-    embedder, provider = make()
+async def test_a_cancelled_small_call_leaves_shared_texts_to_other_calls() -> None:
+    embedder, provider = make_embedder()
     leaving = asyncio.create_task(embedder.embed(["a", "b"]))
     staying = asyncio.create_task(embedder.embed(["b", "c"]))
     await asyncio.sleep(0.5)
@@ -266,8 +258,8 @@ async def test_a_small_call_that_is_cancelled_leaves_its_texts_to_others() -> No
     assert len(provider.requests) == 1
 
 
-async def test_a_deadline_keeps_what_had_come_of_a_small_call() -> None:
-    embedder, _ = make(max_batch_size=3)
+async def test_a_small_call_keeps_its_finished_texts_at_the_deadline() -> None:
+    embedder, _ = make_embedder(max_batch_size=3)
     busy = asyncio.create_task(embedder.embed_one("a"))
     other = asyncio.create_task(embedder.embed_one("b"))
     await asyncio.sleep(0.5)
@@ -278,8 +270,10 @@ async def test_a_deadline_keeps_what_had_come_of_a_small_call() -> None:
     await asyncio.wait([busy, other])
 
 
-async def test_a_pause_beyond_the_deadline_fails_a_call_now_and_no_other() -> None:
-    embedder, _ = make(lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if n == 0 else None)
+async def test_a_pause_beyond_the_deadline_of_a_call_ends_only_that_call() -> None:
+    embedder, _ = make_embedder(
+        lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if n == 0 else None
+    )
     began = now()
     impatient = asyncio.create_task(embedder.embed_one("a", deadline=10.0))
     patient = asyncio.create_task(embedder.embed_one("a"))
@@ -289,8 +283,8 @@ async def test_a_pause_beyond_the_deadline_fails_a_call_now_and_no_other() -> No
     np.testing.assert_array_equal(await patient, vector_of("a"))
 
 
-async def test_more_than_may_wait_is_refused_with_a_word_when_to_come_back() -> None:
-    embedder, provider = make(max_waiting=5)
+async def test_calls_beyond_max_waiting_are_refused_with_a_retry_after() -> None:
+    embedder, provider = make_embedder(max_waiting=5)
     await embedder.embed_one("how long does it take")
     tasks = [asyncio.create_task(embedder.embed_one(f"text {n}")) for n in range(5)]
     await asyncio.sleep(0.1)
@@ -306,8 +300,8 @@ async def test_more_than_may_wait_is_refused_with_a_word_when_to_come_back() -> 
     assert not any("too many" in text for sent in provider.requests for text in sent)
 
 
-async def test_a_request_that_hangs_holds_up_nobody_else() -> None:
-    embedder, provider = make(lambda _, texts: 300.0 if "hangs" in texts else None, concurrency=4)
+async def test_a_hanging_request_does_not_delay_other_calls() -> None:
+    embedder, provider = make_embedder(lambda _, texts: 300.0 if "hangs" in texts else None, concurrency=4)
     await embedder.embed_one("how long does it take")
     hanging = []
     for _ in range(2):
@@ -323,19 +317,19 @@ async def test_a_request_that_hangs_holds_up_nobody_else() -> None:
 
 
 async def test_single_calls_go_before_a_bulk_job() -> None:
-    embedder, provider = make(max_batch_size=10, concurrency=2)
+    embedder, provider = make_embedder(max_batch_size=10, concurrency=2)
     bulk = asyncio.create_task(embedder.embed([f"bulk {n}" for n in range(400)]))  # 20 s
     await asyncio.sleep(3.5)
     began = now()
     await embedder.embed_one("a query")
-    assert now() - began <= 1.51  # what is under way, and its own
+    assert now() - began <= 1.51  # a request in flight, and its own
     assert not bulk.done()
     assert not (await bulk).failures
     assert provider.most_in_flight == 2
 
 
-async def test_a_bulk_job_gets_on_among_single_calls_without_end() -> None:
-    embedder, _ = make(max_batch_size=10, concurrency=1)
+async def test_endless_single_calls_do_not_starve_a_bulk_job() -> None:
+    embedder, _ = make_embedder(max_batch_size=10, concurrency=1)
     done = asyncio.Event()
 
     async def ask_on() -> None:
@@ -355,7 +349,7 @@ async def test_a_bulk_job_gets_on_among_single_calls_without_end() -> None:
 @pytest.mark.parametrize("seed", range(5))
 async def test_calls_cancelled_at_random_leave_nothing_behind(seed: int) -> None:
     dice = random.Random(seed)
-    embedder, provider = make()
+    embedder, provider = make_embedder()
 
     async def call(number: int) -> None:
         text = f"text {number % 300}"

@@ -1,4 +1,4 @@
-"""`Embedder`: its options, `embed_one`, `stream` and `plan`. What it sends is tested in `test_engine`."""
+"""`Embedder`: its options and arguments, its calls side by side, and its event loops."""
 
 from __future__ import annotations
 
@@ -6,38 +6,25 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from asyncembed import Embedder, Record
-from asyncembed.batching.batch import Outcome
-from asyncembed.batching.texts import Text
-from asyncembed.embedder.results import WORTH_A_THREAD_BYTES, Results
+from asyncembed import Embedder
 from asyncembed.errors import (
+    AllFailedError,
     BadRequestError,
     ConfigError,
-    DeadlineError,
-    InvalidRecordError,
     InvalidTextError,
-    ProviderDownError,
-    QuotaError,
     RejectedTextError,
     WrongTypeError,
 )
-from asyncembed.report import Progress
-from asyncembed.sending.context import CallContext
-from asyncembed.types import Reply
-from tests.fakes import FakeProvider, Script, vector_of
+from tests.fakes import FakeProvider, assert_vectors, make_embedder, now, texts, vector_of
 
-
-def make(script: Script | None = None, **options: Any) -> tuple[Embedder, FakeProvider]:
-    provider = FakeProvider(script, latency_s=0)
-    return Embedder("fake", provider=provider, **options), provider
+make = partial(make_embedder, latency_s=0)
 
 
 # ---- options and arguments
@@ -68,12 +55,12 @@ def test_an_option_out_of_range_is_named_with_its_value(options: dict[str, Any],
     assert isinstance(caught.value, ValueError)
 
 
-def test_ada_does_not_shorten_its_vectors() -> None:
+def test_dimensions_are_refused_for_a_model_that_cannot_shorten_vectors() -> None:
     with pytest.raises(ConfigError, match="does not shorten"):
         Embedder("text-embedding-ada-002", dimensions=256, api_key="none")
 
 
-def test_a_missing_key_is_said_when_the_embedder_is_made() -> None:
+def test_a_missing_key_is_reported_when_the_embedder_is_made() -> None:
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         Embedder("text-embedding-3-small")
 
@@ -101,47 +88,38 @@ async def test_wrong_arguments_are_named_and_nothing_is_sent(texts: Any, kind: t
     assert provider.requests == []
 
 
-async def test_a_generator_and_an_array_of_texts_are_lists_too() -> None:
+async def test_a_generator_and_an_array_of_texts_are_accepted() -> None:
     embedder, _ = make()
     from_generator = await embedder.embed(text for text in ("a", "b"))
     from_array = await embedder.embed(np.array(["a", "b"]))
     np.testing.assert_array_equal(from_generator.embeddings, from_array.embeddings)
 
 
-async def test_special_tokens_newlines_and_spaces_are_sent_as_they_are() -> None:
+async def test_special_tokens_newlines_and_spaces_are_sent_unchanged() -> None:
     embedder, provider = make()
     texts = ["<|endoftext|>", "two\nlines", "  spaces  ", "\t", "nul\0"]
     await embedder.embed(texts)
     assert provider.requests == [texts]
 
 
-# ---- results
+def test_the_repr_shows_no_key() -> None:
+    embedder = Embedder("text-embedding-3-small", api_key="sk-canary")
+    assert "canary" not in repr(embedder)
+    assert "text-embedding-3-small" in repr(embedder)
 
 
-async def test_a_result_tells_what_failed_and_has_no_vector_for_it() -> None:
-    embedder, _ = make(lambda _, texts: BadRequestError("HTTP 400", status=400) if "bad" in texts else None)
+async def test_a_provider_need_not_be_hashable() -> None:
+    class Unhashable(FakeProvider):
+        __hash__ = None  # type: ignore[assignment]
 
-    result = await embedder.embed(["a", "bad", "b"])
-
-    assert result.embeddings.dtype == np.float32
-    assert result.embeddings.shape == (3, 4)
-    assert result.embeddings.flags.c_contiguous
-    assert result.failed_indices == [1]
-    assert result[1] is None
-    np.testing.assert_array_equal(result[2], vector_of("b"))
-    assert np.isnan(result.embeddings[1]).all()
-    assert result.total_tokens == len("a") + len("b")
+    embedder = Embedder("fake", provider=Unhashable(latency_s=0))
+    assert (await embedder.embed(["a"])).failures == ()
 
 
-async def test_progress_ends_at_the_total() -> None:
-    embedder, _ = make(max_batch_size=10)
-    seen: list[Progress] = []
-    await embedder.embed([f"text {n}" for n in range(95)], on_progress=seen.append)
-    assert (seen[-1].done, seen[-1].total, seen[-1].requests) == (95, 95, 10)
-    assert "95 of 95" in str(seen[-1])
+# ---- calls
 
 
-async def test_embed_one_gives_a_vector_or_its_error() -> None:
+async def test_embed_one_returns_a_vector_or_raises_the_error_of_its_text() -> None:
     embedder, _ = make(lambda _, texts: BadRequestError("HTTP 400", status=400) if "bad" in texts else None)
     np.testing.assert_array_equal(await embedder.embed_one("a"), vector_of("a"))
     with pytest.raises(RejectedTextError):
@@ -152,6 +130,65 @@ async def test_embed_one_gives_a_vector_or_its_error() -> None:
         await embedder.embed_one(["a"])  # type: ignore[arg-type]
 
 
+@pytest.mark.virtual_time
+async def test_duplicate_texts_are_sent_once_and_fill_all_their_rows() -> None:
+    embedder, provider = make_embedder()
+
+    result = await embedder.embed(["a", "b", "a", "a", "b"])
+
+    assert provider.requests == [["a", "b"]]
+    assert_vectors(result.embeddings, ["a", "b", "a", "a", "b"])
+
+
+@pytest.mark.virtual_time
+async def test_an_error_with_all_reasons_is_raised_if_all_texts_fail() -> None:
+    embedder, _ = make_embedder(lambda *_: BadRequestError("HTTP 400: no", status=400))
+
+    with pytest.raises(AllFailedError) as caught:
+        await embedder.embed(["a", "b"])
+
+    assert isinstance(caught.value, RuntimeError)
+    assert [failure.index for failure in caught.value.result.failures] == [0, 1]
+
+
+@pytest.mark.virtual_time
+async def test_two_calls_share_the_slots_of_their_embedder() -> None:
+    embedder, provider = make_embedder(concurrency=4, max_batch_size=1)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(embedder.embed(texts(10)))
+        group.create_task(embedder.embed(texts(10)))
+
+    assert provider.most_in_flight == 4
+
+
+@pytest.mark.virtual_time
+async def test_a_small_call_does_not_wait_for_the_end_of_a_large_one() -> None:
+    embedder, _ = make_embedder(concurrency=4, max_batch_size=1)
+    async with asyncio.TaskGroup() as group:
+        large = group.create_task(embedder.embed(texts(400)))
+        await asyncio.sleep(10.5)
+        began = now()
+        await embedder.embed(["small"])
+        # behind the four requests in flight and the batches that already wait for a slot
+        assert now() - began <= 3.5
+        assert not large.done()
+
+
+async def test_a_small_call_is_answered_while_all_threads_are_busy() -> None:
+    embedder = Embedder("fake", provider=FakeProvider(latency_s=0))
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+
+    def wait_in_a_thread() -> int:
+        return len(asyncio.run_coroutine_threadsafe(embedder.embed(["a", "b"]), loop).result(10).embeddings)
+
+    assert await asyncio.to_thread(wait_in_a_thread) == 2
+
+
+# ---- event loops
+
+
 def test_one_embedder_serves_one_loop_after_another() -> None:
     embedder, provider = make(concurrency=2, max_batch_size=1)
     for _ in range(3):
@@ -160,13 +197,15 @@ def test_one_embedder_serves_one_loop_after_another() -> None:
     assert len(provider.requests) == 60
 
 
-def test_event_loops_that_are_closed_are_forgotten() -> None:
+def test_closed_event_loops_are_forgotten() -> None:
     embedder, _ = make(concurrency=1, max_batch_size=1)
     loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
 
     async def use() -> None:
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        async with asyncio.TaskGroup() as group:  # at once, so that its locks are waited for, and know their loop
+        async with (
+            asyncio.TaskGroup() as group
+        ):  # concurrently, so that its locks have waiters and are bound to their loop
             for number in range(5):
                 group.create_task(embedder.embed([f"text {number}", "x" * 3_000]))
                 group.create_task(embedder.embed_one(f"text {number}"))
@@ -177,7 +216,7 @@ def test_event_loops_that_are_closed_are_forgotten() -> None:
     assert [loop() is None for loop in loops] == [True, True, True, False]
 
 
-def test_one_embedder_serves_several_threads_with_a_loop_each() -> None:
+def test_one_embedder_serves_an_event_loop_in_each_of_several_threads() -> None:
     embedder, provider = make(concurrency=2, max_batch_size=1)
     errors: list[BaseException] = []
 
@@ -200,291 +239,3 @@ def test_one_embedder_serves_several_threads_with_a_loop_each() -> None:
         thread.join()
     assert errors == []
     assert len(provider.requests) == 200
-
-
-async def test_a_provider_need_not_be_hashable() -> None:
-    class Unhashable(FakeProvider):
-        __hash__ = None  # type: ignore[assignment]
-
-    embedder = Embedder("fake", provider=Unhashable(latency_s=0))
-    assert (await embedder.embed(["a"])).failures == ()
-
-
-async def test_two_replies_that_come_at_once_go_into_one_array() -> None:
-    small_is_there = threading.Event()
-
-    class Slow(Results):
-        def _copy(self, embeddings: Any, outcome: Outcome) -> None:
-            if len(outcome.texts) > 1:  # in a thread
-                assert small_is_there.wait(10)
-            super()._copy(embeddings, outcome)
-
-    count = WORTH_A_THREAD_BYTES // 16 + 10
-    results = Slow(count, CallContext(), None)
-    vectors = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
-    texts = [Text("", [index]) for index in range(count)]
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(results.deliver(Outcome(texts[1:], vectors[1:])))
-        await asyncio.sleep(0)
-        await results.deliver(Outcome(texts[:1], vectors[:1]))
-        small_is_there.set()
-
-    np.testing.assert_array_equal(results.finish(None, None, None).embeddings, vectors)
-
-
-def test_the_repr_shows_no_key() -> None:
-    embedder = Embedder("text-embedding-3-small", api_key="sk-canary")
-    assert "canary" not in repr(embedder)
-    assert "text-embedding-3-small" in repr(embedder)
-
-
-# ---- stream
-
-
-async def ids(items: AsyncIterator[Any]) -> list[Any]:
-    return [item.record.id async for item in items]
-
-
-def numbered(count: int) -> Iterator[tuple[int, str]]:
-    return ((number, f"text {number}") for number in range(count))
-
-
-async def test_a_stream_keeps_the_order_of_its_source_and_fails_bad_records_alone() -> None:
-    embedder, _ = make(
-        lambda _, texts: BadRequestError("HTTP 400", status=400) if "poison" in texts else None, max_batch_size=3
-    )
-    source: list[Any] = [("a", "x"), "plain text", Record("b", ""), None, {"id": "p", "text": "poison"}, ("c", "z")]
-
-    items = [item async for item in embedder.stream(source)]
-
-    assert [item.record.id for item in items] == ["a", 1, "b", 3, "p", "c"]
-    kinds = [type(item.error) for item in items]
-    assert kinds == [type(None), type(None), InvalidTextError, InvalidRecordError, RejectedTextError, type(None)]
-    for item, text in zip(items, ["x", "plain text", None, None, None, "z"], strict=True):
-        if text is None:
-            assert item.vector is None
-        else:
-            np.testing.assert_array_equal(item.vector, vector_of(text))
-
-
-@pytest.mark.virtual_time
-async def test_a_stream_keeps_its_order_when_answers_do_not() -> None:
-    provider = FakeProvider()
-    answer = provider.embed
-
-    async def slower_at_first(texts: Sequence[str]) -> Any:
-        await asyncio.sleep(100 / (1 + len(provider.requests)))
-        return await answer(texts)
-
-    provider.embed = slower_at_first  # type: ignore[method-assign]
-    embedder = Embedder("fake", provider=provider, max_batch_size=10, concurrency=4)
-
-    assert await ids(embedder.stream(numbered(500))) == list(range(500))
-
-
-@pytest.mark.virtual_time
-async def test_a_stream_reads_only_so_far_ahead_of_its_reader() -> None:
-    read = 0
-
-    def source() -> Iterator[tuple[int, str]]:
-        nonlocal read
-        for item in numbered(100_000):
-            read += 1
-            yield item
-
-    embedder = Embedder("fake", provider=FakeProvider(), max_batch_size=10, concurrency=2)
-    async with aclosing(embedder.stream(source())) as items:
-        async for item in items:
-            await asyncio.sleep(1)
-            assert read - item.record.id <= 2 * 3 * 10  # (concurrency + 1) batches, and a slice of as many
-            if item.record.id == 300:
-                break
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.mark.virtual_time
-async def test_a_stream_hands_out_what_it_has_when_its_source_falls_silent() -> None:
-    received = asyncio.Event()
-
-    async def source() -> AsyncIterator[str]:
-        yield "a"
-        await received.wait()
-        yield "b"
-
-    embedder = Embedder("fake", provider=FakeProvider())
-    seen = []
-    async for item in embedder.stream(source()):
-        seen.append(item.record.text)
-        received.set()
-    assert seen == ["a", "b"]
-
-
-@pytest.mark.virtual_time
-async def test_leaving_a_stream_early_ends_its_requests_and_closes_its_source() -> None:
-    closed = False
-
-    async def source() -> AsyncIterator[str]:
-        nonlocal closed
-        try:
-            for number in range(1_000_000):
-                yield f"text {number}"
-        finally:
-            closed = True
-
-    provider = FakeProvider()
-    embedder = Embedder("fake", provider=provider, max_batch_size=10)
-    async with aclosing(embedder.stream(source())) as items:
-        async for _ in items:
-            break
-    assert closed
-    assert provider.in_flight == 0
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def test_a_fatal_answer_ends_a_stream_after_all_that_was_read() -> None:
-    embedder, _ = make(
-        lambda number, _: QuotaError("no money", status=429) if number == 2 else None,
-        max_batch_size=10,
-        concurrency=1,
-    )
-    done: list[Any] = []
-    with pytest.raises(QuotaError):
-        async for item in embedder.stream(numbered(100)):
-            done.append(item)  # noqa: PERF401  # what came before the error is what is tested
-    assert [item.record.id for item in done] == list(range(len(done)))
-    assert sum(item.vector is not None for item in done) == 20
-
-
-SOURCE_ERRORS = [
-    KeyError("the source broke"),
-    TimeoutError("the source's own"),
-    ExceptionGroup("the source's own", [ValueError(1), KeyError(2)]),
-    DeadlineError("of another call"),
-]
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=lambda error: type(error).__name__)
-async def test_an_error_of_the_source_is_raised_as_it_is_after_what_came_before_it(
-    error: Exception, is_async: bool
-) -> None:
-    def source() -> Iterator[str]:
-        yield from ("a", "b", "c")
-        raise error
-
-    async def async_source() -> AsyncIterator[str]:
-        for text in source():
-            yield text
-
-    embedder, _ = make(max_batch_size=2)
-    seen = []
-    with pytest.raises(type(error)) as caught:
-        async for item in embedder.stream(async_source() if is_async else source(), deadline=60):
-            seen.append(item.record.text)  # noqa: PERF401  # what came before the error is what is tested
-    assert caught.value is error
-    assert seen == ["a", "b", "c"]
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.mark.virtual_time
-async def test_a_stream_ends_at_its_deadline_after_what_was_done() -> None:
-    embedder = Embedder("fake", provider=FakeProvider(), max_batch_size=1, concurrency=1)
-    seen = []
-    with pytest.raises(DeadlineError):
-        async for item in embedder.stream(numbered(100), deadline=3.5):
-            seen.append(item.record.id)  # noqa: PERF401  # as above
-    assert seen == [0, 1, 2]
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def test_a_vector_of_a_stream_keeps_no_other_in_memory() -> None:
-    embedder, _ = make()
-    async for item in embedder.stream(numbered(10)):
-        assert item.vector is not None
-        assert item.vector.base is None
-
-
-@pytest.mark.parametrize("source", ["text", b"text", {"id": 1}, {"a", "b"}])
-async def test_a_stream_of_something_without_order_is_refused(source: Any) -> None:
-    embedder, _ = make()
-    with pytest.raises(TypeError):
-        await ids(embedder.stream(source))
-
-
-# ---- plan
-
-
-@pytest.mark.parametrize(
-    ("count", "options"),
-    [
-        (1, {}),
-        (2_048, {}),
-        (2_049, {}),
-        (5_000, {}),
-        (300, {"max_batch_size": 100}),
-        (900, {"max_tokens_per_batch": 100}),
-    ],
-)
-async def test_a_plan_foresees_the_requests_that_are_sent(count: int, options: dict[str, int]) -> None:
-    embedder, provider = make(**options)
-    texts = [f"text {number}" for number in range(count)]
-
-    plan = await embedder.plan(texts)
-    assert provider.requests == []
-    result = await embedder.embed(texts)
-
-    assert plan.requests == result.requests
-    assert (plan.texts, plan.failures) == (count, ())
-
-
-async def test_a_plan_counts_tokens_price_time_and_what_would_fail() -> None:
-    embedder = Embedder(
-        "text-embedding-3-small", api_key="none", tokens_per_minute=60, requests_per_minute=6, max_tokens_per_text=100
-    )
-    plan = await embedder.plan(["hello world", ("id", "hello world"), "", "long " * 200, None, "hello there world"])
-
-    assert plan.exact
-    assert plan.tokens == 2 + 3
-    assert plan.cost_usd == pytest.approx(5 * 0.02 / 1e6)
-    assert plan.seconds == pytest.approx(10)  # one request at 6 a minute
-    assert [failure.index for failure in plan.failures] == [2, 3, 4]
-    assert "5 tokens" in str(plan)
-
-
-async def test_a_plan_of_nothing_is_nothing() -> None:
-    embedder, _ = make()
-    plan = await embedder.plan([])
-    assert (plan.texts, plan.requests, plan.tokens) == (0, 0, 0)
-
-
-@pytest.mark.virtual_time
-@pytest.mark.parametrize(
-    ("vectors", "why"),
-    [
-        pytest.param(np.zeros((2, 4), np.float32), r"float32\[3, d\], got \(2, 4\)", id="one too few"),
-        pytest.param(np.zeros(4, np.float32), r"got \(4,\)", id="one alone"),
-        pytest.param(np.zeros((3, 4)), "of float32, got float64", id="float64"),
-        pytest.param(np.full((3, 4), np.nan, np.float32), "finite", id="no numbers"),
-        pytest.param([[0.0] * 4] * 3, "got list", id="lists"),
-    ],
-)
-async def test_what_a_provider_of_ones_own_replies_is_looked_at(vectors: Any, why: str) -> None:
-    class Careless:
-        async def embed(self, texts: Sequence[str]) -> Reply:
-            return Reply(vectors, 1)
-
-    with pytest.raises(ProviderDownError, match=why) as caught:
-        await Embedder("fake", provider=Careless(), max_retries=1).embed([f"text {n}" for n in range(3)])
-    assert len(caught.value.result.failures) == 3
-
-
-async def test_a_small_call_goes_on_while_all_threads_wait_for_it() -> None:
-    embedder = Embedder("fake", provider=FakeProvider(latency_s=0))
-    loop = asyncio.get_running_loop()
-    loop.set_default_executor(ThreadPoolExecutor(1))
-
-    def wait_in_a_thread() -> int:
-        return len(asyncio.run_coroutine_threadsafe(embedder.embed(["a", "b"]), loop).result(10).embeddings)
-
-    assert await asyncio.to_thread(wait_in_a_thread) == 2

@@ -1,4 +1,4 @@
-"""An `Embedder`'s life: its status line, its check, its end, and what happens if nobody ends it."""
+"""An `Embedder`'s life: its repr, its check, its end, and what happens if it is never closed."""
 
 from __future__ import annotations
 
@@ -11,54 +11,35 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncembed import (
-    AuthenticationError,
-    Check,
-    ConfigError,
-    DeadlineError,
-    Embedder,
-    MemoryCache,
-    NotFoundError,
-    Reply,
-    ServerError,
-    TransportError,
-    ingest,
-)
-from asyncembed.errors import RateLimitedError
+from asyncembed import AuthenticationError, Check, Embedder, MemoryCache, NotFoundError, ingest
+from asyncembed.errors import ConfigError, DeadlineError, RateLimitedError, ServerError, TransportError
 from asyncembed.testing import EmbeddingServer
-from asyncembed.types import ProviderInfo
-from tests.fakes import FakeProvider, Script, vector_of
+from asyncembed.types import ProviderInfo, Reply
+from tests.fakes import FakeProvider, make_embedder, now, vector_of
 
 
-def make(script: Script | None = None, **options: Any) -> tuple[Embedder, FakeProvider]:
-    provider = FakeProvider(script)  # a request takes one second
-    return Embedder("fake", provider=provider, **options), provider
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
-
-
-def test_the_status_line_needs_no_loop() -> None:
-    embedder, _ = make()
+def test_the_repr_needs_no_event_loop() -> None:
+    embedder, _ = make_embedder()
     assert repr(embedder) == "<Embedder 'fake': 0 of 8 requests under way>"
 
 
 @pytest.mark.virtual_time
-async def test_the_status_line_tells_what_is_under_way_and_what_waits() -> None:
-    embedder, _ = make(max_batch_size=1, concurrency=2)
+async def test_the_repr_shows_requests_in_flight_and_queued() -> None:
+    embedder, _ = make_embedder(max_batch_size=1, concurrency=2)
     bulk = asyncio.create_task(embedder.embed(["a", "b", "c", "d", "e"]))
     single = asyncio.create_task(embedder.embed_one("f"))
     await asyncio.sleep(0.5)
-    # one worker has the batch that goes next
+    # one batch more than there are slots waits for one; "f" is the other
     assert repr(embedder) == "<Embedder 'fake': 2 of 2 requests under way, 2 queued>"
     await asyncio.wait([bulk, single])
     assert repr(embedder) == "<Embedder 'fake': 0 of 2 requests under way>"
 
 
 @pytest.mark.virtual_time
-async def test_the_status_line_tells_of_a_pause() -> None:
-    embedder, _ = make(lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if n == 0 else None)
+async def test_the_repr_shows_a_pause() -> None:
+    embedder, _ = make_embedder(
+        lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if n == 0 else None
+    )
     call = asyncio.create_task(embedder.embed_one("a"))
     await asyncio.sleep(2)
     assert "1 queued, paused for " in repr(embedder)
@@ -66,8 +47,8 @@ async def test_the_status_line_tells_of_a_pause() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_bulk_call_under_way_is_waited_for_when_the_embedder_is_closed() -> None:
-    embedder, provider = make(max_batch_size=1, concurrency=1)
+async def test_closing_waits_for_a_bulk_call() -> None:
+    embedder, provider = make_embedder(max_batch_size=1, concurrency=1)
     bulk = asyncio.create_task(embedder.embed([f"text {n}" for n in range(5)]))
     await asyncio.sleep(0.5)
     await embedder.aclose()
@@ -76,8 +57,8 @@ async def test_a_bulk_call_under_way_is_waited_for_when_the_embedder_is_closed()
 
 
 @pytest.mark.virtual_time
-async def test_a_bulk_call_that_takes_longer_than_the_grace_ends_with_what_it_has() -> None:
-    embedder, provider = make(max_batch_size=100, concurrency=1)
+async def test_a_bulk_call_longer_than_the_grace_ends_with_its_finished_texts() -> None:
+    embedder, provider = make_embedder(max_batch_size=100, concurrency=1)
     bulk = asyncio.create_task(embedder.embed([f"text {n}" for n in range(500)]))
     await asyncio.sleep(0.5)
     began = now()
@@ -90,8 +71,8 @@ async def test_a_bulk_call_that_takes_longer_than_the_grace_ends_with_what_it_ha
 
 
 @pytest.mark.virtual_time
-async def test_each_call_that_closing_cuts_off_has_an_error_and_a_result_of_its_own() -> None:
-    embedder, _ = make(max_batch_size=100, concurrency=1)
+async def test_each_call_that_closing_ends_has_its_own_error_and_result() -> None:
+    embedder, _ = make_embedder(max_batch_size=100, concurrency=1)
     calls = [asyncio.create_task(embedder.embed([f"{count} {n}" for n in range(count)])) for count in (300, 400)]
     await asyncio.sleep(0.5)
     await embedder.aclose(grace=2.0)
@@ -102,7 +83,7 @@ async def test_each_call_that_closing_cuts_off_has_an_error_and_a_result_of_its_
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("grace", [0.0, 0.2, 5.0])
-async def test_a_provider_that_is_slow_to_give_up_is_waited_for(grace: float) -> None:
+async def test_closing_waits_for_a_provider_that_is_slow_to_cancel(grace: float) -> None:
     class Slow(FakeProvider):
         async def embed(self, texts: Sequence[str]) -> Reply:
             try:
@@ -124,8 +105,8 @@ async def test_a_provider_that_is_slow_to_give_up_is_waited_for(grace: float) ->
 
 
 @pytest.mark.virtual_time
-async def test_who_closes_a_second_time_comes_back_when_it_is_closed() -> None:
-    embedder, provider = make()
+async def test_a_concurrent_aclose_waits_for_the_first_one() -> None:
+    embedder, provider = make_embedder()
     call = asyncio.create_task(embedder.embed_one("a"))
     await asyncio.sleep(0.5)
     first = asyncio.create_task(embedder.aclose())
@@ -137,8 +118,8 @@ async def test_who_closes_a_second_time_comes_back_when_it_is_closed() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_check_under_way_is_waited_for() -> None:
-    embedder, provider = make()
+async def test_closing_waits_for_a_check() -> None:
+    embedder, provider = make_embedder()
     check = asyncio.create_task(embedder.check())
     await asyncio.sleep(0.5)
     await embedder.aclose()
@@ -148,14 +129,14 @@ async def test_a_check_under_way_is_waited_for() -> None:
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("work", ["one", "few"])
-async def test_a_call_that_still_asks_its_cache_is_waited_for_and_then_ended(work: str) -> None:
+async def test_closing_waits_for_a_cache_lookup_up_to_the_grace(work: str) -> None:
     class Slow(MemoryCache):
         async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Any]:
             await asyncio.sleep(5)
             return await super().get(keys)
 
     for grace, ends_well in ((10.0, True), (2.0, False)):
-        embedder, provider = make(cache=Slow())
+        embedder, provider = make_embedder(cache=Slow())
         asked: Any = embedder.embed_one("a") if work == "one" else embedder.embed(["a", "b"])
         call = asyncio.create_task(asked)
         await asyncio.sleep(0.5)
@@ -166,8 +147,10 @@ async def test_a_call_that_still_asks_its_cache_is_waited_for_and_then_ended(wor
 
 
 @pytest.mark.virtual_time
-async def test_a_stream_sends_nothing_more_while_closing_waits_for_others() -> None:
-    embedder, provider = make(lambda _, texts: 5.0 if texts == ["slow"] else None, max_batch_size=10, concurrency=4)
+async def test_a_stream_sends_no_more_requests_while_closing_waits_for_other_calls() -> None:
+    embedder, provider = make_embedder(
+        lambda _, texts: 5.0 if texts == ["slow"] else None, max_batch_size=10, concurrency=4
+    )
     single = asyncio.create_task(embedder.embed_one("slow"))
     items = embedder.stream(f"text {n}" for n in range(10_000))
     reading = asyncio.create_task(_read(items))
@@ -185,7 +168,7 @@ async def _read(items: AsyncIterator[Any]) -> None:
 
 
 @pytest.mark.virtual_time
-async def test_closing_is_not_held_up_by_a_store_that_hangs() -> None:
+async def test_a_hanging_store_does_not_keep_closing_from_ending() -> None:
     class Hanging:
         async def prepare(self, model: str, dimensions: int | None) -> None: ...
 
@@ -196,7 +179,7 @@ async def test_closing_is_not_held_up_by_a_store_that_hangs() -> None:
             await asyncio.sleep(10_000)
             return {}
 
-    embedder, _ = make()
+    embedder, _ = make_embedder()
     job = asyncio.create_task(ingest([("a", "a")], embedder, Hanging()))
     await asyncio.sleep(2)
     began = now()
@@ -207,8 +190,8 @@ async def test_closing_is_not_held_up_by_a_store_that_hangs() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_leaving_with_an_error_waits_for_nobody() -> None:
-    embedder, _ = make()
+async def test_leaving_the_context_with_an_error_waits_for_no_call() -> None:
+    embedder, _ = make_embedder()
     with pytest.raises(LookupError):
         async with embedder:
             call = asyncio.create_task(embedder.embed_one("a"))
@@ -220,8 +203,8 @@ async def test_leaving_with_an_error_waits_for_nobody() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_stream_that_nobody_reads_any_more_does_not_hold_up_closing() -> None:
-    embedder, provider = make(max_batch_size=10, concurrency=2)
+async def test_an_abandoned_stream_does_not_delay_closing() -> None:
+    embedder, provider = make_embedder(max_batch_size=10, concurrency=2)
     items = embedder.stream(f"text {n}" for n in range(1_000))
     assert (await anext(items)).record.id == 0
     began = now()
@@ -235,8 +218,8 @@ async def test_a_stream_that_nobody_reads_any_more_does_not_hold_up_closing() ->
 
 
 @pytest.mark.virtual_time
-async def test_an_embedder_that_was_closed_can_be_used_again() -> None:
-    embedder, _ = make()
+async def test_a_closed_embedder_can_be_used_again() -> None:
+    embedder, _ = make_embedder()
     await embedder.aclose()
     np.testing.assert_array_equal(await embedder.embed_one("a"), vector_of("a"))
 
@@ -251,14 +234,14 @@ async def test_a_check_proves_key_model_and_dimensions_with_one_request() -> Non
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationError), (404, NotFoundError), (500, ServerError)])
-async def test_a_check_raises_what_the_provider_answers_and_repeats_nothing(status: int, kind: type[Exception]) -> None:
-    _, provider = failing = make(lambda *_: kind(f"HTTP {status}", status=status))  # type: ignore[call-arg]
+async def test_a_failed_check_raises_the_error_and_is_not_retried(status: int, kind: type[Exception]) -> None:
+    _, provider = failing = make_embedder(lambda *_: kind(f"HTTP {status}", status=status))  # type: ignore[call-arg]
     with pytest.raises(kind):
         await failing[0].check()
     assert len(provider.requests) == 1
 
 
-async def test_a_check_tells_of_another_size_than_the_models() -> None:
+async def test_a_check_reports_wrong_dimensions() -> None:
     provider = FakeProvider(latency_s=0)
     provider.info = ProviderInfo(dimensions=1536)
     embedder = Embedder("text-embedding-3-small", provider=provider)
@@ -268,19 +251,24 @@ async def test_a_check_tells_of_another_size_than_the_models() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_check_goes_before_a_bulk_job_and_keeps_a_pause() -> None:
-    embedder, _ = make(max_batch_size=1, concurrency=1)
+    embedder, _ = make_embedder(max_batch_size=1, concurrency=1)
     bulk = asyncio.create_task(embedder.embed([f"text {n}" for n in range(100)]))
     await asyncio.sleep(0.5)
     assert (await embedder.check()).latency_s == pytest.approx(1.5, abs=0.01)
     bulk.cancel()
     await asyncio.wait([bulk])
 
-    embedder._dispatchers.get().endpoint.limiter.rate.pause(60)
+    embedder, _ = make_embedder(
+        lambda n, _: RateLimitedError("HTTP 429", status=429, retry_after_s=60.0) if not n else None
+    )
+    refused = asyncio.create_task(embedder.embed_one("a"))
+    await asyncio.sleep(1.5)
     with pytest.raises(DeadlineError):
         await embedder.check()
     assert (await embedder.check(deadline=None)).latency_s > 49
     with pytest.raises(DeadlineError):
         await embedder.check(deadline=0)
+    np.testing.assert_array_equal(await refused, vector_of("a"))
 
 
 FORGETFUL = """
@@ -298,7 +286,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(("closes", "warned"), [("closes", False), ("forgets", True)])
-def test_who_forgets_to_close_is_warned_and_the_process_ends(closes: str, warned: bool) -> None:
+def test_an_embedder_that_is_never_closed_warns_and_the_process_ends(closes: str, warned: bool) -> None:
     with EmbeddingServer(dimensions=8).in_thread() as server:
         ended = subprocess.run(
             [sys.executable, "-X", "dev", "-c", FORGETFUL, server.base_url, closes],

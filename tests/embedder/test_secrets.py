@@ -1,4 +1,4 @@
-"""A canary key, canary texts and a canary password are sent through bad days, and then looked for everywhere."""
+"""Canary keys, texts and passwords are sent through failures, and then searched for in everything that is shown."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from asyncembed import Embedder, open_sink
 from asyncembed.errors import AsyncEmbedError
+from asyncembed.providers.openai import OpenAIProvider
 from asyncembed.testing import (
     Disconnect,
     EmbeddingServer,
@@ -30,14 +31,20 @@ from asyncembed.testing import (
 )
 
 KEY = "sk-canary0123456789abcdefghijklmnopqrstuvwxyz"
+
+
 TEXT = "the canary, a yellow bird, is called Joséphine\nand lives at 7 Cage Street"
+
+
 PASSWORD = "canary-of-the-database"
-# No part of key, text or password may show: each holds some of these, and nothing else here does.
+
+
+# Parts of key, text and password, none of which may be shown. Nothing else here holds them.
 CANARIES = ("canary", "0123456789", "abcdefgh", "uvwxyz", "Joséphine", "Jos\\u00e9phine", "Cage Street", "yellow bird")
 
 
 class Seen:
-    """Everything that could be read by somebody: each with where it was found."""
+    """Everything that was shown, and where."""
 
     def __init__(self) -> None:
         self.things: list[tuple[str, str]] = []
@@ -46,7 +53,7 @@ class Seen:
         self.things.append((where, str(thing)))
 
     def add_error(self, error: BaseException) -> None:
-        """Add it and all that hangs on it: causes, contexts, groups, results; as text, in full, and pickled."""
+        """Add an error with its causes, contexts, group and result: as text, in full, and pickled."""
         todo, known = [error], set()
         while todo:
             one = todo.pop()
@@ -75,7 +82,7 @@ class Seen:
 
 @pytest.fixture
 def seen(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Iterator[Seen]:
-    """Watch output, warnings and all loggers, the SDK's and httpx's too, while the test runs."""
+    """Collect output, warnings and the records of all loggers, the SDK's and httpx's too, while the test runs."""
     seen = Seen()
     caplog.set_level(logging.DEBUG)
     for name in ("asyncembed", "openai", "httpx2", "httpcore2", "asyncio"):
@@ -87,7 +94,7 @@ def seen(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) ->
         seen.add("warning", warning.message)
     for record in caplog.records:
         seen.add(f"log of {record.name}", record.getMessage())
-        # httpcore's DEBUG shows the headers it is given, masked by itself; what it passes along is not ours
+        # httpcore masks the headers in its DEBUG messages; the arguments of its records are not ours to check
         if record.name.startswith("asyncembed"):
             seen.add(f"log arguments of {record.name}", record.args)
     for name, output in zip(("stdout", "stderr"), capfd.readouterr(), strict=True):
@@ -96,10 +103,11 @@ def seen(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) ->
 
 
 def echo(status: int, message: str) -> Fault:
+    """An error whose message repeats what was sent."""
     return Status(status, message=message)
 
 
-BAD_DAYS = [
+FAILURES = [
     pytest.param(echo(401, f"Incorrect API key provided: {KEY}."), id="401 with the key"),
     pytest.param(echo(401, f"Incorrect API key provided: {KEY[:9]}*****{KEY[-4:]}."), id="401 with the key's ends"),
     pytest.param(echo(401, f"bad header Authorization: Bearer {KEY}"), id="401 with the header"),
@@ -115,7 +123,7 @@ BAD_DAYS = [
     pytest.param(Status(400, code=KEY, type=TEXT), id="key and text as codes"),
     pytest.param(Status(413, body=f"<html>{TEXT} {KEY}</html>"), id="a page with both"),
     pytest.param(Redirect(f"http://127.0.0.1:1/?key={KEY}"), id="a redirect with the key"),
-    pytest.param(Garbage(TEXT.encode() + KEY.encode()), id="both for a reply"),
+    pytest.param(Garbage(TEXT.encode() + KEY.encode()), id="both as the body of a reply"),
     pytest.param(ErrorBody200(), id="an error with 200"),
     pytest.param(WrongCount(), id="a wrong count"),
     pytest.param(Reset(), id="reset"),
@@ -124,24 +132,24 @@ BAD_DAYS = [
 ]
 
 
-@pytest.mark.parametrize("fault", BAD_DAYS)
-async def test_whatever_goes_wrong_neither_key_nor_text_is_shown(seen: Seen, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", FAILURES)
+async def test_no_failure_shows_the_key_or_a_text(seen: Seen, fault: Fault) -> None:
     async with EmbeddingServer(faults=lambda _: fault, dimensions=8) as server:
+        provider = OpenAIProvider("m", base_url=server.base_url, api_key=KEY, timeout=0.5)
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY, max_retries=0, timeout=0.5)
-        with pytest.raises(AsyncEmbedError) as caught:
-            await embedder.embed([TEXT])
-        with pytest.raises(AsyncEmbedError) as caught_by_provider:
-            await embedder._provider.embed([TEXT])
-        await embedder.aclose()
-    seen.add_error(caught.value)
-    seen.add_error(caught_by_provider.value)
+        for each in (embedder, provider):
+            with pytest.raises(AsyncEmbedError) as caught:
+                await each.embed([TEXT])
+            seen.add_error(caught.value)
+            await each.aclose()
 
 
-async def test_what_works_shows_nothing_either(seen: Seen) -> None:
+async def test_no_repr_and_no_result_shows_the_key_or_a_text(seen: Seen) -> None:
     async with EmbeddingServer(dimensions=8) as server:
-        embedder = Embedder("m", base_url=server.base_url, api_key=KEY)
+        provider = OpenAIProvider("m", base_url=server.base_url, api_key=KEY)
+        embedder = Embedder("m", provider=provider)
         result = await embedder.embed([TEXT])
-        for thing in (embedder, embedder._provider, result, await embedder.plan([TEXT])):
+        for thing in (embedder, provider, result, await embedder.plan([TEXT])):
             seen.add("repr", repr(thing))
             seen.add("str", str(thing))
         await embedder.aclose()
@@ -154,17 +162,17 @@ async def test_a_refused_connection_shows_neither_key_nor_text(seen: Seen) -> No
     seen.add_error(caught.value)
 
 
-async def test_a_client_of_the_user_is_watched_like_ours(seen: Seen) -> None:
+async def test_failures_of_a_users_client_show_neither_key_nor_text(seen: Seen) -> None:
     faults = [echo(401, f"Incorrect API key provided: {KEY}"), Reset(), echo(400, TEXT)]
     async with EmbeddingServer(faults=faults, dimensions=8) as server, httpx2.AsyncClient() as http_client:
-        embedder = Embedder("m", base_url=server.base_url, api_key=KEY, http_client=http_client)
+        provider = OpenAIProvider("m", base_url=server.base_url, api_key=KEY, http_client=http_client)
         for _ in faults:
             with pytest.raises(AsyncEmbedError) as caught:
-                await embedder._provider.embed([TEXT])
+                await provider.embed([TEXT])
             seen.add_error(caught.value)
 
 
-async def test_a_key_that_a_function_returns_is_hidden_like_any_other(seen: Seen) -> None:
+async def test_a_key_that_a_function_returns_is_not_shown(seen: Seen) -> None:
     async def key() -> str:
         return KEY
 
@@ -187,20 +195,20 @@ async def test_a_key_with_a_newline_inside_is_not_shown(seen: Seen) -> None:
     seen.add_error(caught.value)
 
 
-async def test_a_proxy_that_is_none_is_named_without_its_password(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_invalid_proxy_is_reported_without_its_password(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", f"nonsense://user:{PASSWORD}@127.0.0.1:9")
     with pytest.raises(AsyncEmbedError, match="no client") as caught:
         await Embedder("m", api_key=KEY).embed([TEXT])
     seen.add_error(caught.value)
 
 
-async def test_an_embedder_is_not_pickled_with_its_key(seen: Seen) -> None:
+async def test_an_embedder_cannot_be_pickled(seen: Seen) -> None:
     with pytest.raises(TypeError, match="make one in each process") as caught:
         pickle.dumps(Embedder("m", api_key=KEY))
     seen.add_error(caught.value)
 
 
-async def test_a_cancelled_call_shows_nothing(seen: Seen) -> None:
+async def test_a_cancelled_call_shows_neither_key_nor_text(seen: Seen) -> None:
     async with EmbeddingServer(faults=lambda _: Hang()) as server:
         embedder = Embedder("m", base_url=server.base_url, api_key=KEY)
         with pytest.raises(TimeoutError) as caught:
@@ -221,5 +229,5 @@ async def test_the_password_of_a_store_is_not_shown(seen: Seen, rest: str) -> No
             await sink.prepare("m", 8)
     except (AsyncEmbedError, ImportError) as error:
         errors.append(error)
-    assert errors, "nobody listens there"
+    assert errors, "no server listens there"
     seen.add_error(errors[0])

@@ -1,4 +1,4 @@
-"""`Admission`: how many batches of a call are in work, and which one is next."""
+"""`attempts.Admission`: how many batches of a call are in work, and which one is next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.virtual_time
 
 
 class Work:
-    """Starts pieces of work as they are admitted, and ends them when the test says so."""
+    """Starts batches as they are admitted, and ends them when the test calls `end`."""
 
     def __init__(self, most: int, most_backing_off: int = 0) -> None:
         self.admission = Admission(most, most_backing_off)
@@ -39,7 +39,7 @@ class Work:
         self.started.append(name)
 
 
-async def test_no_more_is_admitted_than_there_is_room() -> None:
+async def test_no_more_batches_are_admitted_than_there_is_room_for() -> None:
     work = Work(3)
     await work.add("a", "b", "c", "d")
     assert work.started == ["a", "b", "c"]
@@ -56,19 +56,19 @@ async def test_the_latest_waiter_goes_first() -> None:
     assert work.started == ["older"]
 
 
-async def test_what_backs_off_makes_room_for_another() -> None:
+async def test_a_batch_that_backs_off_makes_room_for_another() -> None:
     work = Work(1, most_backing_off=1)
     await work.add("a", "b", "c")
     with work.admission.backing_off():
         await asyncio.sleep(0.1)
         assert work.started == ["a", "c"]
     await work.end("a")
-    assert work.started == ["c"]  # it holds the only place now
+    assert work.started == ["c"]  # "c" now holds the only place
     await work.end("c")
     assert work.started == ["b"]
 
 
-async def test_what_backs_off_makes_room_only_up_to_a_limit() -> None:
+async def test_batches_that_back_off_make_room_only_up_to_a_limit() -> None:
     work = Work(2, most_backing_off=1)
     await work.add("a", "b", "c", "d")
     with work.admission.backing_off(), work.admission.backing_off():
@@ -84,10 +84,10 @@ async def test_a_cancelled_waiter_takes_no_place() -> None:
     assert work.started == ["b"]
 
 
-async def test_a_waiter_that_is_cancelled_as_it_is_admitted_gives_its_place_back() -> None:
+async def test_a_waiter_that_is_cancelled_after_its_admission_gives_its_place_back() -> None:
     work = Work(1)
     await work.add("a", "b", "c")
-    work.admission.leave()  # "c" is admitted, and has not run since
+    work.admission.leave()  # "c" is admitted, but its task has not run yet
     work.started.remove("a")
     await work.cancel("c")
     assert work.started == ["b"]

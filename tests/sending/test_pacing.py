@@ -1,4 +1,4 @@
-"""`pacing`: shared pauses, buckets as the provider keeps them, first come first served; on the virtual clock."""
+"""`pacing`: shared pauses, limits per minute, and the order in which requests are sent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ import pytest
 from asyncembed import Embedder
 from asyncembed.errors import RateLimitedError, ServerError
 from asyncembed.sending.pacing import ConcurrencyLimiter, RateLimiter, shared_rate_limiter
-from asyncembed.sending.rate_limits import Bucket, bucket_from_headers
+from asyncembed.sending.rate_limits import Bucket
 from asyncembed.types import ProviderInfo, Rates, Reply
-from tests.fakes import vector_of
+from tests.fakes import now, vector_of
 
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
+pytestmark = pytest.mark.virtual_time
 
 
 class LimitedProvider:
-    """Keeps token and request buckets as OpenAI does, and tells them in every answer unless `tells` is False."""
+    """Keeps token and request buckets as OpenAI does, and sends their state as headers unless `sends_headers=False`."""
 
     def __init__(
         self,
@@ -30,19 +28,19 @@ class LimitedProvider:
         tokens_per_minute: float = math.inf,
         requests_per_minute: float = math.inf,
         capacity_s: float = 60.0,
-        told_s: float | None = None,
+        stated_capacity_s: float | None = None,
         latency_s: float = 0.2,
-        tells: bool = True,
+        sends_headers: bool = True,
         retry_after: bool = True,
     ) -> None:
         self.info = ProviderInfo(identity=object())
         self._rates = {"tokens": tokens_per_minute / 60, "requests": requests_per_minute / 60}
         self._capacity = {name: rate * capacity_s for name, rate in self._rates.items()}
-        self._limit = {name: rate * (told_s or capacity_s) for name, rate in self._rates.items()}
+        self._limit = {name: rate * (stated_capacity_s or capacity_s) for name, rate in self._rates.items()}
         self._levels = dict(self._capacity)
         self._at = 0.0
         self._latency_s = latency_s
-        self._tells = tells
+        self._sends_headers = sends_headers
         self._retry_after = retry_after
         self.accepted = self.refused = 0
 
@@ -55,7 +53,7 @@ class LimitedProvider:
         if not waits:
             for name in needed:
                 self._levels[name] -= needed[name]
-        rates = self._told() if self._tells else None
+        rates = self._headers() if self._sends_headers else None
         await asyncio.sleep(self._latency_s)
         if waits:
             self.refused += 1
@@ -71,14 +69,14 @@ class LimitedProvider:
             if rate < math.inf:
                 self._levels[name] = min(self._capacity[name], self._levels[name] + rate * seconds)
 
-    def _told(self) -> Rates:
-        told: dict[str, float | int] = {}
+    def _headers(self) -> Rates:
+        headers: dict[str, float | int] = {}
         for name, rate in self._rates.items():
             if rate < math.inf:
-                told[f"limit_{name}"] = int(self._limit[name])
-                told[f"remaining_{name}"] = int(self._levels[name])
-                told[f"reset_{name}_s"] = round((self._capacity[name] - self._levels[name]) / rate, 3)
-        return Rates(**told)  # type: ignore[arg-type]
+                headers[f"limit_{name}"] = int(self._limit[name])
+                headers[f"remaining_{name}"] = int(self._levels[name])
+                headers[f"reset_{name}_s"] = round((self._capacity[name] - self._levels[name]) / rate, 3)
+        return Rates(**headers)  # type: ignore[arg-type]
 
     async def aclose(self) -> None: ...
 
@@ -86,18 +84,21 @@ class LimitedProvider:
 TEXTS = [f"{number:05}" + "x" * 95 for number in range(20_000)]  # 100 tokens each, as the fakes count
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("limits", "options"),
     [
-        pytest.param({"tells": True}, {}, id="learned from headers"),
-        pytest.param({"tells": True}, {"tokens_per_minute": 600_000}, id="given and told"),
-        pytest.param({"tells": False}, {"tokens_per_minute": 600_000}, id="given, not told"),
-        pytest.param({"tells": True, "capacity_s": 1.0}, {}, id="a small bucket, learned"),
-        pytest.param({"tells": True, "capacity_s": 1.0}, {"tokens_per_minute": 600_000}, id="a small bucket, given"),
-        pytest.param({"tells": True, "retry_after": False}, {}, id="no retry-after"),
+        pytest.param({"sends_headers": True}, {}, id="learned from headers"),
+        pytest.param({"sends_headers": True}, {"tokens_per_minute": 600_000}, id="given and in headers"),
+        pytest.param({"sends_headers": False}, {"tokens_per_minute": 600_000}, id="given, no headers"),
+        pytest.param({"sends_headers": True, "capacity_s": 1.0}, {}, id="a small bucket, learned"),
         pytest.param(
-            {"tells": True, "capacity_s": 1.2, "told_s": 60.0}, {}, id="a small bucket, its limit told a minute"
+            {"sends_headers": True, "capacity_s": 1.0}, {"tokens_per_minute": 600_000}, id="a small bucket, given"
+        ),
+        pytest.param({"sends_headers": True, "retry_after": False}, {}, id="no retry-after"),
+        pytest.param(
+            {"sends_headers": True, "capacity_s": 1.2, "stated_capacity_s": 60.0},
+            {},
+            id="a small bucket, its limit stated per minute",
         ),
     ],
 )
@@ -116,11 +117,12 @@ async def test_a_job_under_a_token_limit_takes_hardly_more_than_the_ideal_time(
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("tells", [True, False], ids=["told", "not told"])
-async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time(tells: bool) -> None:
-    provider = LimitedProvider(requests_per_minute=120, tells=tells)
-    embedder = Embedder("fake", provider=provider, max_batch_size=50, requests_per_minute=None if tells else 120)
+@pytest.mark.parametrize("sends_headers", [True, False], ids=["headers", "no headers"])
+async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time(sends_headers: bool) -> None:
+    provider = LimitedProvider(requests_per_minute=120, sends_headers=sends_headers)
+    embedder = Embedder(
+        "fake", provider=provider, max_batch_size=50, requests_per_minute=None if sends_headers else 120
+    )
     began = now()
 
     await embedder.embed(TEXTS)  # 400 requests; 120 may go at once, then 2 a second
@@ -129,8 +131,7 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("tells", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("sends_headers", [True, False], ids=["headers", "no headers"])
 @pytest.mark.parametrize(
     ("limit", "wait_s"),
     [
@@ -138,8 +139,10 @@ async def test_a_job_under_a_request_limit_takes_hardly_more_than_the_ideal_time
         pytest.param({"tokens_per_minute": 1_000.0}, 300, id="a batch of five times the bucket"),
     ],
 )
-async def test_a_tiny_limit_of_the_users_own_is_kept(limit: dict[str, float], wait_s: float, tells: bool) -> None:
-    provider = LimitedProvider(requests_per_minute=60, tells=tells)
+async def test_a_very_low_limit_of_the_user_is_kept(
+    limit: dict[str, float], wait_s: float, sends_headers: bool
+) -> None:
+    provider = LimitedProvider(requests_per_minute=60, sends_headers=sends_headers)
     embedder = Embedder("fake", provider=provider, max_batch_size=50, **limit)  # type: ignore[arg-type]
     began = now()
 
@@ -149,20 +152,18 @@ async def test_a_tiny_limit_of_the_users_own_is_kept(limit: dict[str, float], wa
     assert provider.refused == 0
 
 
-@pytest.mark.virtual_time
-async def test_a_limit_that_many_embedders_give_is_kept_once() -> None:
+async def test_a_limit_that_several_embedders_set_is_one_limit() -> None:
     provider = LimitedProvider()
     embedders = [Embedder("fake", provider=provider, requests_per_minute=60) for _ in range(10)]
     for embedder in embedders:
         await embedder.embed(["a"])
         await embedder.aclose()
         await embedder.embed(["a"])
-    pace = shared_rate_limiter((provider.info.identity, "fake"))
-    assert list(pace.own) == [(60, False)]
+    rate = shared_rate_limiter((provider.info.identity, "fake"))
+    assert list(rate.own) == [(60, False)]
 
 
-@pytest.mark.virtual_time
-async def test_a_request_limit_that_fills_up_in_hours_is_waited_for_as_long_as_the_refusal_says() -> None:
+async def test_a_request_limit_per_hour_is_waited_for_as_long_as_retry_after_says() -> None:
     provider = LimitedProvider(requests_per_minute=10 / 60, capacity_s=3_600)  # ten an hour
     embedder = Embedder("fake", provider=provider, max_batch_size=1)
     began = now()
@@ -170,12 +171,11 @@ async def test_a_request_limit_that_fills_up_in_hours_is_waited_for_as_long_as_t
     result = await embedder.embed(TEXTS[:14])
 
     assert result.failures == ()
-    assert provider.refused <= 8  # those that were sent before the first refusal came
+    assert provider.refused <= 8  # requests in flight when the first one was refused
     assert now() - began <= 1.1 * 4 * 360
 
 
-@pytest.mark.virtual_time
-async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None:
+async def test_two_embedders_with_one_key_share_the_limit() -> None:
     provider = LimitedProvider(tokens_per_minute=600_000)
     embedders = [Embedder("fake", provider=provider, max_batch_size=50) for _ in range(2)]
     began = now()
@@ -188,25 +188,23 @@ async def test_two_embedders_on_one_key_stay_within_the_limit_together() -> None
     assert provider.refused <= 0.02 * provider.accepted
 
 
-@pytest.mark.virtual_time
-async def test_requests_beyond_the_whole_bucket_go_one_by_one_when_it_is_full() -> None:
-    pace = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
+async def test_requests_larger_than_the_bucket_are_sent_one_by_one_when_it_is_full() -> None:
+    rate = RateLimiter(tokens=Bucket(per_s=10, capacity=100, level=100, at=now()))
     began = now()
 
     for _ in range(2):
-        pace.leave(await pace.enter(500))
+        rate.leave(await rate.enter(500))
 
-    # full at once, then from -400 to 100 at 10 a second
+    # the first one at once, since the bucket is full; it then refills from -400 to 100, by 10 a second
     assert now() - began == pytest.approx(50, rel=0.01)
 
 
-@pytest.mark.virtual_time
 async def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    pace = RateLimiter(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
+    rate = RateLimiter(answered=True, tokens=Bucket(per_s=10, capacity=100, level=0, at=now()))
     order: list[str] = []
 
     async def send(name: str, tokens: int) -> None:
-        pace.leave(await pace.enter(tokens))
+        rate.leave(await rate.enter(tokens))
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
@@ -216,14 +214,41 @@ async def test_a_large_request_is_not_starved_by_small_ones() -> None:
     assert order == ["small 1", "large", *(f"small {n}" for n in range(2, 12))]
 
 
-@pytest.mark.virtual_time
-async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
-    pace = RateLimiter(answered=True)
+@pytest.mark.parametrize("per_minute", [None, 120])
+async def test_a_large_request_is_not_starved_by_urgent_ones_where_tokens_are_not_scarce(
+    per_minute: float | None,
+) -> None:
+    rate = RateLimiter(answered=True)
+    rate.limit(per_minute, None)
+    slots = ConcurrencyLimiter(rate, 1 if per_minute is None else 8)
+    served: list[str] = []
+
+    async def use(name: str, tokens: int, *, urgent: bool) -> None:
+        async with slots.slot(tokens, urgent=urgent):
+            served.append(name)
+            await asyncio.sleep(0.1)
+
+    async def urgent_for_ever() -> None:
+        while True:
+            await use("urgent", 5, urgent=True)
+
+    async with asyncio.TaskGroup() as group:
+        loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
+        await asyncio.sleep(120)  # uses up what the bucket held at first
+        before = len(served)
+        await use("bulk", 25_000, urgent=False)
+        for loop in loops:
+            loop.cancel()
+    assert served[before:].index("bulk") <= 8
+
+
+async def test_a_pause_holds_all_requests_for_its_time() -> None:
+    rate = RateLimiter(answered=True)
     began = now()
-    pace.pause(10)
+    rate.pause(10)
 
     async def send() -> float:
-        pace.leave(await pace.enter(1))
+        rate.leave(await rate.enter(1))
         return now() - began
 
     tasks = [asyncio.create_task(send()) for _ in range(5)]
@@ -232,22 +257,20 @@ async def test_a_pause_holds_everybody_and_only_for_its_time() -> None:
     assert all(10 <= task.result() <= 10.6 for task in tasks)
 
 
-@pytest.mark.virtual_time
-async def test_a_pause_that_grows_while_it_is_waited_for_is_waited_for_whole() -> None:
-    pace = RateLimiter(answered=True)
+async def test_a_pause_that_is_extended_is_waited_for_in_full() -> None:
+    rate = RateLimiter(answered=True)
     began = now()
-    pace.pause(10)
-    waiting = asyncio.create_task(pace.enter(1))
+    rate.pause(10)
+    waiting = asyncio.create_task(rate.enter(1))
     await asyncio.sleep(5)
 
-    pace.pause(20)
+    rate.pause(20)
     await waiting
 
     assert 25 <= now() - began <= 26.1
 
 
-@pytest.mark.virtual_time
-async def test_fewer_are_sent_at_once_after_an_overload_and_more_again_with_success() -> None:
+async def test_fewer_requests_are_in_flight_after_an_overload_and_more_again_after_successes() -> None:
     overloaded_until = now() + 20
 
     class Overloaded(LimitedProvider):
@@ -265,19 +288,18 @@ async def test_fewer_are_sent_at_once_after_an_overload_and_more_again_with_succ
             finally:
                 self.in_flight -= 1
 
-    provider = Overloaded(tells=False)
+    provider = Overloaded(sends_headers=False)
     embedder = Embedder("fake", provider=provider, max_batch_size=1)
 
     result = await embedder.embed(TEXTS[:60])
     assert result.failures == ()
-    assert result.retries <= 50  # 108 if the same number is sent at once all the time
+    assert result.retries <= 50  # it would be 108 with the same concurrency all the time
     provider.most = 0
     await embedder.embed(TEXTS[:200])
     assert provider.most == 8
 
 
-@pytest.mark.virtual_time
-async def test_a_first_answer_is_waited_for_before_very_much_is_sent() -> None:
+async def test_before_the_first_reply_only_one_large_request_is_sent() -> None:
     slots = ConcurrencyLimiter(RateLimiter(), 8)
     sent: list[float] = []
 
@@ -295,7 +317,6 @@ async def test_a_first_answer_is_waited_for_before_very_much_is_sent() -> None:
     assert [round(at - began) for at in sent] == [0, 1, 1, 1]
 
 
-@pytest.mark.virtual_time
 @pytest.mark.parametrize("steps", range(8))
 async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> None:
     slots = ConcurrencyLimiter(RateLimiter(answered=True, tokens=Bucket(per_s=1, capacity=10, level=0, at=now())), 2)
@@ -314,100 +335,10 @@ async def test_a_cancelled_waiter_leaves_its_place_to_the_next(steps: int) -> No
     assert slots.rate.in_flight == {}
 
 
-@pytest.mark.virtual_time
-async def test_a_pace_is_shared_by_place_and_forgotten_with_its_last_user() -> None:
+async def test_a_rate_limiter_is_shared_by_key_and_forgotten_with_its_last_user() -> None:
     first = shared_rate_limiter("place")
     assert shared_rate_limiter("place") is first
     assert shared_rate_limiter("elsewhere") is not first
     first.pause(60)
     del first
     assert shared_rate_limiter("place").paused_until == 0
-
-
-# A bucket of 100,000 that refills by 5,000 a second, told in several ways.
-
-
-def test_two_answers_tell_refill_and_capacity_whatever_the_limit_is_meant_for() -> None:
-    # the limit is told for a minute, the bucket holds less: 90,000 left, full in 2 s; then 40,000, full in 12 s
-    first = bucket_from_headers(None, 300_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    second = bucket_from_headers(first, 300_000, 40_000, 12.0, taken=500, unseen=7_000, now=50.0)
-    assert (second.per_s, second.capacity, second.level, second.at) == (5_000, 100_000, 33_000, 50.0)
-
-
-def test_one_answer_tells_them_if_the_bucket_was_full_before() -> None:
-    bucket = bucket_from_headers(None, 100_000, 60_000, 8.0, taken=40_000, unseen=0, now=0.0)
-    assert (bucket.per_s, bucket.capacity, bucket.level) == (5_000, 100_000, 60_000)
-
-
-@pytest.mark.parametrize(
-    ("remaining", "reset_s"),
-    [
-        pytest.param(100_000, 0.0, id="full"),
-        pytest.param(60_000, None, id="no reset"),
-        pytest.param(60_000, 8.0, id="others have taken some before"),
-        pytest.param(99_999, 360.0, id="the guide's own example: 6m0s for hardly anything"),
-    ],
-)
-def test_until_then_the_refill_is_the_limit_a_minute(remaining: int, reset_s: float | None) -> None:
-    bucket = bucket_from_headers(None, 100_000, remaining, reset_s, taken=0.5, unseen=0, now=0.0)
-    assert bucket.per_s == pytest.approx(100_000 / 60)
-
-
-@pytest.mark.parametrize(
-    ("remaining", "reset_s"),
-    [
-        pytest.param(40_000, 1.0, id="a reset that runs down: a window, not a bucket"),
-        pytest.param(89_000, 2.2, id="too close"),
-        pytest.param(40_000, 2.0, id="a constant"),
-    ],
-)
-def test_a_reset_that_means_something_else_changes_nothing(remaining: int, reset_s: float) -> None:
-    first = bucket_from_headers(None, 100_000, 90_000, 2.0, taken=500, unseen=0, now=0.0)
-    assert bucket_from_headers(first, 100_000, remaining, reset_s, taken=500, unseen=0, now=1.0).per_s == first.per_s
-
-
-def test_a_bucket_is_never_above_its_capacity_and_may_owe() -> None:
-    bucket = Bucket(per_s=10, capacity=100, level=100, at=0.0)
-    assert bucket.wait_s(100, now=1_000.0) == 0
-    bucket.take(150, now=1_000.0)
-    assert bucket.level == -50
-    # from -50 to 100 at 10 a second, and a little more for the clocks
-    assert bucket.wait_s(100, now=1_000.0) == pytest.approx(15, rel=0.01)
-
-
-@pytest.mark.virtual_time
-@pytest.mark.parametrize("per_minute", [None, 120])
-async def test_large_requests_are_not_starved_by_urgent_ones_where_tokens_are_not_what_is_scarce(
-    per_minute: float | None,
-) -> None:
-    pace = RateLimiter(answered=True)
-    pace.limit(per_minute, None)
-    slots = ConcurrencyLimiter(pace, 1 if per_minute is None else 8)
-    served: list[str] = []
-
-    async def use(name: str, tokens: int, *, urgent: bool) -> None:
-        async with slots.slot(tokens, urgent=urgent):
-            served.append(name)
-            await asyncio.sleep(0.1)
-
-    async def urgent_for_ever() -> None:
-        while True:
-            await use("urgent", 5, urgent=True)
-
-    async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(urgent_for_ever()) for _ in range(4)]
-        await asyncio.sleep(120)  # what the bucket began with is used up
-        before = len(served)
-        await use("bulk", 25_000, urgent=False)
-        for loop in loops:
-            loop.cancel()
-    assert served[before:].index("bulk") <= 8
-
-
-def test_a_window_that_begins_anew_is_waited_for_until_then() -> None:
-    bucket = bucket_from_headers(None, 10, 0, 0.5, taken=1, unseen=0, now=0.0)
-    assert 0.5 <= bucket.wait_s(1, now=0.0) < 0.6
-    assert bucket.wait_s(1, now=0.5) == 0
-    again = bucket_from_headers(bucket, 10, 4, 0.9, taken=1, unseen=3, now=0.6)  # a slope is not to be had of it
-    assert again.wait_s(1, now=0.6) == 0
-    assert again.wait_s(2, now=0.6) < 1

@@ -1,3 +1,5 @@
+"""`pacing.PriorityQueue`: urgent waiters go first, but cannot starve bulk waiters."""
+
 from __future__ import annotations
 
 import asyncio
@@ -9,8 +11,8 @@ import pytest
 from asyncembed.sending.pacing import ConcurrencyLimiter, PriorityQueue, RateLimiter
 
 
-class Till:
-    """A queue in front of units that are handed out by the test, and a record of who got them."""
+class Waiters:
+    """Waiters that queue for units, which the test supplies, and the order in which they were served."""
 
     def __init__(self) -> None:
         self.queue = PriorityQueue()
@@ -18,7 +20,7 @@ class Till:
         self.served: list[str] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def line_up(
+    async def add(
         self, name: str, *, cost: int = 1, urgent: bool = False, is_ready: Callable[[], bool] = lambda: True
     ) -> None:
         async def wait() -> None:
@@ -34,7 +36,7 @@ class Till:
         self.queue.changed()
         await settle()
 
-    async def send_away(self, name: str) -> None:
+    async def cancel(self, name: str) -> None:
         self._tasks[name].cancel()
         await settle()
 
@@ -44,75 +46,75 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_who_comes_first_is_served_first() -> None:
-    till = Till()
+async def test_waiters_of_one_class_are_first_in_first_out() -> None:
+    waiters = Waiters()
     for name in "abc":
-        await till.line_up(name)
-    await till.supply(3)
-    assert till.served == ["a", "b", "c"]
-    assert len(till.queue) == 0
+        await waiters.add(name)
+    await waiters.supply(3)
+    assert waiters.served == ["a", "b", "c"]
+    assert len(waiters.queue) == 0
 
 
-async def test_a_large_one_is_not_starved_by_small_ones_behind_it() -> None:
-    till = Till()
-    await till.line_up("large", cost=10)
-    await till.line_up("small")
-    await till.supply(9)
-    assert till.served == []
-    await till.supply(2)
-    assert till.served == ["large", "small"]
+async def test_a_large_waiter_is_not_starved_by_small_ones_behind_it() -> None:
+    waiters = Waiters()
+    await waiters.add("large", cost=10)
+    await waiters.add("small")
+    await waiters.supply(9)
+    assert waiters.served == []
+    await waiters.supply(2)
+    assert waiters.served == ["large", "small"]
 
 
-async def test_the_urgent_go_before_those_who_wait() -> None:
-    till = Till()
-    await till.line_up("bulk", cost=5)
-    await till.line_up("now", urgent=True)
-    await till.supply(1)
-    assert till.served == ["now"]
+async def test_an_urgent_waiter_goes_before_a_bulk_waiter() -> None:
+    waiters = Waiters()
+    await waiters.add("bulk", cost=5)
+    await waiters.add("now", urgent=True)
+    await waiters.supply(1)
+    assert waiters.served == ["now"]
 
 
-async def test_one_that_was_overtaken_by_as_much_as_it_asks_for_is_next() -> None:
-    till = Till()
-    await till.line_up("bulk", cost=3)
+async def test_a_bulk_waiter_is_next_after_urgent_ones_have_taken_its_cost() -> None:
+    waiters = Waiters()
+    await waiters.add("bulk", cost=3)
     for number in range(6):
-        await till.line_up(f"now {number}", urgent=True)
-    await till.supply(3)
-    assert till.served == ["now 0", "now 1", "now 2"]
-    await till.supply(2)
-    assert len(till.served) == 3  # what there is, is kept for the one that was overtaken
-    await till.supply(4)
-    assert till.served == ["now 0", "now 1", "now 2", "bulk", "now 3", "now 4", "now 5"]
+        await waiters.add(f"now {number}", urgent=True)
+    await waiters.supply(3)
+    assert waiters.served == ["now 0", "now 1", "now 2"]
+    await waiters.supply(2)
+    assert len(waiters.served) == 3  # the units are kept for the bulk waiter that was bypassed
+    await waiters.supply(4)
+    assert waiters.served == ["now 0", "now 1", "now 2", "bulk", "now 3", "now 4", "now 5"]
 
 
-async def test_who_is_not_ready_stands_aside_and_keeps_its_place() -> None:
-    till = Till()
+async def test_a_waiter_that_is_not_ready_is_passed_over_and_keeps_its_place() -> None:
+    waiters = Waiters()
     is_ready = False
-    await till.line_up("first", is_ready=lambda: is_ready)
-    await till.line_up("second")
-    await till.line_up("third")
-    await till.supply(1)
-    assert till.served == ["second"]
+    await waiters.add("first", is_ready=lambda: is_ready)
+    await waiters.add("second")
+    await waiters.add("third")
+    await waiters.supply(1)
+    assert waiters.served == ["second"]
     is_ready = True
-    await till.supply(1)
-    assert till.served == ["second", "first"]
+    await waiters.supply(1)
+    assert waiters.served == ["second", "first"]
 
 
-@pytest.mark.parametrize("leaving", ["a", "b", "c"])
-async def test_who_is_cancelled_leaves_the_line_to_the_others(leaving: str) -> None:
-    till = Till()
+@pytest.mark.parametrize("cancelled", ["a", "b", "c"])
+async def test_a_cancelled_waiter_leaves_the_queue(cancelled: str) -> None:
+    waiters = Waiters()
     for name in "abc":
-        await till.line_up(name)
-    await till.send_away(leaving)
-    await till.supply(2)
-    assert till.served == [name for name in "abc" if name != leaving]
-    assert till.units == 0
+        await waiters.add(name)
+    await waiters.cancel(cancelled)
+    await waiters.supply(2)
+    assert waiters.served == [name for name in "abc" if name != cancelled]
+    assert waiters.units == 0
 
 
 @pytest.mark.virtual_time
-async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> None:
-    pace = RateLimiter()
-    pace.limit(None, 60_000)
-    slots = ConcurrencyLimiter(pace, 8)
+async def test_an_urgent_request_goes_before_a_bulk_one_that_waits_for_tokens() -> None:
+    rate = RateLimiter()
+    rate.limit(None, 60_000)
+    slots = ConcurrencyLimiter(rate, 8)
     order: list[str] = []
     loop = asyncio.get_running_loop()
     began_at = loop.time()
@@ -131,9 +133,9 @@ async def test_an_urgent_request_passes_a_bulk_one_that_waits_for_tokens() -> No
     assert order[1] == "now after 0 s"
 
 
-async def test_an_embedder_whose_slots_are_taken_does_not_hold_up_another_one() -> None:
-    pace = RateLimiter(answered=True)
-    full, free = ConcurrencyLimiter(pace, 1), ConcurrencyLimiter(pace, 1)
+async def test_an_embedder_without_a_free_slot_does_not_delay_another_one() -> None:
+    rate = RateLimiter(answered=True)
+    full, free = ConcurrencyLimiter(rate, 1), ConcurrencyLimiter(rate, 1)
 
     async def another() -> None:
         async with full.slot(1):
@@ -145,4 +147,4 @@ async def test_an_embedder_whose_slots_are_taken_does_not_hold_up_another_one() 
         assert full.waiting == 1
         async with asyncio.timeout(1), free.slot(1):
             assert (full.in_flight, free.in_flight) == (1, 1)
-    assert (full.in_flight, full.waiting, len(pace.queue)) == (0, 0, 0)
+    assert (full.in_flight, full.waiting, len(rate.queue)) == (0, 0, 0)
