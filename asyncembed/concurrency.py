@@ -60,18 +60,18 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise error
 
 
-def noted(cancelled: asyncio.CancelledError, outcome: Any) -> asyncio.CancelledError:
+def with_outcome(cancelled: asyncio.CancelledError, outcome: Any) -> asyncio.CancelledError:
     """Attach the outcome of work that was done although its caller was cancelled to the CancelledError."""
     cancelled.outcome = outcome  # type: ignore[attr-defined]  # not a subclass: asyncio.timeout compares types
     return cancelled
 
 
 def outcome_of(cancelled: asyncio.CancelledError) -> Any:
-    """Return the outcome that `noted` has attached; None if there is none."""
+    """Return the outcome that `with_outcome` has attached; None if there is none."""
     return getattr(cancelled, "outcome", None)
 
 
-async def ended(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancel the tasks and wait until they have ended, even if the caller is cancelled. Their errors are dropped."""
     for task in tasks:
         task.cancel()
@@ -82,7 +82,7 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
             task.cancelled() or task.exception()  # retrieved, or asyncio would log it
 
 
-async def finished(work: Coroutine[Any, Any, T]) -> T:
+async def finish_despite_cancel(work: Coroutine[Any, Any, T]) -> T:
     """Finish the work even if the caller is cancelled meanwhile; the CancelledError is then raised afterwards."""
     task = asyncio.create_task(work)
     try:
@@ -106,7 +106,7 @@ async def _all_done(tasks: Sequence[asyncio.Task[Any]]) -> None:
 _lanes = PerLoop(asyncio.Lock)
 
 
-async def in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_thread_if(worth_it: bool, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return the result of the work; run it in a thread if it is worth the 0.1 ms that a thread costs.
 
     Only one runs at a time: it is Python code, so several would not be faster, and each thread may keep the GIL from

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from ..concurrency import noted
+from ..concurrency import with_outcome
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[sqlite3.Connection], T]
@@ -119,7 +119,7 @@ class Database:
             return future.result()
         if future.exception():  # retrieved, or asyncio would log it as lost
             raise cancelled
-        raise noted(cancelled, future.result())
+        raise with_outcome(cancelled, future.result())
 
     def _attempt(self, queued: list[Work[T]], stop: StopSignal) -> T:
         work, deadline = _taken_from(queued), time.monotonic() + self._busy_timeout_s

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..batching.batch import Outcome, Receiver
 from ..batching.texts import Text, portions
-from ..concurrency import ended, in_thread_if
+from ..concurrency import cancel_and_wait, run_in_thread_if
 from ..errors import AsyncEmbedError, ConfigError, ProtocolError
 from ..report import Usage
 from ..sending.attempts import GRACE_S
@@ -109,7 +109,7 @@ class CacheClient:
     async def keys(self, texts: Sequence[Text]) -> list[bytes]:
         """Return each text's key."""
         characters = sum(len(text.content) for text in texts)
-        return await in_thread_if(characters > WORTH_A_THREAD_CHARACTERS, self._hash, texts)
+        return await run_in_thread_if(characters > WORTH_A_THREAD_CHARACTERS, self._hash, texts)
 
     def _hash(self, texts: Sequence[Text]) -> list[bytes]:
         keys = []
@@ -210,7 +210,7 @@ class CachingReceiver:
                 broken = error  # paid for all the same: it is stored first
             await storing
         finally:
-            await ended(storing)
+            await cancel_and_wait(storing)
         if broken is not None:
             raise broken
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..batching.batch import Outcome, Receiver
 from ..batching.texts import Text
-from ..concurrency import ended
+from ..concurrency import cancel_and_wait
 from ..errors import AsyncEmbedError, OverloadedError, TransportError
 from ..report import Usage
 from ..sending.context import CallContext
@@ -205,7 +205,7 @@ class Coalescer:
         self._queue.clear()
         for entry in list(self._entries.values()):
             _fail(self._finish(entry), TransportError(CLOSED))
-        await ended(*[request.task for request in self._requests if request.task is not None])
+        await cancel_and_wait(*[request.task for request in self._requests if request.task is not None])
 
     def _overloaded(self) -> OverloadedError:
         seconds = self._last_s * math.ceil((1 + len(self._queue)) / self._max_inputs / REQUESTS_AT_ONCE)
@@ -276,7 +276,7 @@ class Coalescer:
         for request in unwanted:
             for entry in request.entries:  # a later call for this text needs a request that is not ending
                 self._forget(entry)
-        await ended(*[request.task for request in unwanted if request.task is not None])
+        await cancel_and_wait(*[request.task for request in unwanted if request.task is not None])
 
     def _finish(self, entry: _Entry) -> _Waiting:
         """Take a text off the list; return the calls that wait for it, with its position in each."""

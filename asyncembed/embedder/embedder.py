@@ -15,7 +15,7 @@ from ..batching.packing import OPEN_BATCHES, Limits
 from ..batching.texts import TooLong
 from ..batching.tokens import TokenCounter, load_counter
 from ..caches import open_cache
-from ..concurrency import PerLoop, ended
+from ..concurrency import PerLoop, cancel_and_wait
 from ..errors import ConfigError, InputError
 from ..metrics import Observer, Stats
 from ..options import check_amount, check_model, check_range
@@ -315,7 +315,7 @@ class Embedder:
                 yield item
             await running
         finally:
-            await ended(running)
+            await cancel_and_wait(running)
         if call.stopped_by is not None:
             raise call.stopped_by
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..batching.batch import Outcome
-from ..concurrency import in_thread_if
+from ..concurrency import run_in_thread_if
 from ..errors import AsyncEmbedError
 from ..report import EmbeddingResult, ProgressCallback, reporter
 from ..sending.context import CallContext
@@ -34,7 +34,7 @@ class Results:
                 self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
             rows = sum(len(text.indices) for text in outcome.texts)
             is_work = rows * outcome.vectors[0].nbytes > WORTH_A_THREAD_BYTES
-            await in_thread_if(is_work, self._copy, self._embeddings, outcome)
+            await run_in_thread_if(is_work, self._copy, self._embeddings, outcome)
             self._copied += rows
         for text, error in outcome.failed:
             self._errors.update(dict.fromkeys(text.indices, error))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..batching.batch import Outcome
 from ..batching.texts import Text, unique
-from ..concurrency import ended, in_thread_if, outcome_of
+from ..concurrency import cancel_and_wait, outcome_of, run_in_thread_if
 from ..embedder.embedder import Embedder
 from ..errors import AsyncEmbedError, SinkError, SourceError
 from ..report import IngestReport, ProgressCallback, reporter
@@ -91,7 +91,7 @@ async def ingest(
         if pruning is not None:
             pruning.close()
         if watcher is not None:
-            await ended(watcher)
+            await cancel_and_wait(watcher)
     report = job.finish(call.stopped_by)
     if call.stopped_by not in (None, job.end_early):
         call.stopped_by.report = report
@@ -170,7 +170,7 @@ class _Ingestion:
         bad: list[Failure] = []
         while some:
             turn, some = some[: self.records_a_turn], some[self.records_a_turn :]
-            taken_s, fit, unfit = await in_thread_if(
+            taken_s, fit, unfit = await run_in_thread_if(
                 self.records_a_turn == 1, checked, self.read, turn, self.why_unfit, self.stored_id
             )
             self.records_a_turn = max(1, min(RECORDS_A_TURN, int(len(turn) * TURN_S / max(taken_s, 1e-6))))

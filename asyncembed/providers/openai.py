@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 from .. import models
-from ..concurrency import finished, in_thread_if
+from ..concurrency import finish_despite_cancel, run_in_thread_if
 from ..errors import (
     AuthenticationError,
     BadRequestError,
@@ -172,15 +172,15 @@ class OpenAIProvider:
         options = {"encoding_format": _ENCODINGS[encoding], "dimensions": self._asked_dimensions}
         given = {name: value for name, value in options.items() if value is not None}
         fields = {"model": self._model, "input": list(texts), **given}
-        body = await in_thread_if(size >= INLINE_BYTES, client.http.to_json, fields)
+        body = await run_in_thread_if(size >= INLINE_BYTES, client.http.to_json, fields)
         decoder = Decoder(len(texts), self._expected)
         response, refused = await self._post(client, body, decoder)
         if not response.is_success:
-            error, is_about_encoding = await in_thread_if(size >= INLINE_BYTES, _refusal, response, refused, texts)
+            error, is_about_encoding = await run_in_thread_if(size >= INLINE_BYTES, _refusal, response, refused, texts)
             if is_about_encoding and encoding + 1 < len(_ENCODINGS):
                 return None
             raise error
-        reply = await in_thread_if(decoder.size >= INLINE_BYTES, decoder.finish)
+        reply = await run_in_thread_if(decoder.size >= INLINE_BYTES, decoder.finish)
         self._expected = self._expected or reply.vectors.shape[1]
         if reply.vectors.shape[1] != self._expected:  # two first replies at once, of different sizes
             raise ProtocolError(f"expected {self._expected} dimensions, got {reply.vectors.shape[1]}")
@@ -294,7 +294,7 @@ class OpenAIProvider:
         self._forget_closed_loops(pid)
         client = self._clients.pop((pid, asyncio.get_running_loop()), None)
         if client is not None and client.closing is not None:
-            await finished(client.closing.aclose())  # cancelled halfway, it would leak connections
+            await finish_despite_cancel(client.closing.aclose())  # cancelled halfway, it would leak connections
 
 
 def _load() -> tuple[Any, Any]:

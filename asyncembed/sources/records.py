@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from ..concurrency import ended
+from ..concurrency import cancel_and_wait
 from ..errors import InputError, InvalidRecordError, WrongTypeError
 from ..types import Record, RecordId, check_text
 
@@ -187,7 +187,7 @@ async def _read_ahead(source: AsyncIterable[Any], most: int) -> AsyncGenerator[S
         await reader  # raises the source's error
     finally:
         try:
-            await ended(reader)
+            await cancel_and_wait(reader)
         finally:
             close = getattr(iterator, "aclose", None)
             if close is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...concurrency import in_thread_if
+from ...concurrency import run_in_thread_if
 from ...errors import SinkBusyError, SinkConfigError
 from ...types import Hit, Vectors
 from .. import contract
@@ -91,7 +91,7 @@ async def nearest(
     numbers = np.frombuffer(b"".join([row["embedding"][4:] for row in found]), ">f4")
     vectors = numbers.reshape(len(found), -1).astype(np.float32)
     ranking = Ranking(query, k)
-    await in_thread_if(vectors.nbytes > WORTH_A_THREAD_BYTES, ranking.offer, [row["id"] for row in found], vectors)
+    await run_in_thread_if(vectors.nbytes > WORTH_A_THREAD_BYTES, ranking.offer, [row["id"] for row in found], vectors)
     rest = {row["id"]: row for row in found}
     return [Hit(id, score, rest[id]["text"], contract.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from ...concurrency import noted
+from ...concurrency import with_outcome
 from ...databases.postgres_errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 
@@ -129,7 +129,7 @@ class Transactions:
                     await pool.release(connection, timeout=RELEASE_S)
             except asyncio.CancelledError as cancelled:
                 for result in results:
-                    noted(cancelled, result)
+                    with_outcome(cancelled, result)
                 raise
         return results[0]
 
@@ -210,7 +210,7 @@ async def in_time(
         if almost_done.is_set():
             await asyncio.wait([task], timeout=COMMIT_S)
         if task.done() and not task.cancelled() and task.exception() is None:
-            noted(cancelled, task.result())
+            with_outcome(cancelled, task.result())
         raise
     finally:
         while not task.done():
