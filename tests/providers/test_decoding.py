@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import sys
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -478,3 +479,18 @@ def test_only_the_text_between_vectors_is_kept() -> None:
         tracemalloc.stop()
     assert kept < vectors.nbytes + len(body) / 10
     assert (decoder.finish().vectors == vectors).all()
+
+
+def test_a_profiler_that_keeps_frames_does_not_break_decoding() -> None:
+    vectors = np.arange(40, dtype=np.float32).reshape(10, 4)
+    body = json.dumps(document(vectors)).encode()
+    frames: list[Any] = []
+    sys.setprofile(lambda frame, event, _: frames.append(frame))
+    try:
+        decoder = Decoder(10, None)
+        for start in range(0, len(body), 100):
+            decoder.feed(body[start : start + 100])
+        reply = decoder.finish()
+    finally:
+        sys.setprofile(None)
+    np.testing.assert_array_equal(reply.vectors, vectors)
