@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from bench.report import Table, draw
 from bench.run import measure, server
 from bench.scenarios import SCENARIOS, Scenario
 from bench.server import read_body, vectors
+
+ROOT = environments.ROOT
 
 
 def post(base_url: str, **fields: Any) -> Any:
@@ -223,3 +227,13 @@ def test_the_picture_has_a_panel_for_each_table(tmp_path: Path) -> None:
         table.add("asyncembed", one("asyncembed", 100, 1.0))
     draw(tables, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 1_000
+
+
+def test_one_call_enters_few_functions_and_modules() -> None:
+    # 177 functions in 20 modules before the restructuring: who reads one call has to read so much
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.functions", "--json"], check=True, capture_output=True, cwd=ROOT
+    )
+    entered = json.loads(done.stdout)
+    assert 50 < entered["functions"] <= 130
+    assert 10 <= entered["modules"] <= 15
