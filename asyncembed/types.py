@@ -187,7 +187,7 @@ class Cache(Protocol):
     """Stores vectors by a hash of the text and of everything else that decides them. Safe to call from many tasks.
 
     An error of a cache fails no call: it is logged once and counts as a miss. The exception is a `ConfigError`, which
-    means that the cache can never work. Callers wait for `get`, so it needs a timeout of its own.
+    means that the cache can never work. Callers wait for `get`, so it needs its own timeout.
     """
 
     async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:
