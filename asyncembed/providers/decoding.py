@@ -1,4 +1,4 @@
-"""Decodes a reply to float32[n, d] while it is read, and validates all of it. Pure.
+"""Decodes a reply to float32[n, d] while it is read, and validates it completely. Pure.
 
 A reply is megabytes of vectors in a few kilobytes of JSON. `Decoder` moves each vector to a row and puts a placeholder
 into the JSON instead. The JSON is parsed at the end, and maps placeholders to texts. So memory never holds the whole
