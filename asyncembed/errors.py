@@ -27,7 +27,7 @@ AsyncEmbedError
 ├── SomeFailedError (RuntimeError)      raised by `EmbeddingResult.raise_for_failures`
 │   └── AllFailedError                  no text was embedded; `.result` has the reasons
 ├── DeadlineError (TimeoutError)        the call's deadline passed; `.result` holds the work done before
-├── OverloadedError (RuntimeError)      too many calls are waiting; nothing was sent
+├── OverloadedError (RuntimeError)      too many texts are waiting; nothing was sent
 ├── SourceError                         a source cannot be reached, or failed while it was read
 └── SinkError
     ├── SinkConfigError (ValueError)    no database, a wrong table, another model's dimensions
@@ -225,7 +225,7 @@ class TransportError(ProviderError):
 class ProtocolError(ProviderError):
     """A response that does not answer the request: wrong count, order, size or numbers.
 
-    `tokens` is the number of tokens that the provider has billed for it; 0 if it did not say.
+    `tokens` is the number of tokens that the provider has billed for it; 0 if it did not report any.
     """
 
     tokens: int = 0
@@ -244,9 +244,9 @@ class DeadlineError(AsyncEmbedError, TimeoutError):
 
 
 class OverloadedError(AsyncEmbedError, RuntimeError):
-    """More calls are waiting than `max_waiting` allows. Nothing was sent for this one.
+    """With this call more than `max_waiting` texts would be waiting. Nothing was sent for it.
 
-    `retry_after_s` estimates in how many seconds there is room again: a web app can return it to its client.
+    `retry_after_s` estimates in how many seconds there will be room. A web app can return it to its client.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:

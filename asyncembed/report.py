@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Usage:
-    """What a call has cost so far.
+    """The cost of a call so far.
 
     Attributes:
         requests: Requests sent, retries included.

@@ -84,7 +84,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The rate limits in a reply's headers; None for values that are not there.
+    """The rate limits in a reply's headers; None for missing values.
 
     `reset_…_s` is the number of seconds until a limit is full again. It is not the time to wait before a request.
     """
@@ -171,7 +171,7 @@ class DescribedProvider(Provider, Protocol):
 
     @property
     def info(self) -> ProviderInfo:
-        """What is known now; the first reply may add to it."""
+        """The description as far as it is known; the first reply may add to it."""
         ...
 
 
@@ -184,10 +184,10 @@ def info_of(provider: Provider) -> ProviderInfo:
 
 
 class Cache(Protocol):
-    """Stores vectors by a hash of the text and of everything else that decides them. Safe to call from many tasks.
+    """Stores vectors by a hash of the text and of everything else that determines them. Safe to call from many tasks.
 
     An error of a cache fails no call: it is logged once and counts as a miss. The exception is a `ConfigError`, which
-    means that the cache can never work. Callers wait for `get`, so it needs a timeout of its own.
+    means that the cache can never work. Callers wait for `get`, so it needs its own timeout.
     """
 
     async def get(self, keys: Sequence[bytes]) -> Mapping[bytes, Vectors]:

@@ -1,1 +1,1 @@
-"""Texts become batches: tokens are counted, long texts cut, inputs packed. Nothing here sends a request."""
+"""Turns texts into batches: counts tokens, cuts long texts, packs inputs. Nothing here sends a request."""

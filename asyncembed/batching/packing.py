@@ -49,7 +49,7 @@ class Packer(Generic[T]):
 
     Args:
         max_inputs: Items a batch may hold.
-        max_tokens: Weight a batch may hold. A heavier item is a batch of its own.
+        max_tokens: Weight a batch may hold. A heavier item gets its own batch.
         open_batches: How many batches may be open at a time. With 1, each batch is a run of consecutive items. With
             more, batches are fuller, and a later item may be returned before an earlier one. The number grows from 1
             with each returned batch, so that the first batch is returned as soon as it is full.
@@ -76,7 +76,7 @@ class Packer(Generic[T]):
             self._open.append(best)
         best.items.append(item)
         best.weight += weight
-        # a batch of one is full at once, but then no other was open, so `done` is None
+        # both can be complete only with batches of one item: then no other is open, and `done` is None
         return self._close(best) if len(best.items) >= self._max_inputs else done
 
     def flush(self) -> list[list[T]]:

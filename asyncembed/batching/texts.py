@@ -1,4 +1,4 @@
-"""The texts of a call, and the inputs that they become: tokens are counted, long texts cut into pieces.
+"""Turns the texts of a call into inputs of requests: counts their tokens, and cuts long texts into pieces.
 
 Pure, but blocking: `prepare_inputs` is called in a thread for one portion of texts at a time.
 """
@@ -28,14 +28,14 @@ TooLong: TypeAlias = Literal["error", "truncate", "mean"]
 class Text:
     """One text of a call, and its positions in the call's input.
 
-    A text that is not cut into pieces is itself the input of a request: a second object for each text would cost time
-    with many texts, above all in the garbage collector.
+    A text that is not cut into pieces is itself the input of a request. A second object for each text would cost time,
+    mainly in the garbage collector.
     """
 
     content: str = field(repr=False)
     indices: Sequence[int]
     pieces: PooledPieces | None = None
-    """The sum of its pieces' vectors so far; None if it was not cut."""
+    """The pooled vectors of its pieces so far; None if it was not cut."""
     tokens: int = 0
     weight: int = 0
 
@@ -141,7 +141,7 @@ def prepare_inputs(
     """Return the inputs that the texts become, in order, and the texts that are too long, each with its error.
 
     Tokens are not counted if the number of bytes already shows that a text is too long. If the counter is inexact, a
-    text that may be too long is sent unchanged under "error": a refusal by the server costs that text alone. Under
+    text that may be too long is sent unchanged under "error": if the server refuses it, only that text fails. Under
     "truncate" and "mean" it is cut by the upper bound, so its pieces are shorter than they could be.
     """
     inputs: list[Input] = []

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # long and for short texts the number of bytes is enough.
 MAX_BYTES_PER_TOKEN: Final = 128
 
-# A download of 1.7 MB that takes longer than this is given up, and `ByteBound` is used instead.
+# If the download of 1.7 MB takes longer than this, `ByteBound` is used instead.
 LOAD_TIMEOUT_S: Final = 10.0
 
 
@@ -96,7 +96,7 @@ class TiktokenCounter:
     def cut(self, text: str, max_tokens: int) -> str:
         try:
             ids = self._ids(text)
-        except ValueError:  # as above; the first half of such a text is a beginning of it, too
+        except ValueError:  # as above; a beginning of the first half is a beginning of the text, too
             return self.cut(text[: len(text) // 2], max_tokens)
         return _cut(self, text, max_tokens, lambda n: _whole_characters(text, self._encoding.decode_bytes(ids[:n])))
 
@@ -135,7 +135,7 @@ def _loading(encoding: str) -> tuple[Future[TokenCounter], float]:
     def load() -> None:
         try:
             future.set_result(_load(encoding))
-        except Exception as error:  # of requests, OSError, ValueError: in each case there is no vocabulary
+        except Exception as error:  # OSError, ValueError or an error of `requests`: there is no vocabulary
             logger.debug("loading %s failed: %s", encoding, type(error).__name__)
             future.set_result(_no_vocabulary(encoding))
 

@@ -49,7 +49,7 @@ PRAGMA user_version = {VERSION};
 COMMIT;
 """
 
-# What a row takes beside its vector: key and `used`, each also in its index; pages half full at worst.
+# The bytes of a row beside its vector: key and `used`, each also in its index; pages half full at worst.
 ROW_BYTES = 256
 
 # Measured with 20,000 vectors of 1,536 dimensions, 2026-11: 6.6 KB and 14 us each to write with pages of 32 KiB; 8.3 KB
@@ -75,7 +75,7 @@ _UPSERT = """
 # An eviction deletes at least this much, so that not every write has to evict: 15 ms of work.
 EVICTED_BYTES = 4 * 1024 * 1024
 
-# After a write, the log beside the file is truncated to this size, that of a few writes.
+# After a write, the log beside the file is truncated to this size, which a few writes fill.
 _LOG_BYTES = 16 * 1024 * 1024
 
 # SQLite's result codes for a file that can never be a cache (sqlite.org/rescode.html).

@@ -55,7 +55,7 @@ DEFAULT_MODEL: Final = "text-embedding-3-small"
 # More than any model accepts, and no more than the splitter can count.
 MAX_CHUNK_TOKENS: Final = 1_000_000
 
-# The same command would meet these again.
+# Errors that a rerun of the same command would meet again.
 _LASTING: Final = (AuthenticationError, PermissionDeniedError, NotFoundError, RequestError)
 
 _AGAIN: Final = "run the same command again to go on: stored records are skipped"
@@ -166,7 +166,7 @@ def plan_command(sources: Callable[[], FilesAndQueries], model: str, as_json: bo
 def _run(
     work: Callable[[], Coroutine[Any, Any, int]], document_of: Callable[[AsyncEmbedError], dict[str, Any]] | None
 ) -> NoReturn:
-    """Do the work and exit. An error that `work` raises is printed as `document_of` it as well, if there is one."""
+    """Do the work and exit. If `work` raises an error, print it, and also the JSON that `document_of` makes of it."""
     try:
         code = asyncio.run(work())
         flush_out()

@@ -51,7 +51,7 @@ class Lines(Display):
         self._last_s = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Print a line if the last one is LINE_EVERY_S ago."""
+        """Print a line if the last one was printed LINE_EVERY_S ago."""
         if progress.elapsed_s - self._last_s >= LINE_EVERY_S:
             self._last_s = progress.elapsed_s
             self.say(str(progress))

@@ -65,7 +65,7 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
     """Return what to do about an error; "fatal" for an unknown one.
 
     Args:
-        error: The driver's.
+        error: The driver's error.
         reached: Whether the server has ever answered. If not, the address may be wrong, so it is not waited for.
     """
     state = sqlstate_of(error)
@@ -84,7 +84,7 @@ def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
     """Return the error as text that may be shown.
 
     Args:
-        error: The driver's. Its message is left out where it may quote a row or an address.
+        error: The driver's error. Its message is left out where it may quote a row or an address.
         verdict: See `verdict_on`.
         waited_s: Seconds that an attempt, or connecting, may take.
     """

@@ -68,7 +68,7 @@ class Database:
     It connects at first use, and again at the first use after `close` or `aclose`.
 
     No connection to a file stays open over a fork: SQLite would believe that those of the other process hold the locks
-    of this one (seen when run: rows were lost).
+    of this one (observed: rows were lost).
 
     Args:
         connect: Makes the connection, with `connect` below.
@@ -100,8 +100,8 @@ class Database:
             stop: Set when the call is cancelled, for functions that look at it.
         """
         stop = stop or StopSignal()
-        # The thread takes the function out of this list, or a cancelled call does. So the thread does not refer to it,
-        # and to its rows, for a moment longer than the caller.
+        # The thread takes the function out of this list, or a cancelled call does. So the thread keeps no reference to
+        # it, and to its rows, after the call.
         queued = [work]
         # a bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the result would be lost
         future = asyncio.get_running_loop().run_in_executor(self._thread, self._attempt, queued, stop)

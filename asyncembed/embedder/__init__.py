@@ -1,4 +1,4 @@
-"""`Embedder`, and the way of a call through it: cache, shared request or requests of its own, results."""
+"""`Embedder`, and the path of a call through it: cache, shared or bulk requests, results."""
 
 from .embedder import Embedder
 

@@ -1,7 +1,7 @@
-"""What an embedder asks of its cache, and how a call uses it: hits are delivered, misses are sent and then stored.
+"""Makes the keys of the cache and looks texts up: hits are delivered, misses are sent and then stored.
 
-A key is the SHA-256 of everything that decides a vector: where it comes from, and the text. A cached vector is used if
-it is finite and has the size of the model's vectors, as far as that is known. All vectors of one call have one size.
+A key is the SHA-256 of everything that determines a vector: address, model, options and text. A cached vector is used
+if it is finite and has the size of the model's vectors, as far as that is known. All vectors of a call have one size.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from ..types import Cache, Vectors
 
 logger = logging.getLogger(__name__)
 
-# Hashed in 0.15 ms.
+# More characters than this are hashed in a thread. These take 0.15 ms.
 WORTH_A_THREAD_CHARACTERS = 64 * 1024
 
-# How long nothing is put into a cache that has just failed: a locked file would delay each answer by a second.
+# After a failed write nothing is written for this long, since each write to a locked file would delay an answer by a
+# second.
 REST_S = 10.0
 
-# How long an answer may be held back while it is written to the cache, so that an immediate repeat is a hit. Writes to
-# a locked file take longer and are not waited for.
+# How long an answer may be delayed while it is written to the cache, so that an immediate repeat is a hit. An answer
+# does not wait longer than this for a locked file.
 PUT_FIRST_S = 0.05
 
 
 class CacheClient:
-    """One embedder's access to its cache. A cache that fails is a miss; it fails no call.
+    """One embedder's access to its cache. An error of the cache counts as a miss, except a `ConfigError`.
 
     Args:
         cache: Never closed here.
-        settings: Everything that decides a vector besides its text, as JSON can hold it.
+        settings: Everything except the text that determines a vector, in types that JSON has.
         dimensions: Returns the size of the vectors, None while it is unknown.
         on_lookup: Called with the hits and misses of every lookup.
     """
@@ -66,19 +67,19 @@ class CacheClient:
 
     @property
     def size(self) -> int | None:
-        """The size of a vector, as far as it is known."""
+        """The size of a vector; None while it is unknown."""
         return self._dimensions() or self._replied
 
     def replied(self, size: int) -> None:
-        """A reply had vectors of this size."""
+        """Record the size of the vectors of a reply."""
         self._replied = size
 
     async def split(self, texts: Sequence[Text], size: int | None) -> tuple[Outcome, list[Text]]:
         """Return the texts that are in the cache as an outcome, and the others.
 
         Args:
-            texts: What is looked up.
-            size: The size that vectors must have. None: that of the first hit.
+            texts: The texts to look up.
+            size: The size that vectors must have; None for the size of the first hit.
         """
         keys = await self.keys(texts)
         found = await self._get(keys)
@@ -129,7 +130,7 @@ class CacheClient:
             return {}
 
     async def put(self, texts: Sequence[Text], vectors: Vectors) -> None:
-        """Store the vectors, if the cache can."""
+        """Store the vectors; an error of the cache is only logged."""
         clock = asyncio.get_running_loop().time
         if clock() < self._rests_until:
             return
@@ -145,17 +146,17 @@ class CacheClient:
             self._is_broken = True
             # the message of a foreign error may show an address with a password
             words = f": {error}" if isinstance(error, AsyncEmbedError) else ""
-            logger.warning("the cache failed (%s%s); that is a miss, and not logged again", type(error).__name__, words)
+            logger.warning("the cache failed (%s%s): counted as a miss, not logged again", type(error).__name__, words)
 
 
 class CachingReceiver:
-    """Stores what a call's requests bring, and delivers it to the call's receiver.
+    """Stores the vectors of a call's requests in the cache, and delivers them to the call's receiver.
 
     Args:
-        cache: The embedder's.
-        call: Stopping it ends the delivery of hits, too.
-        receiver: The call's.
-        first_s: Seconds that the answer may wait until it is stored.
+        cache: The embedder's cache.
+        call: If it is stopped, the delivery of hits ends, too.
+        receiver: The call's receiver.
+        first_s: The most seconds that an answer waits until it is stored.
     """
 
     def __init__(self, cache: CacheClient, call: CallContext, receiver: Receiver, *, first_s: float = 0.0) -> None:
@@ -168,7 +169,7 @@ class CachingReceiver:
     async def misses(
         self, slices: AsyncIterable[Sequence[Text]], *, held: list[Text] | None = None
     ) -> AsyncGenerator[Sequence[Text], None]:
-        """Deliver the hits of all slices; yield the texts to be sent, and the empty slices that mean idle.
+        """Deliver the hits of all slices; yield the misses, and an empty slice when the source is idle.
 
         Args:
             slices: The texts.
@@ -194,7 +195,7 @@ class CachingReceiver:
                     yield texts
 
     async def deliver(self, outcome: Outcome) -> None:
-        """Store vectors and deliver them at the same time: a caller goes on with its answer, and may ask again."""
+        """Store and deliver the vectors concurrently, so that a caller does not wait until they are stored."""
         outcome = self._of_one_size(outcome)
         if not outcome.texts:
             await self._receiver.deliver(outcome)
@@ -207,7 +208,7 @@ class CachingReceiver:
             try:
                 await self._receiver.deliver(outcome)
             except Exception as error:
-                broken = error  # paid for all the same: it is stored first
+                broken = error  # the vectors are paid for, so they are stored before this is raised
             await storing
         finally:
             await cancel_and_wait(storing)
@@ -232,7 +233,7 @@ class CachingReceiver:
 def _split(
     texts: Sequence[Text], keys: Sequence[bytes], found: Mapping[bytes, object], size: int | None
 ) -> tuple[list[tuple[Text, Vectors]], list[Text]]:
-    """Separate hits from misses; a vector that is no finite float32[size] is a miss. No size: that of the first hit."""
+    """Separate hits from misses. A hit is a finite float32[size]; if `size` is None, the first hit determines it."""
     hits: list[tuple[Text, Vectors]] = []
     missing: list[Text] = []
     for text, key in zip(texts, keys, strict=True):

@@ -1,8 +1,8 @@
 """Merges concurrent calls for a few texts each into shared requests.
 
-A lone call on an idle embedder is sent in the next turn of the event loop. While enough shared requests are in flight,
-new texts are queued, and leave together when one of those requests is done. Duplicate texts are one input. A caller
-that is cancelled only leaves its requests; a request that no caller waits for any more is cancelled.
+A lone call on an idle embedder is sent on the next iteration of the event loop. While enough shared requests are in
+flight, new texts are queued, and are sent together when one of those requests is done. Duplicate texts are one input.
+Cancelling a call only removes that caller; a request is cancelled when no caller waits for it any more.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..types import Vectors
 # the provider counts requests.
 REQUESTS_AT_ONCE = 2
 
-# A shared request that takes longer than this hangs or backs off, or the server is slow: another one may leave beside
-# it. Hosted APIs answer a few texts in 0.1 to 1 s.
+# A shared request that takes longer than this hangs or is in backoff, or the server is slow. It no longer counts, so
+# another one may be sent. Hosted APIs answer a few texts in 0.1 to 1 s.
 LATE_S = 2.0
 
 CLOSED = "the embedder was closed before the answer came"
@@ -49,11 +49,11 @@ class SmallCall:
     vectors: dict[int, Vectors] = field(default_factory=dict, repr=False)
     errors: dict[int, Exception] = field(default_factory=dict)
     tokens: int = 0
-    """Its share of the tokens that its requests were billed. The first of several callers pays for a duplicate."""
+    """Its share of the tokens billed for its requests. A duplicate is billed to the first of its callers."""
     requests: set[CallContext] = field(default_factory=set, repr=False)
     """The shared requests that its texts were in."""
     caller: object = field(default=None, repr=False)
-    """What the observer remembers about the caller."""
+    """The observer's value for this call."""
     came_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future(), repr=False)
 
@@ -71,7 +71,7 @@ class SmallCall:
         usage.tokens_known &= all(each.tokens_known for each in shared)
 
     def outcome(self, texts: Sequence[Text]) -> Outcome:
-        """Return what has come for the texts, which are in the order of `contents`."""
+        """Return the vectors and errors so far; `texts` are in the order of `contents`."""
         failed = [(texts[index], error) for index, error in self.errors.items() if isinstance(error, AsyncEmbedError)]
         if not self.vectors:
             return Outcome(failed=failed)
@@ -80,7 +80,7 @@ class SmallCall:
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """One text, the calls that wait for it with its position in each, and its request once that has left."""
+    """One text, the calls that wait for it with its position in each, and its request once that was sent."""
 
     content: str = field(repr=False)
     calls: dict[SmallCall, int] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class _SharedRequest:
     Args:
         entries: Its texts.
         call: Its usage.
-        finish: Takes a text off the list; returns the calls that wait for it.
+        finish: Removes a finished text; returns the calls that wait for it.
     """
 
     def __init__(self, entries: Sequence[_Entry], call: CallContext, finish: Callable[[_Entry], _Waiting]) -> None:
@@ -121,7 +121,7 @@ class _SharedRequest:
 
     def _bills(self, texts: Sequence[Text]) -> Sequence[int]:
         """Divide the tokens billed since the last outcome among the texts by length, without a remainder."""
-        if not texts:  # only pieces of a long text came: they are billed with its last piece
+        if not texts:  # only pieces of a long text are done: they are billed with its last piece
             return ()
         tokens = self.call.usage.tokens - self._billed
         self._billed = self.call.usage.tokens
@@ -138,8 +138,8 @@ class Coalescer:
         send: Embeds the texts of a shared request; see `Send`.
         recorder: Counts how long calls are queued.
         max_inputs: Texts in a shared request.
-        max_requests: Shared requests in flight, if some of them are late.
-        max_waiting: Texts that may wait, over all calls.
+        max_requests: Shared requests in flight, late ones included.
+        max_waiting: Texts that may wait for their vectors, queued or in flight, over all calls.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Coalescer:
         return len(self._queue)
 
     async def embed(self, call: SmallCall) -> None:
-        """Wait until each text of the call has its vector or its error. A cancelled call keeps what has come.
+        """Wait until each text of the call has its vector or its error. A cancelled call keeps its results so far.
 
         Raises:
             OverloadedError: Too many texts are waiting. Nothing was sent.
@@ -188,7 +188,7 @@ class Coalescer:
             entries.append(entry)
         call.caller = self._recorder.caller()
         if not self._is_scheduled and self._may_leave():
-            # not at once: other calls of this turn of the event loop join the request
+            # not at once: other calls in this iteration of the event loop join the request
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._leave)
         self._waiting += count
@@ -200,7 +200,7 @@ class Coalescer:
                 await self._abandon(call, entries)
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, and take nothing more; calls that still wait get an error."""
+        """Cancel the requests in flight, and accept no more calls. Calls that still wait get an error."""
         self._is_closed = True
         self._queue.clear()
         for entry in list(self._entries.values()):
@@ -210,8 +210,8 @@ class Coalescer:
     def _overloaded(self) -> OverloadedError:
         seconds = self._last_s * math.ceil((1 + len(self._queue)) / self._max_inputs / REQUESTS_AT_ONCE)
         return OverloadedError(
-            f"{self._waiting:,} texts wait already, and max_waiting={self._max_waiting:,}; "
-            f"come back in about {seconds:.1f} s",
+            f"{self._waiting:,} texts are waiting already (max_waiting={self._max_waiting:,}); "
+            f"try again in about {seconds:.1f} s",
             retry_after_s=seconds,
         )
 
@@ -220,7 +220,7 @@ class Coalescer:
         return bool(self._queue) and in_flight < self._max_requests and in_flight - self._late < REQUESTS_AT_ONCE
 
     def _leave(self) -> None:
-        """Send shared requests, as many as may be in flight."""
+        """Send the queued texts in shared requests, up to the limit of requests in flight."""
         self._is_scheduled = False
         loop = asyncio.get_running_loop()
         while self._may_leave():
@@ -262,7 +262,7 @@ class Coalescer:
         self._leave()
 
     async def _abandon(self, call: SmallCall, entries: Iterable[_Entry]) -> None:
-        """A call was cancelled: cancel the requests that no other call waits for, and wait for their end."""
+        """Remove a cancelled call; cancel the requests that no other call waits for, and wait until they have ended."""
         unwanted: set[_SharedRequest] = set()
         for entry in entries:
             entry.calls.pop(call, None)
@@ -279,7 +279,7 @@ class Coalescer:
         await cancel_and_wait(*[request.task for request in unwanted if request.task is not None])
 
     def _finish(self, entry: _Entry) -> _Waiting:
-        """Take a text off the list; return the calls that wait for it, with its position in each."""
+        """Remove a finished text; return the calls that wait for it, with its position in each."""
         self._forget(entry)
         calls, entry.calls = entry.calls, {}
         if entry.request is not None:

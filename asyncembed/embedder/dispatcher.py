@@ -1,4 +1,4 @@
-"""Routes a call: to the cache, to a request shared with other calls, or to requests of its own."""
+"""Routes a call: to the cache, to a request shared with other calls, or to bulk requests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..types import Vectors
 from .caching import PUT_FIRST_S, CacheClient, CachingReceiver
 from .coalescing import CLOSED, Coalescer, SmallCall
 
-# A call with this many texts or fewer is taken for one of a web request, not of a job: it shares requests with others,
-# and goes before jobs.
+# A call with up to this many texts is assumed to belong to a web request, not to a job. It shares requests with other
+# calls, and has priority over jobs.
 SMALL_TEXTS = 32
 
 
@@ -28,10 +28,10 @@ class Dispatcher:
 
     Args:
         endpoint: Where batches are sent.
-        cache: The embedder's, if it has one.
-        load_counter: Returns the counter of the model's tokens.
+        cache: The embedder's cache, if it has one.
+        load_counter: Returns the model's token counter.
         max_inputs: Texts a request may hold.
-        max_waiting: Texts of small calls that may wait.
+        max_waiting: Texts of small calls that may wait for their vectors.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Dispatcher:
         self._small = min(SMALL_TEXTS, max_inputs)
 
     def status(self) -> str:
-        """Return what is in flight and what is queued, in half a line."""
+        """Return a short description of what is in flight and what is queued."""
         limiter = self.endpoint.limiter
         queued, paused_s = limiter.waiting + self.coalescer.queued, limiter.rate.paused_s
         parts = [f"{limiter.in_flight} of {limiter.concurrency} requests under way"]
@@ -66,7 +66,7 @@ class Dispatcher:
         return ", ".join(parts)
 
     def is_small(self, texts: Sequence[Text]) -> bool:
-        """Return whether texts are so few that they share requests with other calls."""
+        """Return whether a call with these texts shares requests with other calls."""
         return len(texts) <= self._small
 
     async def check(self, call: CallContext) -> int:
@@ -78,7 +78,7 @@ class Dispatcher:
         """Return the vector of one text, shared with other calls; None if the call was stopped.
 
         Raises:
-            Exception: Why it failed; this call's own object.
+            Exception: The text failed. Each call gets its own error object.
         """
         small = SmallCall([text])
         with self._active.running(call), suppress(StoppedError):
@@ -94,7 +94,7 @@ class Dispatcher:
         return small.vectors.get(0)
 
     async def embed_shared(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
-        """Embed a few texts together with those of other calls, and add the costs to the call.
+        """Embed a few texts in requests shared with other calls, and add their cost to the call's usage.
 
         Raises:
             OverloadedError: Too many texts are waiting.
@@ -135,7 +135,7 @@ class Dispatcher:
             await self._send(texts, call, receiver)
 
     async def embed_bulk(self, texts: Sequence[Text], call: CallContext, receiver: Receiver) -> None:
-        """Embed a list of texts in requests of its own."""
+        """Embed a list of texts in bulk requests."""
         with self._active.running(call):
             if self._cache is None:
                 await self._send(texts, call, receiver)
@@ -143,7 +143,7 @@ class Dispatcher:
             load_counter = _bytes if fit_one_request(texts, self.endpoint.limits) else self._load_counter
             caching, held = CachingReceiver(self._cache, call, receiver), list[Text]()
             await self._send_misses(_once(texts), load_counter, call, caching, held=held)
-            if held:  # now the size is known, or there was nothing but hits
+            if held:  # now the size is known, or every text was a hit
                 await self._send_misses(_once(held), load_counter, call, caching)
 
     async def embed_slices(
@@ -155,7 +155,7 @@ class Dispatcher:
         open_batches: int = OPEN_BATCHES,
         ends_by_itself: bool = True,
     ) -> None:
-        """Embed slices of texts as they come; see `feeding.embed_slices`.
+        """Embed slices of texts as they are read; see `sending.feeding.embed_slices`.
 
         Args:
             slices: The texts.
@@ -200,7 +200,7 @@ class Dispatcher:
             await embed_slices(slices, self._load_counter, sender)
 
     async def aclose(self, grace_s: float) -> None:
-        """Wait up to `grace_s` seconds for what is in flight, then end it."""
+        """Wait up to `grace_s` seconds for running calls, then stop them."""
         ends_at = asyncio.get_running_loop().time() + grace_s
         self._active.stop_open(TransportError(CLOSED))
         try:

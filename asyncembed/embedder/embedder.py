@@ -42,7 +42,7 @@ CLOSE_GRACE_S = 10.0
 
 
 class Embedder:
-    """Turns texts into vectors: packs them into few requests, keeps rate limits, retries, and checks the replies.
+    """Turns texts into vectors: packs them into few requests, respects rate limits, retries, and checks replies.
 
     One object serves many tasks at once, and one event loop after another. Creating it is cheap and sends nothing.
 
@@ -274,7 +274,7 @@ class Embedder:
 
         Raises:
             ProviderError: The request failed: an `AuthenticationError`, a `NotFoundError`, a `TransportError`, …
-            ConfigError: The size of the vectors is not the one that the model is known to have.
+            ConfigError: The size of the vectors differs from the model's known dimensions.
             DeadlineError: The deadline passed.
         """
         call = CallContext(deadline, urgent=True)
@@ -366,7 +366,7 @@ class Embedder:
         return max((amount / per_minute * 60 for amount, per_minute in amounts if per_minute), default=None)
 
     def _new_dispatcher(self) -> Dispatcher:
-        # Limits are counted per address, key and model. A provider without an identity shares them with no other.
+        # Limits are counted per address, key and model. A provider without an identity shares no limiter.
         place = info_of(self._provider).identity or id(self._provider)
         rate = shared_rate_limiter((place, self.model))
         rate.limit(*self._per_minute)

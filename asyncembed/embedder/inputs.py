@@ -9,7 +9,7 @@ from ..batching.texts import Text, unique
 from ..errors import ConfigError, InputError
 from ..types import check_text
 
-# Checked and deduplicated in 2 ms; then other tasks may run.
+# This many texts are checked and deduplicated in 2 ms; then other tasks may run.
 TEXTS_A_TURN = 1_000
 
 

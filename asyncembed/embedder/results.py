@@ -11,12 +11,12 @@ from ..report import EmbeddingResult, ProgressCallback, reporter
 from ..sending.context import CallContext
 from ..types import Failure, Vectors
 
-# Copied in 0.1 ms.
+# More bytes than this are copied in a thread. These take 0.1 ms.
 WORTH_A_THREAD_BYTES = 512 * 1024
 
 
 class Results:
-    """The receiver of one `embed` call: its rows, as they come in."""
+    """The receiver of one `embed` call: collects its rows."""
 
     def __init__(self, count: int, call: CallContext, on_progress: ProgressCallback | None) -> None:
         self._count = count
@@ -28,9 +28,9 @@ class Results:
         self._copied = 0
 
     async def deliver(self, outcome: Outcome) -> None:
-        """Put the vectors into their rows, and count."""
+        """Copy the vectors into their rows, and report the progress."""
         if outcome.texts:
-            if self._embeddings is None:  # not in the thread: two outcomes would make two of it
+            if self._embeddings is None:  # not in the thread: two concurrent outcomes would create two arrays
                 self._embeddings = np.empty((self._count, outcome.vectors.shape[1]), np.float32)
             rows = sum(len(text.indices) for text in outcome.texts)
             is_work = rows * outcome.vectors[0].nbytes > WORTH_A_THREAD_BYTES
@@ -44,7 +44,7 @@ class Results:
     def _copy(self, embeddings: Vectors, outcome: Outcome) -> None:
         rows = [text.indices[0] for text in outcome.texts]
         side_by_side = range(rows[0], rows[0] + len(rows))
-        # a slice, where possible, is copied in half the time
+        # copying to a slice, where possible, takes half the time
         target = slice(side_by_side.start, side_by_side.stop) if rows == list(side_by_side) else rows
         embeddings[target] = outcome.vectors
         self._done[target] = True
@@ -57,13 +57,13 @@ class Results:
     def finish(
         self, dimensions: int | None, cost_usd: float | None, stopped_by: AsyncEmbedError | None
     ) -> EmbeddingResult:
-        """Return the result; rows that did not come are NaN and failed, for the reason the call was stopped."""
+        """Return the result. Missing rows are NaN and count as failed, with the error that stopped the call."""
         missing = np.flatnonzero(~self._done)
         embeddings = self._embeddings
         if embeddings is None:
             embeddings = np.empty((self._count, dimensions or 0), np.float32)
         elif stopped_by is not None:
-            embeddings = embeddings.copy()  # a thread that no task waits for may still be copying into the other
+            embeddings = embeddings.copy()  # an abandoned thread may still be writing to the original
         embeddings[missing] = np.nan
         unfinished = stopped_by or AsyncEmbedError("it was not finished")
         usage = self._call.usage

@@ -75,7 +75,7 @@ class OrderedStream:
                 await self._change()
 
     def end(self) -> None:
-        """End `items` after the records that are done: nothing more will be delivered."""
+        """End `items` after the finished records: nothing more will be delivered."""
         self._ended = True
         self._changed.set()
 

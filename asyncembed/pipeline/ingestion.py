@@ -231,7 +231,7 @@ class _Ingestion:
 
     async def _store(self, texts: Sequence[Text], vectors: Vectors) -> None:
         wanted = ((index, vector) for text, vector in zip(texts, vectors, strict=True) for index in text.indices)
-        with suppress(StoppedError):  # its time for storing has passed; a write is stored wholly or not at all
+        with suppress(StoppedError):  # the time for storing has passed; a write is stored completely or not at all
             while some := list(islice(wanted, ROWS_A_WRITE)):
                 rows = [_row(self.pending[index], vector) for index, vector in some]
                 async with self.call.storing():
@@ -241,7 +241,7 @@ class _Ingestion:
         try:
             refused = await self.sink.write(self.embedder.model, rows)
         except asyncio.CancelledError as cancelled:
-            if outcome_of(cancelled) is not None:  # it was stored all the same
+            if outcome_of(cancelled) is not None:  # it was stored nevertheless
                 self._count_stored(indices, outcome_of(cancelled))
             raise
         self._count_stored(indices, refused)

@@ -42,7 +42,7 @@ class Pruning:
             )
         self._sink = sink
         self._model = model
-        # Opened once, so that after `close` it is an error: a new one would be empty, and all rows would be deleted.
+        # Opened once, so that using it after `close` fails: a new one would be empty, and all rows would be deleted.
         connection = _open_temporary()
         self._seen = Database(lambda: connection, is_private=True)
 

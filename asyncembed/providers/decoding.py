@@ -1,8 +1,8 @@
-"""Decodes the bytes of a reply to float32[n, d] while they are read, and trusts none of them. Pure.
+"""Decodes a reply to float32[n, d] while it is read, and validates it completely. Pure.
 
 A reply is megabytes of vectors in a few kilobytes of JSON. `Decoder` moves each vector to a row and puts a placeholder
 into the JSON instead. The JSON is parsed at the end, and maps placeholders to texts. So memory never holds the whole
-reply or one Python object per number, and no step is long: a piece of 256 kB takes 0.2 ms in base64, 1 ms in numbers.
+reply or one Python object per number, and no step is long: a piece of 64 kB takes 0.05 ms in base64, 0.2 ms in numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _QUOTE = ord('"')
 Text: TypeAlias = bytes | memoryview
 """A vector as it is spelled in the reply."""
 
-# The vectors that are moved beyond the number of texts, in case some are in unexpected places. A flood is not.
+# Up to this many surplus vectors are moved, too, in case some are in unexpected places. Others are left in the JSON.
 _STRAY = 16
 # The characters of numbers. NaN and Infinity are included, to be refused with their own error; null, true and strings
 # need other characters.
@@ -93,7 +93,7 @@ class Decoder:
         self._vectors: Vectors | None = None
         """Row i is the i-th vector that was found, unless that one is in `aside`."""
         self._aside: dict[int, Vectors | str] = {}
-        """Vectors that have no row, or what is wrong with them."""
+        """By number, a vector that has no row, or the error message of a malformed one."""
 
     def feed(self, piece: bytes | memoryview) -> None:
         """Decode the next bytes of the reply. Errors are reported by `finish`."""
@@ -119,7 +119,7 @@ class Decoder:
                 begun = key.start()
                 break
             self._rest += unread[done : start - 1]
-            # no vector is spelled like this: a blank is no base64
+            # cannot be taken for a vector: base64 has no blanks
             self._rest += b'"vector %d"' % (self._found + len(texts))
             if in_base64:
                 texts.append(unread[start:stop])
@@ -166,8 +166,8 @@ class Decoder:
         """Return the reply, after all of its bytes were fed.
 
         Raises:
-            ProtocolError: Count, index, dimensions or numbers are wrong. The message says what was expected and what
-                came, and quotes nothing. `tokens` is what the reply bills.
+            ProtocolError: Count, index, dimensions or numbers are wrong. The message names what was expected and what
+                was received, and quotes nothing. `tokens` is the number of tokens billed.
         """
         document = _parse(bytes(self._rest + self._unread), self.size)
         try:

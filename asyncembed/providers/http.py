@@ -1,6 +1,6 @@
-"""The HTTP client that carries requests: httpx2, as the SDK wants it, over aiohttp's connections.
+"""The HTTP client that sends requests: httpx2, which the SDK uses, over aiohttp's connections.
 
-Importing this loads both, so `openai` does it in a thread when it is first needed. It is the only module that imports
+Importing this module loads both, so `openai` imports it in a thread when it is first needed. No other module imports
 them. httpx2's own connections read 64 kB at a time and copy each byte seven times: a bulk job takes 60 % more CPU.
 """
 
@@ -24,15 +24,15 @@ from .decoding import PIECE_BYTES
 Take: TypeAlias = Callable[[memoryview], object]
 """Takes the next bytes of a body."""
 
-# httpx2 closes a connection that was idle for as long (httpx2/_config.py, keepalive_expiry): servers close theirs
-# soon after.
+# httpx2 closes a connection that was idle for this long (httpx2/_config.py, keepalive_expiry), because servers close
+# theirs soon after.
 _IDLE_S = 5.0
 # The longest header line. aiohttp's default of 8,190 bytes is less than some proxies send; httpx2 takes a head of
 # this size (httpcore2/_async/http11.py, MAX_INCOMPLETE_EVENT_SIZE).
 _LONGEST_HEADER = 100 * 1024
-# Only the beginning of an error's body is read: the longest message in faults.md has 300 bytes.
+# Only the beginning of an error's body is read: the longest known message has 300 bytes.
 _ERROR_BYTES = 64 * 1024
-# Seconds to wait for it. The status alone says what to do.
+# Seconds to wait for it. The status alone is enough to decide.
 _ERROR_S = 2.0
 
 
@@ -175,7 +175,7 @@ class _UnaskedError(Exception):
 
 class _Request(aiohttp.ClientRequest):
     async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        # aiohttp looks only whether the connection is open, and would take what lies there for the answer
+        # aiohttp only checks whether the connection is open, and would take those bytes for the answer
         if conn.protocol.should_close:
             raise _UnaskedError
         return await super().send(conn)
@@ -211,12 +211,12 @@ class _Body(httpx2.AsyncByteStream):
 
 @contextmanager
 def _as_httpx2() -> Iterator[None]:
-    """Raise what httpx2's own transport would, from the system's error if there is one."""
+    """Raise the errors that httpx2's own transport would raise, caused by the system's error if there is one."""
     try:
         yield
     except aiohttp.ConnectionTimeoutError as error:
         raise httpx2.ConnectTimeout("no connection in time") from error
     except aiohttp.ClientConnectorError as error:
         raise httpx2.ConnectError("the connection failed") from error.__cause__
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # a ValueError is about a host name that cannot be one
+    except (aiohttp.ClientError, OSError, ValueError) as error:  # a ValueError: an invalid host name
         raise httpx2.ReadError("no whole answer") from (error.__cause__ or error)

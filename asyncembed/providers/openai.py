@@ -2,7 +2,7 @@
 
 The SDK supplies keys, addresses, headers and Azure's paths. Its retries, redirects, request encoding and response
 parsing are not used: they lose data, repeat requests that can never succeed, and block the loop (measured: 140 ms for a
-reply of 2,048 vectors). The body is decoded while it is read, and only as far as a valid reply can be long.
+reply of 2,048 vectors). The body is decoded while it is read, up to the length that a valid reply can have.
 
 Errors of the SDK and of httpx hold the request, and with it key and texts. None leaves this module, not even as the
 context of one of our errors.
@@ -55,7 +55,7 @@ INLINE_BYTES = 64 * 1024
 # knows only floats (vllm issue 6174), and some proxies refuse the option itself (litellm issue 42421).
 _ENCODINGS = ("base64", "float", None)
 
-# openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS may stay silent for ever.
+# openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS may never answer.
 _CONNECT_S = 5.0
 
 # The errors of httpx and httpx2 after which nothing was sent.
@@ -161,7 +161,7 @@ class OpenAIProvider:
             raise
         if reply is None:
             return await self._embed(client, texts, encoding + 1, requests + 1)
-        if encoding > self._encoding:  # else another request has found the same meanwhile
+        if encoding > self._encoding:  # else another request has found this meanwhile
             self._encoding = encoding
             logger.warning("%s refuses encoding_format=%r", self._place.host, _ENCODINGS[encoding - 1])
         return replace(reply, requests=requests) if requests > 1 else reply
@@ -302,8 +302,8 @@ def _load() -> tuple[Any, Any]:
     openai = importlib.import_module("openai")
     http = importlib.import_module(".http", __package__)
     if gc.isenabled() and sys.getallocatedblocks() > 1.25 * blocks:
-        # Due anyway by the collector's own rule, a quarter more objects. Measured 2026-11: without it, the first bulk
-        # job stalls the loop for 50 ms.
+        # With a quarter more objects the collector would soon run by itself. Measured 2026-11: without this, the first
+        # bulk job stalls the loop for 50 ms.
         gc.collect()
     return openai, http
 
@@ -352,7 +352,7 @@ async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:
 
 
 def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> tuple[ProviderError, bool]:
-    """Return the error that an answer stands for, without texts and keys, and whether it is about the encoding."""
+    """Return the error of an answer, without texts and keys, and whether it is about the encoding."""
     keys = _keys_in(response.request.headers)
     error = error_of(response.status_code, response.headers, body, keys)
     message = str(error)
@@ -376,7 +376,7 @@ def _blames_encoding(message: str) -> bool:
 
 
 def _transport_error(error: BaseException) -> ProviderError:
-    """Return our error with the types and numbers of theirs. Their messages may hold the key or the address."""
+    """Return our error, with the class names and errno of the original ones, whose messages may hold key or address."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 WITHHELD = "message withheld: it quotes an input"
 
-# A message quotes a text if they share this many letters and digits in a row. The longest word of the messages in
-# faults.md is `credit_balance_exhausted`.
+# A message quotes a text if they share this many letters and digits in a row. Few words in servers' messages are as
+# long; the longest is `credit_balance_exhausted`.
 _QUOTED = 16
 # The same for Chinese, Japanese and Korean, where six characters are a sentence.
 _QUOTED_WIDE = 6
@@ -17,7 +17,7 @@ _WIDE = "\u2e80"
 # The same just before "…" or "...", where a message is cut off.
 _QUOTED_BEFORE_A_CUT = 6
 _CUT = re.compile(r"\.{3}|…")
-# Shorter texts are in too many messages by chance.
+# Shorter texts occur in too many messages by chance.
 _SHORTEST_TEXT = 4
 # Servers echo a key as its first and last characters with stars between them.
 _SHOWN_OF_A_KEY = 6

@@ -1,4 +1,5 @@
-"""Turns the status, headers and body of an HTTP answer into one of our errors. Pure, and never raises.
+"""Turns the status, headers and body of an HTTP error into one of our errors (a 429 into `RateLimitedError`), and reads
+the rate limits in headers. Pure, and never raises.
 
 An answer is classified by its status, then by code and type, and only then by its message: providers change the
 wording, and servers use both the old and the new one.

@@ -1,1 +1,1 @@
-"""Batches to replies: paced, sent, retried, and isolated where they fail."""
+"""Sends batches: rate limits, retries, isolation of bad texts."""

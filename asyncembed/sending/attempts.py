@@ -1,7 +1,7 @@
-"""Brings one batch to its end: attempt, decide, then wait, split, reject or stop.
+"""Sends each batch until it is done: attempt it, decide, then wait, split, reject or stop.
 
-`Endpoint` is what all calls to one provider share on one event loop. `BatchSender` belongs to one call: it delivers
-each text of each batch once, with its vector or its error. Decisions are made in `retry` and `isolation`.
+`Endpoint` holds the state that all calls to one provider share on one event loop. `BatchSender` belongs to one call: it
+delivers each text of each batch once, with its vector or its error. Decisions are made in `retry` and `isolation`.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from .retry import Action, Probe, Reject, Retry, Split, Stop, decide, is_overloa
 
 logger = logging.getLogger(__name__)
 
-# Batches that wait out a backoff while others are sent in their place, so that one failing batch does not delay the
-# others. More of them would only hold more texts in memory.
+# How many batches in backoff are replaced by others, so that a failing batch does not delay the rest. A larger number
+# would only keep more texts in memory.
 MAX_BACKING_OFF = 8
 
-# After this many requests without an answer a warning is logged, once a call; a single one is a lost connection.
+# After this many requests in a row without an answer, a call logs one warning. A single one is just a lost connection.
 SILENT_FAILURES = 3
 
-# How long a limit that the provider named is kept before larger requests are tried again. Trying costs one refusal a
-# slot, and a limit that was a mistake, or that of one server of many, does no harm for ever.
+# How long a limit that the provider named is kept before larger requests are tried again. It may have been a mistake,
+# or the limit of only one server of many. Trying costs one refused request per slot.
 REMEMBERED_S = 900.0
 
-# After a fatal answer the requests in flight are paid for already; they get this long to bring what they can.
+# When a call is stopped, its requests in flight are already paid for: they get this long to finish.
 GRACE_S = 10.0
 
 
 class Endpoint:
-    """A provider on one event loop, and what all calls to it share.
+    """A provider on one event loop, and the state that all calls to it share.
 
     Args:
         provider: Sends one request.
         limiter: Grants concurrency slots.
-        limits: What a request may hold, as the user has set it.
+        limits: The user's limits of one request.
         recorder: Counts requests and texts.
-        too_long: What is done with a text that is too long.
+        too_long: How a text that is too long is treated.
         max_retries: How often a batch is sent again while nothing succeeds.
     """
 
@@ -84,7 +84,7 @@ class Endpoint:
 
     @property
     def limits(self) -> Limits:
-        """What a request may hold: as the user has set it, or less if the provider has said so."""
+        """The limits of one request: the user's, or lower ones that the provider has named."""
         if self._learned is not None and asyncio.get_running_loop().time() >= self._forget_at:
             self._learned = None
         return self._learned or self._given
@@ -96,7 +96,7 @@ class Endpoint:
         if error.max_inputs is not None and 0 < error.max_inputs < len(batch.inputs):
             learned = replace(known, inputs=min(known.inputs, error.max_inputs))
         elif error.max_tokens is not None and error.max_tokens > 0:
-            # The server counts differently from us: if it has said both numbers, keep to its limit by its own count.
+            # The server counts tokens differently: if its message has both numbers, its limit is scaled to our count.
             requested = max(error.requested_tokens or 0, 1.02 * error.max_tokens)
             tokens = int(batch.weight * error.max_tokens / requested)
             learned = replace(known, tokens=max(1, min(known.tokens, tokens)))
@@ -125,10 +125,10 @@ class Endpoint:
 
 
 class Admission:
-    """Bounds how many batches of one call are in work; those that back off do not count, up to a limit.
+    """Limits how many batches of one call are in progress. Batches in backoff do not count, up to a limit.
 
-    The latest waiter goes first. So the parts of a batch go before newer batches, and the search for a bad text goes
-    down to a single text before it goes on to the next part.
+    Waiters are admitted last in, first out. So the parts of a split batch are sent before newer batches, and the search
+    for a bad text reaches a single text before it turns to the next part.
     """
 
     def __init__(self, most: int, most_backing_off: int) -> None:
@@ -139,7 +139,7 @@ class Admission:
         self._waiters: list[asyncio.Future[None]] = []
 
     async def enter(self) -> None:
-        """Wait until one more batch may be worked on."""
+        """Wait until another batch may be sent."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._admit()
@@ -153,13 +153,13 @@ class Admission:
             raise
 
     def leave(self) -> None:
-        """A batch has come to its end."""
+        """Count a batch as done, and admit the next one."""
         self._admitted -= 1
         self._admit()
 
     @contextmanager
     def backing_off(self) -> Iterator[None]:
-        """Let another batch take the place of one that only waits."""
+        """Let another batch take the place of one that is in backoff."""
         self._backing_off += 1
         self._admit()
         try:
@@ -176,7 +176,7 @@ class Admission:
 
 
 class BatchSender:
-    """Brings the batches of one call to their end.
+    """Sends the batches of one call until they are done.
 
     Args:
         endpoint: Where they are sent.
@@ -200,7 +200,7 @@ class BatchSender:
         await self._receiver.deliver(outcome)
 
     async def send(self, batch: Batch, record: FailureRecord | None = None) -> None:
-        """Bring an admitted batch to its end, and the parts into which it is split. Nothing is left running.
+        """Send an admitted batch, and the parts into which it is split, until all are done. Nothing is left running.
 
         When the call is stopped, texts without an answer are delivered as failed.
 
@@ -252,7 +252,7 @@ class BatchSender:
                         logger.warning("the call is stopped: %s", type(reason).__name__)
                         call.stop(reason)
             except StoppedError:
-                pass  # it is delivered above
+                pass  # the next iteration delivers the batch as failed
 
     async def attempt(self, batch: Batch, receiver: Receiver) -> ProviderError | None:
         """Send a batch once and deliver its vectors; return the error if there is one.
@@ -298,7 +298,7 @@ class BatchSender:
         return timer.reply
 
     def _count(self, requests: int, tokens: int) -> None:
-        """Count what a request has cost; a provider may have sent more than the one it was asked for."""
+        """Count the cost of an attempt, for which the provider may have sent several requests."""
         usage = self.call.usage
         usage.tokens += tokens
         if requests > 1:
@@ -307,7 +307,7 @@ class BatchSender:
             self.endpoint.recorder.more_requests(requests - 1)
 
     async def _decide(self, error: ProviderError, batch: Batch, record: FailureRecord) -> Action:
-        """Return what to do after a failed attempt; if that is in doubt, probe first."""
+        """Return what to do after a failed attempt; if it is unclear, send a probe first."""
         rate = self.endpoint.limiter.rate
         record.add(rate.successes)
         action = decide(error, self._isolation.history(batch, record, rate), self.endpoint.max_retries)
@@ -326,7 +326,7 @@ class BatchSender:
         return False
 
     async def _probe(self, batch: Batch, record: FailureRecord) -> ProviderError | None:
-        """Send one text in the batch's place. A text of its own that succeeds is delivered and leaves the batch."""
+        """Send one text in the batch's place. If it belongs to the batch and succeeds, it is delivered and removed."""
         probe, is_own = self._isolation.next_probe(batch, record)
         error = await self.attempt(probe, self if is_own else _Kept())
         if is_own and error is None:
@@ -342,9 +342,7 @@ class BatchSender:
                 endpoint.recorder.paused(retry.after_s, everybody=True)
                 logger.warning("pausing for %.1f s: too fast for the provider", retry.after_s)
         elif call.deadline_at is not None and asyncio.get_running_loop().time() + retry.after_s > call.deadline_at:
-            call.stop(
-                DeadlineError(f"the next attempt would be in {retry.after_s:.1f} s, which is beyond the deadline")
-            )
+            call.stop(DeadlineError(f"the next attempt would be in {retry.after_s:.1f} s, which is after the deadline"))
         else:
             endpoint.recorder.paused(retry.after_s, everybody=False)
             with self.admission.backing_off():
@@ -355,7 +353,7 @@ class BatchSender:
         if not self._is_silence_reported:
             self._is_silence_reported = True
             logger.warning(
-                "%d requests in a row had no answer, the last one: %s; they are repeated", SILENT_FAILURES, error
+                "%d requests in a row got no answer and are retried; the last error: %s", SILENT_FAILURES, error
             )
 
 

@@ -11,22 +11,21 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from ..errors import AsyncEmbedError, ConfigError, DeadlineError
 from ..report import Progress, Usage
 
-# How long a batch that is being stored may take after its call was stopped: it is paid for, and half of it may be
-# stored already.
+# How long storing a batch may take after its call was stopped: the batch is already paid for, and may be partly stored.
 STORING_S = 10.0
 
 
 class StoppedError(Exception):
-    """The call was stopped while something was waited for. It never leaves the embedder."""
+    """The call was stopped while it waited. This error never leaves the embedder."""
 
 
 class CallContext:
     """One call: its deadline, whether it was stopped, and its usage.
 
     Args:
-        deadline_s: Seconds the call may take; None for as long as it needs.
+        deadline_s: Seconds the call may take; None for no limit.
         urgent: Whether its requests go before those of bulk work.
-        callers: What the observer remembers of the calls that share it; None if it is not shared.
+        callers: The observer's values for the calls that share this one's requests; None if they are not shared.
 
     Raises:
         ConfigError: The deadline is not a number.
@@ -45,7 +44,7 @@ class CallContext:
         self.stopped_by: AsyncEmbedError | None = None
         self._deadline_s = deadline_s
         self._scopes: dict[asyncio.Timeout, tuple[float, float]] = {}
-        """What is being waited for, and its grace in seconds: if the call is stopped, and if it is stopped at once."""
+        """The waits in progress, each with two grace periods in seconds: after a stop, and after a stop at once."""
 
     @property
     def elapsed_s(self) -> float:
@@ -53,12 +52,12 @@ class CallContext:
         return asyncio.get_running_loop().time() - self.began_at
 
     def progress(self, done: int, total: int | None, failed: int, skipped: int = 0) -> Progress:
-        """Return how far the call is, given what its caller counts."""
+        """Return the call's progress, with the counts of its caller."""
         usage = self.usage
         return Progress(done, total, failed, skipped, usage.tokens, usage.requests, usage.retries, self.elapsed_s)
 
     def stop(self, error: AsyncEmbedError, *, at_once: bool = False) -> None:
-        """Let nothing new start; the first reason counts. What is in flight ends after its grace, or at once."""
+        """Start nothing new; the first error counts. Waits in progress end after their grace periods."""
         if self.stopped_by is not None and not at_once:
             return
         self.stopped_by = self.stopped_by or error
@@ -68,7 +67,7 @@ class CallContext:
                 scope.reschedule(now + graces_s[at_once])
 
     def check_pause(self, until: float) -> None:
-        """Stop the call if a pause ends after its deadline; `until` is a time of the loop's clock."""
+        """Stop the call if a pause ends after its deadline; `until` is a time on the loop's clock."""
         if self.deadline_at is not None and until > self.deadline_at:
             self.stop(DeadlineError("the provider asks for a pause that ends after the deadline"))
 
@@ -122,7 +121,7 @@ class CallContext:
                     del self._scopes[scope]
         except TimeoutError:
             if not scope.expired():
-                raise  # of what was waited for
+                raise  # the body's own
             raise StoppedError from None
 
 
@@ -136,7 +135,7 @@ class ActiveCalls:
 
     @contextmanager
     def running(self, call: CallContext, *, ends_by_itself: bool = True) -> Iterator[None]:
-        """Count a call while it runs. A stream, which waits for its reader, may never end by itself."""
+        """Register a call while it runs. A stream waits for its reader, so it may never end by itself."""
         self._calls.add(call)
         if not ends_by_itself:
             self._open.add(call)
@@ -154,7 +153,7 @@ class ActiveCalls:
             call.stop(copy.copy(error), at_once=True)
 
     async def ended_by(self, ends_at: float) -> None:
-        """Wait until no call is left, but no longer than until that time of the loop's clock."""
+        """Wait until no call is left, at most until this time on the loop's clock."""
         with suppress(TimeoutError):
             async with asyncio.timeout_at(ends_at):
                 while self._calls:
@@ -162,7 +161,7 @@ class ActiveCalls:
                     await self._none_left.wait()
 
     async def stop_all(self, error: AsyncEmbedError) -> None:
-        """Stop all calls at once, each with its own copy of the error; what is being stored has STORING_S."""
+        """Stop all calls at once, each with its own copy of the error. Batches that are being stored get STORING_S."""
         for call in self._calls:
             call.stop(copy.copy(error), at_once=True)
         await self.ended_by(asyncio.get_running_loop().time() + STORING_S)

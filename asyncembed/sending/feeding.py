@@ -1,4 +1,4 @@
-"""Builds batches out of a call's texts while the source is still being read, and has them sent."""
+"""Packs a call's texts into batches while the source is still being read, and sends them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .attempts import BatchSender
 from .context import CallContext, StoppedError
 
 Slices: TypeAlias = AsyncGenerator[Sequence[Text], None]
-"""The texts of a call, as they come; an empty slice means that the source is idle."""
+"""The texts of a call, as they are read; an empty slice means that the source is idle."""
 
 LoadCounter: TypeAlias = Callable[[], Awaitable[TokenCounter]]
 """Returns the counter of the model's tokens; the first call may take seconds."""
 
-# Fewer characters than this are counted on the event loop, in 0.3 ms of tiktoken at most: so small calls go on when all
-# threads are busy.
+# The tokens of fewer characters than this are counted on the event loop, in at most 0.3 ms with tiktoken. So small
+# calls do not wait for a free thread.
 INLINE_CHARACTERS = 4 * 1024
 
 
@@ -36,18 +36,18 @@ async def embed_slices(
 ) -> None:
     """Embed all texts of all slices, and deliver each text once, with its vector or its error.
 
-    When the call is stopped, the texts already taken are delivered as failed, and no further slice is taken.
-    An empty slice means the source is idle: partly filled batches are flushed.
+    When the call is stopped, the texts already read are delivered as failed, and no further slice is read.
+    An empty slice means that the source is idle: partly filled batches are flushed.
 
     Args:
         slices: The texts, each at most once.
-        load_counter: Called when the first text has come.
+        load_counter: Not called before the first text is read.
         sender: Sends the batches.
         open_batches: See `Packer`.
 
     Raises:
-        Exception: What `slices` raised, after all that it yielded before was delivered; or what the receiver raised,
-            at once. Nothing is left running.
+        Exception: An error of `slices`, after the texts before it were delivered; or an error of the receiver, at
+            once. Nothing is left running.
     """
     error: Exception | None = None
     task = asyncio.current_task()
@@ -63,7 +63,7 @@ async def embed_slices(
                     group.create_task(sender.send(Batch(inputs)))
         except Exception as broken:
             if task.cancelling() > cancels:
-                raise  # the source's answer to being cancelled: no caller is left for what it yielded before
+                raise  # the source raised it because it was cancelled: no caller waits for the texts before it
             error = broken
         for inputs in packer.flush():
             await sender.admission.enter()
@@ -101,7 +101,7 @@ async def _inputs(texts: Sequence[Text], load_counter: LoadCounter, sender: Batc
 
 
 async def until_stopped(slices: Slices, call: CallContext) -> Slices:
-    """Yield slices until the call is stopped; then a slow source is not waited for any longer. Closes the source."""
+    """Yield slices until the call is stopped, even if the source is slow. Closes the source."""
     async with aclosing(slices):
         while True:
             try:

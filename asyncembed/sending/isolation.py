@@ -1,8 +1,9 @@
-"""Finds the one text that a provider cannot take, and tells it apart from an outage.
+"""Finds the text that makes a batch fail, and does not mistake an outage for a bad text.
 
-A batch that keeps failing is split until the text that breaks it is alone, and that text fails. Before a batch is
-split, or a single text rejected, another text must succeed: one that has succeeded before in this call, or else one of
-the batch's own texts. Until one does, it may be an outage, and only single texts are sent as probes.
+A batch that keeps failing is split until the bad text is alone, and only that text fails. Before such a batch is split,
+or a single text rejected, another request must succeed. If none does, a probe is sent: a single text that succeeded
+before in this call or, without one, a text of the batch. Until a probe succeeds, it may be an outage, and only probes
+are sent.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from .retry import History
 
 @dataclass(slots=True, eq=False)
 class FailureRecord:
-    """How the attempts to send one batch have failed."""
+    """The failed attempts of one batch."""
 
     failures: int = 0
     consecutive_failures: int = 0
-    """The last failures with no success of any other request in between."""
+    """The latest failures, between which no other request succeeded."""
     probes: int = 0
-    """How many of its texts were sent alone in its place."""
+    """How many of its texts were sent alone, in its place."""
     suspect: Input | None = None
-    """The last of these that failed."""
+    """The latest of these texts that failed."""
     isolating: bool = False
-    """A probe failed as the batch did, so it may be an outage: only probes are sent until one succeeds."""
+    """Probes failed, too, so it may be an outage: only probes are sent until one succeeds."""
     successes_at_first: int = 0
     """The rate limiter's count of successes when the batch first failed."""
     successes_at_last: int | None = None
@@ -49,7 +50,7 @@ class FailureRecord:
         return successes > (self.successes_at_last or 0) or (self.failures > 1 and self.consecutive_failures == 1)
 
     def for_part(self, inputs: Sequence[Input]) -> FailureRecord:
-        """Return the record of a part of the batch. A single text gets all its attempts again."""
+        """Return the record of a part of the batch. A single text gets all attempts again."""
         if len(inputs) == 1:
             return FailureRecord()
         return replace(self, probes=0, suspect=None, isolating=False)
@@ -57,20 +58,20 @@ class FailureRecord:
 
 @dataclass(slots=True, eq=False)
 class Isolation:
-    """What one call has seen of good and bad texts."""
+    """The good and bad texts that one call has found."""
 
     good_batch: Batch | None = None
-    """The first batch that brought vectors."""
+    """The first batch that succeeded."""
     rejections: int = 0
-    """Texts that were rejected one by one."""
+    """How many single texts were rejected."""
 
     @property
     def known_good(self) -> Input | None:
-        """A short text that the provider has taken: if it no longer takes that one, it is down."""
+        """A short text that the provider has embedded. If that text now fails, the provider is down."""
         return min(self.good_batch.inputs, key=_length) if self.good_batch is not None else None
 
     def history(self, batch: Batch, record: FailureRecord, rate: RateLimiter) -> History:
-        """Return what `retry.decide` has to know about a batch that has failed."""
+        """Return the history of a failed batch, for `retry.decide`."""
         inputs = len(batch.inputs)
         return History(
             inputs=inputs,
@@ -85,13 +86,13 @@ class Isolation:
 
     @property
     def probes_needed(self) -> int:
-        """How many probes must fail: of a batch's own texts, one may be the very text that breaks it."""
+        """How many probes must fail: two if they are the batch's own texts, since one may be the bad text itself."""
         return 2 if self.good_batch is None else 1
 
     def next_probe(self, batch: Batch, record: FailureRecord) -> tuple[Batch, bool]:
-        """Return a single text to send in the batch's place, and whether it is one of the batch's own.
+        """Return a single text to send in the batch's place, and whether it belongs to the batch.
 
-        Own texts are taken from both ends in turn: the first, the last, the second, and so on.
+        Texts of the batch are taken from both ends in turn: the first, the last, the second, and so on.
         """
         good = self.known_good
         if good is not None:
@@ -102,7 +103,7 @@ class Isolation:
 
 
 def halves(batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureRecord]]:
-    """Split a batch in two: its halves, or, after a probe has failed, the suspect and the other texts."""
+    """Split a batch in two: its halves or, after one of its texts failed as a probe, that text and the others."""
     inputs = batch.inputs
     if record.suspect is None:
         middle = (len(inputs) + 1) // 2

@@ -1,11 +1,11 @@
-"""How many requests may be in flight, and how fast they may follow each other.
+"""Grants concurrency slots: limits how many requests are in flight, and at what rate they are sent.
 
-`RateLimiter` is shared by all who use one endpoint, key and model: a pause that one refusal imposes on everybody, the
-provider's token and request buckets as its headers describe them, the user's own limits, and a cap on the requests in
-flight that falls when the provider is overloaded. `ConcurrencyLimiter` adds one embedder's concurrency to it.
+`RateLimiter` is shared by all embedders that use one endpoint, key and model. It holds the pause after a 429, the
+provider's token and request buckets (from its headers), the user's limits, and a cap on the requests in flight, which
+falls when the provider is overloaded. `ConcurrencyLimiter` adds the concurrency slots of one embedder.
 
 Requests are first come, first served, so small requests cannot starve a large one ahead of them. Urgent requests, for
-which a caller waits, go before those of bulk work; see `PriorityQueue`. A batch that backs off does not wait here.
+which a caller waits, have priority over bulk requests; see `PriorityQueue`. A batch in backoff does not wait here.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from ..types import Rates
 from .rate_limits import Bucket, bucket_from_headers
 
-# Until the first answer has told the limits, no more tokens than this are in flight beside a first request: eight full
-# requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute. It costs a
-# bulk job one round trip, and small jobs nothing.
+# Until the first answer has reported the limits, at most this many tokens are in flight, or one larger request. Eight
+# full requests at once are 2.4 million tokens, more than twice what a new OpenAI account may send in a minute. It costs
+# a bulk job one round trip, and small jobs nothing.
 TOKENS_BEFORE_FIRST_ANSWER = 20_000
 
-# This many failures in a row without a success are an outage, whatever single batches have seen: the search for one bad
-# text among 2,048 has at most 11 steps, in 8 slots at once.
+# This many failures in a row are an outage, even if a batch has seen successes of others: the search for one bad text
+# among 2,048 has at most 11 steps, in 8 slots at once.
 FAILURES_OF_AN_OUTAGE = 32
 
-# All tasks wait out the same pause; this share of it spreads the restarts of many processes.
+# A pause is longer by a random share of up to this, so that many processes do not all restart at the same moment.
 PAUSE_JITTER = 0.05
 
-# Where slots are the only scarce thing, urgent requests get four of five.
+# The cost of an urgent request if only slots are scarce; a bulk request costs 1. So urgent ones get four slots of five.
 URGENT_SLOT = 0.25
 
 
@@ -42,15 +42,15 @@ class _Waiter:
     cost: float
     is_ready: Callable[[], bool]
     bypassed_cost: float = 0.0
-    """The cost of urgent waiters that came later and went first."""
+    """The cost of the urgent waiters that overtook it."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class PriorityQueue:
-    """A queue with two classes; for one event loop.
+    """A queue with two priorities, for one event loop.
 
-    Each class is first in, first out. Urgent waiters go first, until they have taken as much as the first bulk waiter
-    asks for; then that one is next. A waiter that is not ready is passed over and keeps its place.
+    Each priority is first in, first out. Urgent waiters go first until their total cost reaches the cost of the first
+    bulk waiter; then that one is next. A waiter that is not ready keeps its place while others go before it.
     """
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class PriorityQueue:
         """Wait until it is the caller's turn and enough is available; the caller must then take it at once.
 
         Args:
-            cost: How much is asked for.
-            wait_s: Returns the seconds until enough is available, 0 if it is; infinity if only `changed` can tell.
+            cost: The amount requested.
+            wait_s: Returns the seconds until enough is available, 0 if it is; infinity to wait for `changed`.
             is_ready: Returns whether the caller could go at all; if not, others go before it.
-            urgent: The class.
+            urgent: The priority.
         """
         waiter = _Waiter(cost, is_ready)
         queue = self._urgent if urgent else self._bulk
@@ -121,25 +121,25 @@ class Ticket:
     waited_s: float = 0.0
     """Seconds it waited before it could be sent."""
     held_s: float = 0.0
-    """Of these, the seconds since it was first and had a slot: what the rate, a pause or the cap cost it."""
+    """Of these, the seconds in which it was first and had a slot, and waited only for the rate, a pause or the cap."""
 
 
 @dataclass(eq=False)
 class RateLimiter:
-    """Shared by all who use one endpoint, key and model on one event loop."""
+    """The limits that all embedders with the same endpoint, key and model share on one event loop."""
 
     requests: Bucket | None = None
     tokens: Bucket | None = None
     own: dict[tuple[float, bool], Bucket] = field(default_factory=dict)
-    """The user's limits: a bucket for each number a minute, and whether it counts tokens (else requests)."""
+    """The user's limits, by amount per minute and whether tokens are counted (otherwise requests)."""
     paused_until: float = 0.0
     refusals: int = 0
-    """Rounds of refusals since the last success; all requests in flight at a time are one round."""
+    """Rounds of refusals since the last success. Refusals of requests that were in flight together are one round."""
     successes: int = 0
     failures_in_a_row: int = 0
     answered: bool = False
     cap: float = math.inf
-    """How many requests may be in flight; infinite until an overload was seen."""
+    """How many requests may be in flight; infinite until the first overload."""
     round_began_at: float = -math.inf
     in_flight: dict[int, Ticket] = field(default_factory=dict)
     queue: PriorityQueue = field(default_factory=PriorityQueue)
@@ -147,7 +147,7 @@ class RateLimiter:
     _listeners: set[Callable[[float], None]] = field(default_factory=set)
 
     def limit(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
-        """Add limits of the user's. The lowest one counts; equal ones are one limit, not two."""
+        """Add the user's limits. All of them are kept; equal ones count once."""
         now = asyncio.get_running_loop().time()
         for per_minute, counts_tokens in ((requests_per_minute, False), (tokens_per_minute, True)):
             if per_minute is not None:
@@ -176,7 +176,7 @@ class RateLimiter:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """The request is over, however it ended."""
+        """Remove a request that has ended, in whatever way."""
         self.in_flight.pop(ticket.number, None)
         self.queue.changed()
 
@@ -195,23 +195,23 @@ class RateLimiter:
             self.requests = bucket_from_headers(self.requests, limit, remaining, reset_s, 1, len(later), now)
 
     def succeeded(self) -> None:
-        """A request brought vectors."""
+        """Record a request that returned vectors."""
         self.answered = True
         self.successes += 1
         self.refusals = 0
         self.failures_in_a_row = 0
-        self.cap += 1 / self.cap  # one more at once after each round that went well, as OpenAI asks after `slow_down`
+        self.cap += 1 / self.cap  # one more after each successful round, as OpenAI asks after `slow_down`
         self.queue.changed()
 
     def failed(self) -> None:
-        """A request brought no vectors, for whatever reason."""
+        """Record a request that returned no vectors, for any reason."""
         self.failures_in_a_row += 1
 
     def refused(self, ticket: Ticket) -> None:
-        """A request was refused because it came too fast, or because the provider is overloaded."""
+        """Record a request that was refused because of a rate limit, or because the provider is overloaded."""
         self.answered = True
         if ticket.sent_at < self.round_began_at:
-            return  # it was sent before we slowed down, so it is no news
+            return  # it was sent before we slowed down: its round is already counted
         self.round_began_at = asyncio.get_running_loop().time()
         self.refusals += 1
         if self.tokens is None and self.requests is None:  # no headers: find the limit by halving
@@ -226,12 +226,12 @@ class RateLimiter:
 
     @property
     def looks_down(self) -> bool:
-        """Whether the provider fails everybody."""
+        """Whether all requests to the provider fail."""
         return self.failures_in_a_row >= FAILURES_OF_AN_OUTAGE
 
     @contextmanager
     def on_pause(self, listener: Callable[[float], None]) -> Iterator[None]:
-        """Call the listener with the end of the current pause and of later ones, on the loop's clock."""
+        """Call the listener with the end of the current pause and of later pauses, on the loop's clock."""
         listener(self.paused_until)
         self._listeners.add(listener)
         try:
@@ -240,7 +240,7 @@ class RateLimiter:
             self._listeners.remove(listener)
 
     def pause(self, seconds: float) -> bool:
-        """Send nothing for so many seconds; return whether this pause is new, and not the one that others reported."""
+        """Send nothing for this long; return whether the pause is new, not one that another request has reported."""
         until = asyncio.get_running_loop().time() + seconds * (1 + random.uniform(0, PAUSE_JITTER))
         is_new = until > self.paused_until + seconds / 2
         self.paused_until = max(self.paused_until, until)
@@ -250,7 +250,7 @@ class RateLimiter:
         return is_new
 
     def _buckets(self, tokens: int) -> list[tuple[Bucket, float]]:
-        """Return all buckets, and how much a request of `tokens` tokens takes out of each."""
+        """Return all buckets, each with the amount that a request of `tokens` tokens takes."""
         known: list[tuple[Bucket, float]] = []
         for (_, counts_tokens), bucket in self.own.items():
             known.append((bucket, tokens if counts_tokens else 1.0))
@@ -262,14 +262,14 @@ class RateLimiter:
 
     def _wait_s(self, tokens: int, now: float) -> float:
         if self.in_flight and self._is_crowded(tokens):
-            return math.inf  # until a request leaves
+            return math.inf  # until a request ends
         seconds = self.paused_until - now
         for bucket, amount in self._buckets(tokens):
             seconds = max(seconds, bucket.wait_s(amount, now))
         return seconds
 
     def _cost(self, tokens: int, urgent: bool) -> float:
-        """Return how much a request takes of what is scarce: seconds of a rate, or slots where no rate is known."""
+        """Return a request's cost in the scarce resource: seconds of the rate, or slots if no rate is known."""
         cost = 0.0
         for bucket, amount in self._buckets(tokens):
             cost = max(cost, amount / bucket.per_s)
@@ -282,15 +282,15 @@ class RateLimiter:
         return not self.answered and in_flight + tokens > TOKENS_BEFORE_FIRST_ANSWER
 
 
-# The one thing shared in a process, because the provider counts per key and not per object. It holds no client and no
-# key, and nothing that is not in use.
+# Embedders of a process share limiters, because the provider counts per key, not per object. A limiter holds no client
+# and no key, and is dropped when no embedder uses it.
 _LIMITERS: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Hashable, RateLimiter]] = (
     WeakKeyDictionary()
 )
 
 
 def shared_rate_limiter(key: Hashable) -> RateLimiter:
-    """Return the running loop's limiter for that endpoint, key and model; it lives as long as it is used."""
+    """Return the running loop's limiter for this endpoint, key and model."""
     limiters = _LIMITERS.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
     limiter = limiters.get(key)
     if limiter is None:
@@ -309,7 +309,7 @@ class ConcurrencyLimiter:
 
     @asynccontextmanager
     async def slot(self, tokens: int, *, urgent: bool = False) -> AsyncIterator[Ticket]:
-        """Hold a slot from the moment a request of `tokens` tokens may be sent; none is held while waiting for that."""
+        """Wait until a request of `tokens` tokens may be sent, then hold a slot. No slot is held while waiting."""
         self.waiting += 1
         try:
             ticket = await self.rate.enter(tokens, self._has_room, urgent=urgent)

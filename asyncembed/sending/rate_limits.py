@@ -1,10 +1,13 @@
-"""A provider's token and request buckets, as its `x-ratelimit-…` headers describe them. Pure."""
+"""Computes a provider's token and request buckets from the numbers in its `x-ratelimit-…` headers. Pure.
+
+`providers.responses` reads the headers, and 429s; `pacing` waits for the buckets.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Clocks and roundings of two machines differ: wait a little longer than the arithmetic says.
+# Clocks and rounding differ between two machines: wait a little longer than computed.
 WAIT_MARGIN_S = 0.002
 WAIT_MARGIN = 1.005
 
@@ -14,7 +17,7 @@ _LEAST_RESET_S = 0.02
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket as a provider keeps it: `level` of `capacity` left at time `at`, refilled by `per_s` a second."""
+    """A token bucket: at time `at`, `level` of `capacity` is left; it refills by `per_s` per second."""
 
     per_s: float
     capacity: float
@@ -23,12 +26,12 @@ class Bucket:
     earlier: tuple[float, float] | None = None
     """An earlier answer's `remaining` and `reset`."""
     is_guess: bool = False
-    """Whether `per_s` is only assumed: the limit, spread over a minute."""
+    """Whether `per_s` is only assumed: the limit divided by a minute."""
     full_at: float | None = None
-    """If so, when the provider says the bucket is full: a fixed window that restarts says nothing else."""
+    """If it is assumed, when the bucket will be full according to the provider. A fixed window reports nothing else."""
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Return the seconds until `amount` can be taken; more than the capacity waits for a full bucket."""
+        """Return the seconds until `amount` can be taken. For more than the capacity, the bucket must be full."""
         missing = min(amount, self.capacity) - self._level(now)
         if missing <= 0:
             return 0.0
@@ -51,17 +54,17 @@ def bucket_from_headers(
 ) -> Bucket:
     """Return the bucket that an answer's headers describe.
 
-    `reset` is the time until the bucket is full, so `capacity = remaining + per_s * reset`: two answers give the refill
-    and the capacity, whatever time span `limit` is meant for. After one answer, the bucket is taken to have been full
-    before this request if the numbers fit, and else to refill by `limit` in a minute.
+    `reset` is the time until the bucket is full, so `capacity = remaining + per_s * reset`. Two answers therefore give
+    refill and capacity, whatever period `limit` refers to. After a single answer, the bucket is assumed to have been
+    full before this request, if the numbers fit; otherwise it is assumed to refill by `limit` per minute.
 
     Args:
         old: The bucket known so far.
         limit: The limit in the headers.
-        remaining: What was left when the answer was written.
+        remaining: The amount left when the answer was written.
         reset_s: Seconds until the bucket is full again.
-        taken: What this request took.
-        unseen: What was sent later and is not in `remaining` yet.
+        taken: The amount that this request took.
+        unseen: The amount that later requests took, which `remaining` does not include yet.
         now: The time.
     """
     per_s = refill_rate(old.earlier, remaining, reset_s) if old is not None and old.earlier is not None else None
@@ -75,13 +78,13 @@ def bucket_from_headers(
     capacity = limit if reset_s is None else min(limit, remaining + per_s * reset_s)
     earlier: tuple[float, float] | None = None if reset_s is None else (remaining, reset_s)
     if old is not None and old.earlier is not None and (earlier is None or old.earlier[0] > earlier[0]):
-        earlier = old.earlier  # keep the fuller one: the further apart two answers are, the more exact is the rate
+        earlier = old.earlier  # keep the fuller one: the rate is more exact if the two answers are far apart
     full_at = now + reset_s if is_guess and reset_s is not None else None
     return Bucket(per_s, max(capacity, 1.0), remaining - unseen, now, earlier, is_guess, full_at)
 
 
 def refill_rate(earlier: tuple[float, float], remaining: float, reset_s: float | None) -> float | None:
-    """Return the refill a second that the headers of two answers show; None if they are too close to tell."""
+    """Return the refill per second, computed from two answers; None if they are too close together."""
     if reset_s is None:
         return None
     fuller, sooner_s = earlier

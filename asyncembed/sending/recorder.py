@@ -1,6 +1,6 @@
 """Counts what an embedder does, and calls its observer.
 
-Each event loop has counters of its own, so that no lock is needed where requests run; a snapshot sums them up.
+Each event loop has its own counters, so counting needs no lock. `stats` sums them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MetricsRecorder:
 
     Args:
         model: The name of the requested model.
-        provider: Asked for its address and encoding format.
+        provider: Supplies the address and the encoding format.
         observer: Called for every request, or None.
 
     Raises:
@@ -105,17 +105,17 @@ class LoopRecorder:
         return RequestTimer(self.metrics, self.counters, started)
 
     def more_requests(self, count: int) -> None:
-        """Count requests that the provider sent beyond the one it was asked for."""
+        """Count the extra requests that the provider sent in one attempt."""
         self.counters.requests += count
         self.counters.retries += count
 
     def texts(self, embedded: int, failed: int) -> None:
-        """Count texts that were embedded, and texts that have failed."""
+        """Count embedded and failed texts."""
         self.counters.texts += embedded
         self.counters.texts_failed += failed
 
     def paused(self, seconds: float, *, everybody: bool) -> None:
-        """A retry was scheduled in `seconds`: all requests pause until then, or only this batch backs off."""
+        """Count a retry in `seconds`: until then all requests pause, or only this batch is in backoff."""
         if everybody:
             self.counters.pauses += 1
         else:
@@ -135,11 +135,11 @@ class LoopRecorder:
         self.counters.overloads += 1
 
     def caller(self) -> object:
-        """Return what the observer wants to remember about the current caller."""
+        """Return the observer's value for the current call; see `Observer.caller`."""
         return None if self.metrics.observer is None else self.metrics.call(self.metrics.observer.caller)
 
     def queued(self, waited_s: Sequence[float]) -> None:
-        """Count the calls that leave in one shared request; each has waited for so many seconds."""
+        """Count the calls that are sent in one shared request, each with the seconds that it waited."""
         self.counters.calls_queued += len(waited_s)
         self.counters.queue_s += sum(waited_s)
         self.counters.queue_max_s = max(self.counters.queue_max_s, *waited_s)

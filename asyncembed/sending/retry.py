@@ -1,8 +1,8 @@
 """Decides what to do after a failed attempt. Pure: it never sleeps and sends nothing.
 
 An error and the batch's history become one of five actions: `Retry` after a while, `Probe` whether the provider is
-down, `Split` the batch, `Reject` its only text, `Stop` the call. A batch with an unknown refusal is split if it can be,
-so that unknown providers work too.
+down, `Split` the batch, `Reject` its only text, `Stop` the call. A batch that is refused for an unknown reason is split
+if possible, so that unknown providers work, too.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ..errors import (
 BACKOFF_BASE_S = 0.5
 BACKOFF_MAX_S = 30.0
 
-# After this many failures a batch is no longer repeated as it is, if the provider answers others: one of its texts may
-# be the cause (Ollama answers 500 for certain sentences, llama.cpp for long ones). A single text gets more attempts,
-# since blaming it loses it: where 30 % of all requests fail by chance, 0.2 % of good texts fail 5 times.
+# After this many failures a batch is not sent again unchanged if other requests succeed: one of its texts may be the
+# cause (Ollama answers 500 for certain sentences, llama.cpp for long ones). A single text gets more attempts, because
+# it is lost if it is rejected: if 30 % of all requests fail by chance, 0.2 % of good texts fail 5 times.
 SUSPECT_AFTER = 3
 REJECT_AFTER = 5
 
 # An overloaded server says nothing about the text: 503, by status or by code.
 _OVERLOAD_CODES = {"server_is_overloaded", "overloaded", "slow_down"}
 
-# A provider that refused this many single texts and took none refuses the request, not the texts.
+# If a provider refused this many single texts and accepted none, it refuses the request, not the texts.
 REJECTIONS_BEFORE_STOP = 16
 
 
@@ -57,7 +57,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """The only text of the batch fails; the others go on."""
+    """Fail the only text of the batch. Other batches are not affected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +77,18 @@ Action: TypeAlias = Retry | Probe | Split | Reject | Stop
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What is known of a batch when its attempt has failed.
+    """A batch's history when an attempt has failed.
 
     Attributes:
         inputs: Texts in the batch.
         failures: Attempts of this batch that failed, this one included.
-        consecutive_failures: Of `failures`, the last ones with no success of any other request in between.
-        healthy: Whether the provider answers other requests well: since this batch first failed; for a single text,
-            which is lost if it is blamed, between its last two failures or after the last one.
-        probed: Whether single texts were sent in its place, and failed too.
-        has_known_good: Whether a text is known that this provider has taken.
-        rejections: Single texts the provider refused in this call before it took a first one.
-        refusals: Rounds of rate-limit refusals, of any batches, since a request succeeded.
+        consecutive_failures: Of `failures`, the latest ones, between which no other request succeeded.
+        healthy: Whether another request has succeeded since this batch first failed. A single text is lost if it is
+            rejected, so for it only a success between its latest two failures, or after the latest one, counts.
+        probed: Whether single texts were sent in its place, and failed, too.
+        has_known_good: Whether a text is known that this provider has embedded.
+        rejections: Single texts that the provider refused in this call before it accepted any.
+        refusals: Rounds of rate-limit refusals, of any batch, since a request succeeded.
     """
 
     inputs: int
@@ -102,7 +102,7 @@ class History:
 
 
 def is_overload(error: ProviderError) -> bool:
-    """Tell whether the provider is overloaded, and fewer requests at once would help."""
+    """Return whether the provider is overloaded, so that fewer concurrent requests would help."""
     return isinstance(error, RateLimitedError) or error.status == 503 or error.code in _OVERLOAD_CODES
 
 
@@ -110,8 +110,8 @@ def decide(error: ProviderError, history: History, max_retries: int) -> Action:
     """Return what to do after a failed attempt.
 
     Args:
-        error: What the attempt failed with.
-        history: The batch's past.
+        error: The error of the attempt.
+        history: The batch's history.
         max_retries: How often a batch is sent again while nothing succeeds.
     """
     if isinstance(error, FatalProviderError):
@@ -132,12 +132,12 @@ def _reject(error: ProviderError, history: History) -> Action:
 
 
 def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
-    # While others succeed, a refusal is a matter of order, not a failure.
+    # While other requests succeed, a refused batch only has to wait for its turn.
     if history.consecutive_failures > max_retries:
         return Stop(_down(error, history.consecutive_failures))
     if error.retry_after_s is None:
         return Retry(backoff_s(history.refusals), shared=True)
-    # a server that says a few milliseconds each time would use up all attempts within a second
+    # if a server asks for a few milliseconds each time, all attempts would otherwise be used up within a second
     grown_s = backoff_s(history.consecutive_failures - 1) if history.consecutive_failures > 1 else 0.0
     return Retry(max(error.retry_after_s, grown_s), shared=True)
 
@@ -157,13 +157,13 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
     if history.consecutive_failures > limit:
         return Stop(_down(error, history.consecutive_failures))
     if isinstance(error, TransportError) and not error.timed_out and history.failures == 1:
-        return Retry(0.0)  # most often an idle connection that the server had closed: a new one will do
+        return Retry(0.0)  # usually the server had closed an idle connection: a new one works
     stated = error.retry_after_s if isinstance(error, ServerError) else None
     return Retry(max(stated or 0.0, backoff_s(history.failures)), shared=stated is not None)
 
 
 def backoff_s(failures: int) -> float:
-    """Return the seconds to wait after this many failures in a row: exponential, times 0.5 to 1 at random."""
+    """Return the seconds to wait after this many failures: exponential, times a random factor from 0.5 to 1."""
     ceiling = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0 ** min(failures - 1, 16))
     return ceiling * random.uniform(0.5, 1.0)
 
@@ -181,7 +181,7 @@ def _down(error: ProviderError, failures: int) -> ProviderDownError:
 
 def _refused(error: ProviderError, rejections: int) -> RequestError:
     refused = RequestError(
-        f"{rejections} texts in a row were refused one by one and none was taken, so it is not the texts: {error}",
+        f"{rejections} single texts were refused and none was accepted, so the request is at fault: {error}",
         status=error.status,
         code=error.code,
         request_id=error.request_id,

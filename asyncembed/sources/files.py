@@ -33,7 +33,7 @@ _MARKDOWN: Final = frozenset({".md", ".markdown"})
 # Only these are looked for in a folder. A file that is named, or matched by a glob, is read whatever its suffix.
 SUFFIXES: Final = _JSON_LINES | _CSV | _MARKDOWN | {".txt", ".text", ".rst"}
 
-# The size of one read, and about the amount of file that a group of records holds: some milliseconds of a thread.
+# The bytes of one read, and roughly of one group of records: some milliseconds of work in a thread.
 _BLOCK_BYTES: Final = 256 * 1024
 
 _T = TypeVar("_T")
@@ -238,7 +238,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _is_pipe(path: str) -> bool:
-    """Return whether opening the file could wait for ever."""
+    """Return whether opening the file could block forever."""
     status = _status(path)
     return status is not None and (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode))
 

@@ -185,7 +185,7 @@ class EmbeddingServer:
         """Drop all connections, requests in flight included, and stop listening. Leaves no task, thread or socket.
 
         Raises:
-            Exception: An error of the user's schedule, fault or token counter. The server is closed anyway.
+            Exception: An error in your schedule, fault or token counter. The server is closed anyway.
         """
         server, self._server = self._server, None
         if server is None or self._threads is None:

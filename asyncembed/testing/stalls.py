@@ -13,7 +13,7 @@ _TICK_S = 0.001
 
 @dataclass(slots=True)
 class Stalls:
-    """What a ticking task has measured.
+    """The measurement of a ticking task.
 
     Attributes:
         longest_s: The longest time, in seconds, for which no other task could run.

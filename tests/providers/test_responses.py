@@ -49,7 +49,7 @@ TPM = "Rate limit reached for m in organization org-x on tokens per min (TPM): L
 @pytest.mark.parametrize(
     ("status", "body", "kind", "learned"),
     [
-        # faults.md 1.1, in its order
+        # inputs and requests that were refused, in the words of real servers
         pytest.param(
             400,
             openai("'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs."),
@@ -276,7 +276,7 @@ TPM = "Rate limit reached for m in organization org-x on tokens per min (TPM): L
             for status in (301, 302, 303, 307, 308)
         ),
         *(pytest.param(status, b"", ProtocolError, {}, id=f"{status} without vectors") for status in (202, 204)),
-        # faults.md 1.5 and its neighbours
+        # an encoding or an option that a server does not have
         pytest.param(
             400,
             plain(

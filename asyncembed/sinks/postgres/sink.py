@@ -151,7 +151,7 @@ class PostgresSink:
         """Upsert the rows in one transaction, committed before this returns.
 
         The last of several rows with one key wins; a stored row keeps its `created_at`. A cancelled call has stored
-        all rows or none; to find out which, look.
+        all rows or none; `existing` shows which.
 
         Returns:
             The rows that no store takes or that this table refuses, each with its error; all others are stored.
