@@ -218,5 +218,7 @@ def _as_httpx2() -> Iterator[None]:
         raise httpx2.ConnectTimeout("no connection in time") from error
     except aiohttp.ClientConnectorError as error:
         raise httpx2.ConnectError("the connection failed") from error.__cause__
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # a ValueError is about a host name that cannot be one
+    except ValueError as error:  # a host name that cannot be one
+        raise httpx2.ConnectError("the connection failed") from (error.__cause__ or error)
+    except (aiohttp.ClientError, OSError) as error:
         raise httpx2.ReadError("no whole answer") from (error.__cause__ or error)
