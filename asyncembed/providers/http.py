@@ -201,7 +201,7 @@ class _Body(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _as_httpx2():
-            async for chunk, _ in self._response.content.iter_chunks():
+            async for chunk in self._response.content.iter_any():
                 yield chunk
 
     async def aclose(self) -> None:
@@ -218,5 +218,7 @@ def _as_httpx2() -> Iterator[None]:
         raise httpx2.ConnectTimeout("no connection in time") from error
     except aiohttp.ClientConnectorError as error:
         raise httpx2.ConnectError("the connection failed") from error.__cause__
-    except (aiohttp.ClientError, OSError, ValueError) as error:  # a ValueError: an invalid host name
+    except ValueError as error:  # an invalid host name
+        raise httpx2.ConnectError("the connection failed") from (error.__cause__ or error)
+    except (aiohttp.ClientError, OSError) as error:
         raise httpx2.ReadError("no whole answer") from (error.__cause__ or error)

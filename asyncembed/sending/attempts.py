@@ -127,8 +127,8 @@ class Endpoint:
 class Admission:
     """Limits how many batches of one call are in progress. Batches in backoff do not count, up to a limit.
 
-    Waiters are admitted last in, first out. So the parts of a split batch are sent before newer batches, and the search
-    for a bad text reaches a single text before it turns to the next part.
+    The latest part of a split batch is admitted first, so the search for a bad text reaches a single text before it turns
+    to the next part. A new batch waits for all parts; otherwise they would pile up in memory while the source goes on.
     """
 
     def __init__(self, most: int, most_backing_off: int) -> None:
@@ -138,10 +138,10 @@ class Admission:
         self._backing_off = 0
         self._waiters: list[asyncio.Future[None]] = []
 
-    async def enter(self) -> None:
+    async def enter(self, *, is_part: bool = False) -> None:
         """Wait until another batch may be sent."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self._waiters.insert(len(self._waiters) if is_part else 0, waiter)
         self._admit()
         try:
             await waiter
@@ -217,7 +217,7 @@ class BatchSender:
             async with task_group() as group:
                 for number, (part, its_record) in enumerate(parts):
                     if number > 0:  # the first part takes the batch's place
-                        await self.admission.enter()
+                        await self.admission.enter(is_part=True)
                     group.create_task(self.send(part, its_record))
 
     async def _send(self, batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureRecord]]:

@@ -115,6 +115,15 @@ async def test_no_address_that_answers_is_an_error(provider: OpenAIProvider, mon
     assert len(set(tried)) == 2
 
 
+@pytest.mark.parametrize("host", [f"{'a' * 70}.test", "1.2.3.4.5"])
+async def test_a_host_name_that_cannot_be_one_says_nothing_about_the_texts(host: str) -> None:
+    provider = provider_at(f"https://{host}/v1")
+    with pytest.raises(TransportError, match="ConnectError") as caught:
+        await provider.embed(["a"])
+    assert not caught.value.connected
+    await provider.aclose()
+
+
 async def test_a_caller_that_is_cancelled_leaves_neither_task_nor_socket(
     provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

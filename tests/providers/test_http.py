@@ -375,6 +375,20 @@ async def test_a_refusal_with_an_incomplete_body_is_classified_by_its_status(
         await provider.aclose()
 
 
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+async def test_an_answer_without_a_body_ends_each_time(status: bytes) -> None:
+    async def act(raw: RawServer, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 %b\r\n\r\n" % status)
+        await writer.drain()
+
+    async with raw_server(act) as raw, httpx2.AsyncClient(transport=Transport(None)) as client:
+        for _ in range(2):
+            async with client.stream("POST", raw.base_url) as response:
+                assert isinstance(response.stream, httpx2.AsyncByteStream)
+                async for chunk in response.stream:
+                    assert chunk  # an endless series of empty ones would block the loop
+
+
 @pytest.mark.parametrize(
     ("surplus", "connections"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -19,9 +20,9 @@ class Work:
         self.started: list[str] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def add(self, *names: str) -> None:
+    async def add(self, *names: str, is_part: bool = True) -> None:
         for name in names:
-            self._tasks[name] = asyncio.create_task(self._start(name))
+            self._tasks[name] = asyncio.create_task(self._start(name, is_part))
         await asyncio.sleep(0.1)
 
     async def end(self, *names: str) -> None:
@@ -34,8 +35,8 @@ class Work:
         self._tasks[name].cancel()
         await asyncio.sleep(0.1)
 
-    async def _start(self, name: str) -> None:
-        await self.admission.enter()
+    async def _start(self, name: str, is_part: bool) -> None:
+        await self.admission.enter(is_part=is_part)
         self.started.append(name)
 
 
@@ -47,13 +48,23 @@ async def test_no_more_batches_are_admitted_than_there_is_room_for() -> None:
     assert work.started == ["a", "c", "d"]
 
 
-async def test_the_latest_waiter_goes_first() -> None:
+async def test_the_latest_part_goes_first() -> None:
     work = Work(1)
     await work.add("a", "older", "newer")
     await work.end("a")
     assert work.started == ["newer"]
     await work.end("newer")
     assert work.started == ["older"]
+
+
+async def test_a_new_batch_waits_for_all_parts() -> None:
+    work = Work(1)
+    await work.add("a", "part")
+    await work.add("new batch", is_part=False)
+    await work.add("later part")
+    for first, second in pairwise(["a", "later part", "part", "new batch"]):
+        await work.end(first)
+        assert work.started == [second]
 
 
 async def test_a_batch_that_backs_off_makes_room_for_another() -> None:
