@@ -127,8 +127,8 @@ class Endpoint:
 class Admission:
     """Limits how many batches of one call are in progress. Batches in backoff do not count, up to a limit.
 
-    The latest part of a split batch is admitted first, so the search for a bad text reaches a single text before it turns
-    to the next part. A new batch waits for all parts; otherwise they would pile up in memory while the source goes on.
+    The latest part of a split batch is admitted first, so the search for a bad text reaches a single text before it
+    turns to the next part. A new batch waits for all parts, which would otherwise pile up while the source goes on.
     """
 
     def __init__(self, most: int, most_backing_off: int) -> None:
