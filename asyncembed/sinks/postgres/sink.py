@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 from ...concurrency import PerLoop
-from ...databases.postgres import FOREIGN, Pool, described
+from ...databases.postgres import Pool, described
 from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
 from ...types import Hit, RecordId, Row, Vectors
 from .. import contract
@@ -88,14 +88,7 @@ class PostgresSink:
             where=where,
         )
         self._pool = LoopPool(dsn_or_pool, pool_size, where)
-        self._transactions = Transactions(
-            open_pool=self._pool.open,
-            foreign=FOREIGN,
-            name=where,
-            timeout=timeout,
-            retry_for=retry_for,
-            reached=self._pool.is_given,  # a pool that was handed in has connected before
-        )
+        self._transactions = Transactions(self._pool, timeout, retry_for)
         self._large_writes = PerLoop(lambda: asyncio.Semaphore(LARGE_WRITES_AT_ONCE))
         self._table: Table | None = None  # as it was when it was last looked at
         self._lacks_codec: bool | None = None  # whether a pool that was handed in sends vectors as text
