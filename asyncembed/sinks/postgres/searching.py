@@ -31,6 +31,18 @@ WORTH_A_THREAD_BYTES = 512 * 1024
 # pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
 _EF_SEARCH = (40, 1_000)
 
+# "built", "building" or "broken"; no row if the index does not exist.
+_STATE_OF_INDEX = (
+    "SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
+    "THEN 'building' WHEN indisvalid THEN 'built' ELSE 'broken' END "
+    "FROM pg_index WHERE indexrelid = to_regclass($1::text)"
+)
+
+_HAS_APPROXIMATE_INDEX = (
+    "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
+    "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
+)
+
 _LITERAL = re.compile(r"'(?:[^']|'')*'")
 
 
@@ -75,13 +87,14 @@ async def nearest(
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
     index = statements.index_name(table, model, len(query), "cosine")
-    by_index = len(query) > MAX_INDEXED[table.vector_type] and await _is_built(connection, index)
+    is_large = len(query) > MAX_INDEXED[table.vector_type]
+    by_index = is_large and await connection.fetchval(_STATE_OF_INDEX, index) == "built"
     sql = statements.nearest(table, len(query), condition, len(args) + 1, by_index=by_index)
     # scaled to length 1, which does not change a cosine: the server's sums, in float32 or less, cannot overflow then
     unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
     values = (*args, model, json.dumps(unit.astype(np.float32).tolist()), limit)
     found = await connection.fetch(sql, *values)
-    if len(found) < k and await _has_indexes(connection, table):
+    if len(found) < k and await connection.fetchval(_HAS_APPROXIMATE_INDEX, table.sql_name):
         # an index gives up after hnsw.max_scan_tuples rows that the condition refuses: scan the table instead
         await connection.execute("SET LOCAL enable_indexscan = off")
         found = await connection.fetch(sql, *values)
@@ -94,20 +107,6 @@ async def nearest(
     await run_in_thread_if(vectors.nbytes > WORTH_A_THREAD_BYTES, ranking.offer, [row["id"] for row in found], vectors)
     rest = {row["id"]: row for row in found}
     return [Hit(id, score, rest[id]["text"], contract.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
-
-
-async def _is_built(connection: Any, index: str) -> bool:
-    sql = "SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass($1::text) AND indisvalid)"
-    return bool(await connection.fetchval(sql, index))
-
-
-async def _has_indexes(connection: Any, table: Table) -> bool:
-    """Return whether the table has an approximate index."""
-    sql = (
-        "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
-        "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
-    )
-    return bool(await connection.fetchval(sql, table.sql_name))
 
 
 async def index_statements(
@@ -131,14 +130,10 @@ async def index_statements(
             "ask the model for fewer, or search without an index"
         )
     name = statements.index_name(table, chosen, known[chosen], metric)
-    state = await connection.fetchrow(
-        "SELECT indisvalid, EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
-        "AS building FROM pg_index WHERE indexrelid = to_regclass($1::text)",
-        name,
-    )
-    if state is not None and state["building"]:
+    state = await connection.fetchval(_STATE_OF_INDEX, name)
+    if state == "building":
         raise SinkBusyError(f"{table.where}: index {name} is being built by another process")
-    if state is not None and state["indisvalid"]:
+    if state == "built":
         return []
     literal = await connection.fetchval("SELECT quote_literal($1::text)", chosen)
     create = statements.create_index(table, name, literal, known[chosen], metric, options)

@@ -16,10 +16,6 @@ from ..contract import MAX_NAME_BYTES, quoted
 from .pgvector import MAX_INDEXED, METRICS
 from .table import Table
 
-# The field of a row for a role, except id and model.
-_FIELDS = {"embedding": "vector", "content_hash": "content_hash", "text": "text", "metadata": "metadata"}
-
-
 # ---- writing ----
 
 
@@ -47,7 +43,7 @@ def update(table: Table) -> str:
 def parameters(table: Table, model: str) -> Callable[[Any, Row], tuple[Any, ...]]:
     """Return the function from converted id and row to the parameters of `insert` and `update`."""
     head = (model,) if "model" in table.columns else ()
-    fields = [_FIELDS[role] for role in table.written_roles if role in _FIELDS]
+    fields = [role.replace("embedding", "vector") for role in table.written_roles if role not in ("id", "model")]
     return lambda key, row: (key, *head, *[getattr(row, field) for field in fields])
 
 
