@@ -229,8 +229,7 @@ class PostgresSink:
         """Return the number of vectors, of one model or of all."""
 
         async def work(connection: Any, table: Table) -> int:
-            values = [] if model is None else [model]
-            return int(await connection.fetchval(statements.count(table, all_models=model is None), *values))
+            return int(await connection.fetchval(statements.count(table), model))
 
         return await self._run(work)
 

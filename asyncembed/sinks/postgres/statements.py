@@ -127,10 +127,10 @@ def models(table: Table) -> str:
     return f"SELECT DISTINCT {table.sql('model')} {stored} AND {table.sql('model')} <> ''"
 
 
-def count(table: Table, *, all_models: bool) -> str:
-    """Return the query for the number of vectors, of model $1 unless of all models."""
-    condition = f"{table.sql('embedding')} IS NOT NULL" if all_models else _for_model(table, "$1")
-    return f"SELECT count(*) FROM {table.sql_name} WHERE {condition}"
+def count(table: Table) -> str:
+    """Return the query for the number of vectors of model $1; of all models if it is NULL."""
+    of_all = f"{table.sql('embedding')} IS NOT NULL AND $1::text IS NULL"
+    return f"SELECT count(*) FROM {table.sql_name} WHERE {of_all} OR {_for_model(table, '$1')}"
 
 
 def ids(table: Table) -> str:

@@ -53,8 +53,7 @@ def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[
         if update_only:
             raise SinkConfigError("update_only needs columns=, the names of your table's columns")
         return {role: role for role in ROLES}
-    unknown = sorted(set(columns) - set(ROLES))
-    if unknown or "id" not in columns or "embedding" not in columns:
+    if not {"id", "embedding"} <= set(columns) <= set(ROLES):
         raise SinkConfigError(
             f"columns= names the columns of your table for {', '.join(ROLES)}, id and embedding at least; "
             f"it has {sorted(columns)}"
