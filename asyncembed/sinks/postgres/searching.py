@@ -15,6 +15,7 @@ from ...types import Hit, Vectors
 from .. import contract
 from ..ranking import Ranking
 from . import statements
+from .dimensions import candidates, models
 from .pgvector import MAX_INDEXED
 from .table import Table
 
@@ -46,7 +47,9 @@ _HAS_APPROXIMATE_INDEX = (
 _LITERAL = re.compile(r"'(?:[^']|'')*'")
 
 
-def condition_of(table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+def _condition_of(
+    table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]
+) -> tuple[str, Sequence[Any]]:
     """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
 
     Raises:
@@ -75,9 +78,20 @@ def condition_of(table: Table, where: str | Mapping[str, Any] | None, args: Sequ
 
 
 async def nearest(
-    connection: Any, table: Table, query: Vectors, model: str, k: int, condition: str, args: Sequence[Any]
+    connection: Any,
+    table: Table,
+    query: Vectors,
+    k: int,
+    model: str | None,
+    where: str | Mapping[str, Any] | None,
+    args: Sequence[Any],
 ) -> list[Hit]:
-    """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
+    """Return the k nearest rows; see `PostgresSink.search`."""
+    wanted = model if "model" in table.columns else None  # without the column, any name stands for all rows
+    chosen = contract.choose_model(await candidates(connection, table, wanted), wanted, query.size, table.where)
+    if chosen is None:
+        return []
+    condition, args = _condition_of(table, where, args)
     limit = min(2 * k + _SPARE, _MOST_ROWS)
     ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
     # a plan for this very vector: a cached plan would parse the vector again for every row, and use no model's index
@@ -86,13 +100,13 @@ async def nearest(
         # else an index yields ef_search rows at most, and those that the condition refuses are missing
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
-    index = statements.index_name(table, model, len(query), "cosine")
+    index = statements.index_name(table, chosen, len(query), "cosine")
     is_large = len(query) > MAX_INDEXED[table.vector_type]
     by_index = is_large and await connection.fetchval(_STATE_OF_INDEX, index) == "built"
     sql = statements.nearest(table, len(query), condition, len(args) + 1, by_index=by_index)
     # scaled to length 1, which does not change a cosine: the server's sums, in float32 or less, cannot overflow then
     unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
-    values = (*args, model, json.dumps(unit.astype(np.float32).tolist()), limit)
+    values = (*args, chosen, json.dumps(unit.astype(np.float32).tolist()), limit)
     found = await connection.fetch(sql, *values)
     if len(found) < k and await connection.fetchval(_HAS_APPROXIMATE_INDEX, table.sql_name):
         # an index gives up after hnsw.max_scan_tuples rows that the condition refuses: scan the table instead
@@ -109,9 +123,7 @@ async def nearest(
     return [Hit(id, score, rest[id]["text"], contract.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
 
 
-async def index_statements(
-    connection: Any, table: Table, known: Mapping[str, int], model: str | None, metric: str, options: str
-) -> list[str]:
+async def index_statements(connection: Any, table: Table, model: str | None, metric: str, options: str) -> list[str]:
     """Return the statements that build an index over one model's vectors, to run outside of a transaction.
 
     There are none if the index exists.
@@ -121,7 +133,8 @@ async def index_statements(
             partitioned.
         SinkBusyError: Another process is building it.
     """
-    chosen = contract.choose_model(known, model, None, table.where)
+    known = await models(connection, table)
+    chosen = contract.choose_model(known, model if "model" in table.columns else None, None, table.where)
     if chosen is None:
         raise SinkConfigError(f"{table.where} is empty: load it first, since an index is built faster over stored rows")
     if known[chosen] > MAX_INDEXED["halfvec"]:

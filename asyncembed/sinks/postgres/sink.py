@@ -209,17 +209,7 @@ class PostgresSink:
                 several models and none was named, or the condition is wrong.
         """
         query = check_query(vector, k)
-
-        async def work(connection: Any, table: Table) -> list[Hit]:
-            wanted = table.model_filter(model)
-            candidates = await stored_dimensions.candidates(connection, table, wanted)
-            chosen = contract.choose_model(candidates, wanted, query.size, table.where)
-            if chosen is None:
-                return []
-            condition, values = searching.condition_of(table, where, args)
-            return await searching.nearest(connection, table, query, chosen, k, condition, values)
-
-        return await self._run(work)
+        return await self._run(partial(searching.nearest, query=query, k=k, model=model, where=where, args=args))
 
     async def models(self) -> dict[str, int]:
         """Return the stored models, each with the dimensions of its vectors; "" if no column holds the model."""
@@ -292,13 +282,8 @@ class PostgresSink:
         """
         if metric not in METRICS:
             raise SinkConfigError(f"metric {metric!r} is none of {', '.join(METRICS)}")
-
-        async def work(connection: Any, table: Table) -> list[str]:
-            stored = await stored_dimensions.models(connection, table)
-            options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
-            wanted = table.model_filter(model)
-            return await searching.index_statements(connection, table, stored, wanted, metric, options)
-
+        options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
+        work = partial(searching.index_statements, model=model, metric=metric, options=options)
         await self._transactions.run_outside(partial(self._run, work))
 
     async def _run(self, work: Callable[[Any, Table], Coroutine[Any, Any, T]]) -> T:

@@ -161,10 +161,6 @@ class Table(Target):
         """Return a type or function of pgvector, qualified."""
         return f"{quoted(self.extension.schema)}.{name}"
 
-    def model_filter(self, model: str | None) -> str | None:
-        """Return the model; None if no column holds the model, so that any name stands for all rows."""
-        return model if "model" in self.columns else None
-
     # ---- does it fit? ----
 
     def check(self) -> None:

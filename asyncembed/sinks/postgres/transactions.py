@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from ...concurrency import with_outcome
+from ...concurrency import cancel_and_wait, with_outcome
 from ...databases.postgres import FOREIGN
 from ...databases.postgres_errors import NEW_CONNECTION, Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
@@ -183,10 +183,8 @@ async def in_time(
     in its `bind_execute_many`). Without a connection it waits for nothing.
     """
     task = asyncio.ensure_future(conversation)
-    late = False
     try:
         await asyncio.wait([task], timeout=timeout)
-        late = not task.done()
     except asyncio.CancelledError as cancelled:
         if almost_done.is_set():
             await asyncio.wait([task], timeout=COMMIT_S)
@@ -194,12 +192,10 @@ async def in_time(
             with_outcome(cancelled, task.result())
         raise
     finally:
-        while not task.done():
+        late = not task.done()
+        if late:
             connection.terminate()
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        failed = None if task.cancelled() else task.exception()
+            await cancel_and_wait(task)
     if late or task.cancelled():
-        raise TimeoutError from failed
+        raise TimeoutError from None if task.cancelled() else task.exception()
     return task.result()
