@@ -210,8 +210,9 @@ async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport
 
 def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
     print_out(str(report))
-    # the error that ended the run is printed once, and not for each record that was not finished
-    for line in failure_lines([failure for failure in report.failures if failure.error is not error]):
+    # the error that ended the run is printed once, and not for each record that was not finished; batches that were
+    # stored at the same time may have failed with the same words
+    for line in failure_lines([failure for failure in report.failures if str(failure.error) != str(error)]):
         print_error(line)
     if error is not None:
         print_error(f"asyncembed: {message_of(error)}")
