@@ -126,7 +126,11 @@ class OpenTelemetry:
             span.set_attributes(response_attributes(finished))
             if finished.error is not None and finished.error != "CancelledError":
                 span.set_status(self._trace.StatusCode.ERROR)
-            self._measure(finished, common)
+            response = common if finished.model is None else {**common, "gen_ai.response.model": finished.model}
+            if finished.tokens is not None:
+                self._tokens(finished.tokens, {**response, "gen_ai.token.type": "input"})
+            failed = {} if finished.error is None else {"error.type": finished.error}
+            self._duration(finished.elapsed_s, {**response, **failed})
             span.end()
 
         return finish
@@ -147,16 +151,6 @@ class OpenTelemetry:
         for count, result in ((hits, "hit"), (misses, "miss")):
             if count:
                 self._lookups.add(count, {"gen_ai.request.model": model, "asyncembed.cache.result": result})
-
-    def _measure(self, finished: RequestFinished, common: Attributes) -> None:
-        response = dict(common)
-        if finished.model is not None:
-            response["gen_ai.response.model"] = finished.model
-        if finished.tokens is not None:
-            self._tokens(finished.tokens, {**response, "gen_ai.token.type": "input"})
-        if finished.error is not None:
-            response["error.type"] = finished.error
-        self._duration(finished.elapsed_s, response)
 
     def _relatives(self, callers: Sequence[object] | None) -> tuple[Context | None, list[Link]]:
         """Return the context with the parent span, None for the current one; and links to other spans."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial, reduce, wraps
+from functools import reduce, wraps
 from signal import Signals
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -63,11 +63,10 @@ _FINISHING: Final = (
     "asyncembed: finishing the requests under way and storing their vectors; a second signal stops at once"
 )
 
-_Command: TypeAlias = Callable[..., None]
-_Decorator: TypeAlias = Callable[[_Command], _Command]
+_Command: TypeAlias = Callable[..., Any]
 
 
-def _options(*options: Callable[[Any], Any]) -> _Decorator:
+def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
@@ -98,18 +97,45 @@ _source_options = _options(
     click.option("--id-field", default="id", show_default=True, help="The id in JSON objects, CSV rows and queries."),
     click.option("--text-field", default="text", show_default=True, help="The text in them."),
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")
 
 
-def _takes_sources(command: _Command) -> _Command:
-    """Decorate a command with SOURCE... and its options; it gets a function that opens the sources."""
+def _sources_of(options: dict[str, Any]) -> FilesAndQueries:
+    """Take the options for sources out of all options."""
+    return FilesAndQueries(
+        **{name: options.pop(name) for name in ("sources", "id_field", "text_field", "chunk_tokens")}
+    )
 
-    @wraps(command)
-    def run(sources: tuple[str, ...], id_field: str, text_field: str, chunk_tokens: int, **options: Any) -> None:
-        fields = {"id_field": id_field, "text_field": text_field}
-        command(partial(FilesAndQueries, sources, chunk_tokens=chunk_tokens, **fields), **options)
 
-    return _source_options(run)
+def _exits(report: Mapping[str, Any]) -> Callable[[_Command], _Command]:
+    """Decorate a command, a coroutine function that returns the exit code, and add --json to its options.
+
+    An error that it raises is printed. With --json, a document is printed as well: the report with the error in it.
+    """
+
+    def decorated(work: _Command) -> _Command:
+        @wraps(work)
+        def run(*, as_json: bool, **options: Any) -> NoReturn:
+            try:
+                code = asyncio.run(work(as_json=as_json, **options))
+                flush_out()
+            except KeyboardInterrupt:
+                code = INTERRUPTED
+            except AsyncEmbedError as error:
+                if as_json:
+                    with suppress(AsyncEmbedError):  # standard output may be the reason of the error
+                        print_json({**report, "error": error_document(error)})
+                        flush_out()
+                print_error(f"asyncembed: {message_of(error)}")
+                code = _code(error)
+            sys.exit(code)
+
+        return click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")(run)
+
+    return decorated
+
+
+def _code(error: AsyncEmbedError) -> int:
+    return MISUSED if isinstance(error, ConfigError | SinkConfigError | InputError) else FAILED
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,78 +149,21 @@ def command() -> None:
 
 @command.command("ingest")
 @click.option("--to", "target", required=True, metavar="TARGET", help="vectors.db, or postgresql://user@host/db")
-@_takes_sources
+@_source_options
 @_provider_options
 @click.option("--prune", is_flag=True, help="At the end delete rows of this model in TARGET that no SOURCE has.")
-@_json_option
-def ingest_command(
-    sources: Callable[[], FilesAndQueries], target: str, model: str, prune: bool, as_json: bool, **options: Any
-) -> None:
+@_exits(report_document(IngestReport(), None, None))
+async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **options: Any) -> int:
     """Embed the records of SOURCE... and store them in TARGET.
 
     A SOURCE is a file, a folder, a quoted glob, - for JSON Lines on standard input, or rows of PostgreSQL:
     "postgresql://user@host/db?query=SELECT id, text FROM docs". Records that TARGET already has, with the same text and
     model, are skipped.
     """
-    _run(
-        lambda: _ingest(sources(), target, model, options, prune, as_json),
-        partial(report_document, IngestReport(), None) if as_json else None,
-    )
-
-
-@command.command("search")
-@click.argument("target")
-@click.argument("query")
-@click.option("-k", default=5, show_default=True, type=_at_least_1, help="How many to show.")
-@click.option("--model", help="Needed if TARGET holds vectors of several models.")
-@_provider_options
-@_json_option
-def search_command(target: str, query: str, k: int, model: str | None, as_json: bool, **options: Any) -> None:
-    """Show the texts in TARGET that are nearest to QUERY."""
-    _run(lambda: _search(target, query, k, model, options, as_json), _error_alone if as_json else None)
-
-
-@command.command("plan")
-@_takes_sources
-@_provider_options
-@_json_option
-def plan_command(sources: Callable[[], FilesAndQueries], model: str, as_json: bool, **options: Any) -> None:
-    """Show the requests, tokens and price of embedding SOURCE... Sends nothing, needs no key."""
-    _run(lambda: _plan(sources(), model, options, as_json), _error_alone if as_json else None)
-
-
-def _run(
-    work: Callable[[], Coroutine[Any, Any, int]], document_of: Callable[[AsyncEmbedError], dict[str, Any]] | None
-) -> NoReturn:
-    """Do the work and exit. If `work` raises an error, print it, and also the JSON that `document_of` makes of it."""
-    try:
-        code = asyncio.run(work())
-        flush_out()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except AsyncEmbedError as error:
-        if document_of is not None:
-            with suppress(AsyncEmbedError):  # standard output may be the reason of the error
-                print_json(document_of(error))
-                flush_out()
-        print_error(f"asyncembed: {message_of(error)}")
-        code = _code(error)
-    sys.exit(code)
-
-
-def _error_alone(error: AsyncEmbedError) -> dict[str, Any]:
-    return {"error": error_document(error)}
-
-
-def _code(error: AsyncEmbedError) -> int:
-    return MISUSED if isinstance(error, ConfigError | SinkConfigError | InputError) else FAILED
-
-
-async def _ingest(
-    sources: FilesAndQueries, target: str, model: str, options: dict[str, Any], prune: bool, as_json: bool
-) -> int:
+    sources = _sources_of(options)
     async with Embedder(model, **options) as embedder, open_sink(target) as sink:
-        await sources.check(_file_of(target))
+        path = target.removeprefix("sqlite:///")
+        await sources.check(None if "://" in path else path)
         if prune and sources.empty_folders:
             raise ConfigError(
                 f"{sources.empty_folders[0]} holds no file to read, and so nothing is pruned: is it mounted?"
@@ -241,8 +210,9 @@ async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport
 
 def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
     print_out(str(report))
-    # the error that ended the run is printed once, and not for each record that was not finished
-    for line in failure_lines([failure for failure in report.failures if failure.error is not error]):
+    # the error that ended the run is printed once, and not for each record that was not finished; batches that were
+    # stored at the same time may have failed with the same words
+    for line in failure_lines([failure for failure in report.failures if str(failure.error) != str(error)]):
         print_error(line)
     if error is not None:
         print_error(f"asyncembed: {message_of(error)}")
@@ -250,7 +220,15 @@ def _print_report(report: IngestReport, received: Signals | None, error: AsyncEm
         print_error(f"asyncembed: {_AGAIN}")
 
 
-async def _search(target: str, query: str, k: int, model: str | None, options: dict[str, Any], as_json: bool) -> int:
+@command.command("search")
+@click.argument("target")
+@click.argument("query")
+@click.option("-k", default=5, show_default=True, type=_at_least_1, help="How many to show.")
+@click.option("--model", help="Needed if TARGET holds vectors of several models.")
+@_provider_options
+@_exits({})
+async def search_command(target: str, query: str, k: int, model: str | None, as_json: bool, **options: Any) -> int:
+    """Show the texts in TARGET that are nearest to QUERY."""
     if not query:
         raise ConfigError("the query is empty")
     with display(silent=as_json):
@@ -282,7 +260,13 @@ def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
     return model or next(iter(stored))
 
 
-async def _plan(sources: FilesAndQueries, model: str, options: dict[str, Any], as_json: bool) -> int:
+@command.command("plan")
+@_source_options
+@_provider_options
+@_exits({})
+async def plan_command(model: str, as_json: bool, **options: Any) -> int:
+    """Show the requests, tokens and price of embedding SOURCE... Sends nothing, needs no key."""
+    sources = _sources_of(options)
     with display(silent=as_json):
         await sources.check()
         async with Embedder(model, api_key="plan-sends-nothing", **options) as embedder:
@@ -294,9 +278,3 @@ async def _plan(sources: FilesAndQueries, model: str, options: dict[str, Any], a
         for line in failure_lines(plan.failures):
             print_error(line)
     return FAILED if plan.failures else OK
-
-
-def _file_of(target: str) -> str | None:
-    """Return the path of the target file; None if the target is not a file."""
-    path = target.removeprefix("sqlite:///")
-    return None if "://" in path else path

@@ -31,7 +31,6 @@ _OPTION = re.compile(
     r"(?<![\w./-])(allow_insecure_http|base_url|chunk_tokens|id_field|text_field|too_long|"
     r"(?:concurrency|dimensions|prune)(?==))(?:=True\b|(=)|(?![\w/-]|\.\w))"
 )
-_KEY_OPTIONS: Final = ((", pass api_key=", ""), ("pass api_key=", "set OPENAI_API_KEY"))
 
 
 class Display:
@@ -126,17 +125,12 @@ def with_total(progress: Progress, expected: int | None) -> Progress:
 def failure_lines(failures: Sequence[Failure]) -> Iterator[str]:
     """Yield a line for each of the first failures, and one for the number of the others."""
     for failure in failures[:FAILURES_SHOWN]:
-        yield f"failed: {_place(failure)}{message_of(failure.error)}"
+        id = _id(failure)
+        # a source names file and line itself
+        unnamed = "" if isinstance(failure.error, InvalidRecordError) else f"record {failure.index}: "
+        yield f"failed: {unnamed if id is None else f'{id}: '}{message_of(failure.error)}"
     if len(failures) > FAILURES_SHOWN:
         yield f"failed: {len(failures) - FAILURES_SHOWN:,} more"
-
-
-def _place(failure: Failure) -> str:
-    id = _id(failure)
-    if id is not None:
-        return f"{id}: "
-    # a source names file and line itself
-    return "" if isinstance(failure.error, InvalidRecordError) else f"record {failure.index}: "
 
 
 def _id(failure: Failure) -> Any:
@@ -146,8 +140,7 @@ def _id(failure: Failure) -> Any:
 def message_of(error: Exception) -> str:
     """Return the error's message with the command's options in place of the library's: `--too-long` for `too_long=`."""
     message = str(error).replace('Embedder("local")', "--model local")
-    for theirs, ours in _KEY_OPTIONS:
-        message = message.replace(theirs, ours)
+    message = message.replace(", pass api_key=", "").replace("pass api_key=", "set OPENAI_API_KEY")
     return _OPTION.sub(lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}", message)
 
 
@@ -243,10 +236,7 @@ def _output() -> Iterator[None]:
 
 def printable(line: str) -> str:
     """Return the line with a blank for each whitespace character, and other unprintable characters escaped."""
-    return line if line.isprintable() else "".join(map(_printable, line))
-
-
-def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    return " " if character.isspace() else character.encode("unicode_escape").decode()
+    return "".join(
+        each if each.isprintable() else " " if each.isspace() else each.encode("unicode_escape").decode()
+        for each in line
+    )

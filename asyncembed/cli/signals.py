@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,24 +29,26 @@ class Interrupts:
         self._on_first = on_first
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
+        self._previous: dict[signal.Signals, Any] = {}  # the handlers before ours
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            try:
-                self._loop.add_signal_handler(number, self._handle, number)
-            except NotImplementedError:  # Windows
-                signal.signal(number, self._handle_outside_loop)
-            except (RuntimeError, ValueError):
-                return self  # not in the main thread, where the application handles signals itself
+        with suppress(ValueError):  # not in the main thread, where the application handles signals itself
+            for number in _SIGNALS:
+                # not loop.add_signal_handler, which Windows does not support
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._remove_handlers()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     @property
     def exit_code(self) -> int:
         """The exit code that shells expect of a process ended by this signal; 0 without a signal."""
         return 0 if self.received is None else 128 + self.received
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._handle, signal.Signals(number))
 
     def _handle(self, number: signal.Signals) -> None:
         if self.received is None:
@@ -55,16 +57,7 @@ class Interrupts:
             with suppress(OSError):  # standard error is closed or full
                 self._on_first()
             return
-        self._remove_handlers()
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        self._previous = dict.fromkeys(_SIGNALS, signal.SIG_DFL)  # from now on, a signal kills
+        self.__exit__()
         if self._task is not None:
             self._task.cancel()
-
-    def _remove_handlers(self) -> None:
-        for number in _SIGNALS:
-            with suppress(NotImplementedError):
-                self._loop.remove_signal_handler(number)
-
-    def _handle_outside_loop(self, number: int, _: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._handle, signal.Signals(number))

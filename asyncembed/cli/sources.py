@@ -6,20 +6,25 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
-from ..sources import Sources
+from .. import sources as library
 
 _QUERIES: Final = ("postgresql://", "postgres://")
 
 
 class FilesAndQueries:
-    """An async iterable of the records in SOURCE...: those of the files first. Call `check` before reading."""
+    """An async iterable of the records in SOURCE...: those of the files first. Call `check` before reading.
+
+    Raises:
+        ConfigError: An address is not valid or has no query.
+    """
 
     def __init__(self, sources: Sequence[str], *, id_field: str, text_field: str, chunk_tokens: int) -> None:
-        files = [source for source in sources if not source.startswith(_QUERIES)]
-        self._files = Sources(files, id_field=id_field, text_field=text_field, chunk_tokens=chunk_tokens)
-        self._addresses = [source for source in sources if source.startswith(_QUERIES)]
-        self._fields = {"id_field": id_field, "text_field": text_field}
-        self._queries: list[Any] = []
+        fields = {"id_field": id_field, "text_field": text_field}
+        addresses = [source for source in sources if source.startswith(_QUERIES)]
+        files = [source for source in sources if source not in addresses]
+        self._files = library.Sources(files, chunk_tokens=chunk_tokens, **fields)
+        # the class is imported here, if there are any: its driver is an extra
+        self._queries = [library.PostgresSource.from_url(address, **fields) for address in addresses]
 
     @property
     def empty_folders(self) -> list[str]:
@@ -28,7 +33,7 @@ class FilesAndQueries:
 
     def expected(self) -> int | None:
         """Return the number of records, an estimate until all are read; None if it is unknown."""
-        return None if self._addresses else self._files.expected()
+        return None if self._queries else self._files.expected()
 
     async def check(self, target: str | None = None) -> None:
         """Check all files, and have the server prepare all queries; read nothing.
@@ -37,19 +42,16 @@ class FilesAndQueries:
             target: A file that will be written, and so must not be read.
 
         Raises:
-            ConfigError: A file cannot be read, an address is not valid or has no query, or a query cannot be run.
+            ConfigError: A file cannot be read, or a query cannot be run.
             SourceError: A server does not answer.
         """
         await self._files.check(target)
-        if self._addresses:
-            from ..sources import PostgresSource  # its driver is an extra
-
-            self._queries = [PostgresSource.from_url(address, **self._fields) for address in self._addresses]
         for query in self._queries:
             await query.check()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        for source in (self._files, *self._queries):
+        every: list[Any] = [self._files, *self._queries]
+        for source in every:
             async with aclosing(aiter(source)) as records:
                 async for record in records:
                     yield record

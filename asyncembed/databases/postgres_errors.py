@@ -11,36 +11,27 @@ from typing import Literal, TypeAlias
 
 Verdict: TypeAlias = Literal["again", "busy", "row", "config", "fatal"]
 
-_CODES: dict[str, Verdict] = {
-    "40001": "again",  # serialization_failure
-    "40P01": "again",  # deadlock_detected
+# By code, otherwise by class.
+_VERDICTS: dict[str, Verdict] = {
     "25006": "again",  # read_only_sql_transaction: after a failover the old primary still answers
-    "57P01": "again",  # admin_shutdown
-    "57P02": "again",  # crash_shutdown
-    "57P03": "again",  # cannot_connect_now
-    "57P05": "again",  # idle_session_timeout
     "25P03": "again",  # idle_in_transaction_session_timeout
-    "57014": "again",  # query_canceled, by a statement_timeout or a person
     "53300": "busy",  # too_many_connections
     "55P03": "busy",  # lock_not_available
-    "26000": "config",  # invalid_sql_statement_name: a pooler has changed the backend under a prepared statement
-    "42P05": "config",  # duplicate_prepared_statement: the same
-    "42501": "config",  # insufficient_privilege
-}
-
-_CLASSES: dict[str, Verdict] = {
     "08": "again",  # connection exception
+    "40": "again",  # transaction rollback: serialization failure, deadlock
+    "57": "again",  # operator intervention: shutdown, crash, idle_session_timeout; query_canceled by statement_timeout
+    "0A": "config",  # feature not supported: no such extension on this server
+    "26": "config",  # invalid SQL statement name: a pooler has changed the backend under a prepared statement
     "28": "config",  # invalid authorization specification
     "3D": "config",  # invalid catalog name: no such database
     "3F": "config",  # invalid schema name
-    "42": "config",  # no such table, column, type, operator
-    "0A": "config",  # feature not supported: no such extension on this server
+    "42": "config",  # no such table, column, type, operator; insufficient privilege
 }
 
 # PostgreSQL's own classes for transactions, resources, the system and the server itself. All others are about a row:
 # data exceptions (22), constraints (23), triggers (P0), limits (54), other routines, and the user's own codes.
-_SYSTEM = frozenset(("00", "01", "02", "03", "09", "0B", "0L", "0P", "24", "25", "27", "2B", "2D", "34", "40", "53"))
-_SYSTEM |= {"57", "58", "72", "F0", "HV", "XX"}
+_SYSTEM = frozenset(("00", "01", "02", "03", "09", "0B", "0L", "0P", "24", "25", "27", "2B", "2D", "34", "53", "58"))
+_SYSTEM |= {"72", "F0", "HV", "XX"}
 
 # After a failover only a new connection leads to the new primary.
 NEW_CONNECTION = ("25006",)
@@ -72,12 +63,17 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
     if type(error).__name__ == _STALE:
         return "again"
     if state is not None:
-        return _CODES.get(state) or _CLASSES.get(state[:2]) or ("fatal" if state[:2] in _SYSTEM else "row")
+        return _VERDICTS.get(state) or _VERDICTS.get(state[:2]) or ("fatal" if state[:2] in _SYSTEM else "row")
     if is_our_fault(error) or isinstance(error, ssl.SSLCertVerificationError):
         return "config"
     if isinstance(error, OSError) and not reached:
         return "config"
     return "busy" if isinstance(error, TimeoutError) else "again"
+
+
+def shown_cause(error: Exception, verdict: Verdict) -> Exception | None:
+    """Return the error as a cause to show; None if it may quote a row, or an address with its password."""
+    return None if verdict == "row" or is_our_fault(error) or getattr(error, "context", None) else error
 
 
 def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:

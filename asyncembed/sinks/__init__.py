@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SinkConfigError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgresSink", "SQLiteSink", "open_sink"]
 
+_MODULES = {"SQLiteSink": "sqlite", "PostgresSink": "postgres"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -32,10 +34,17 @@ def open_sink(url: str | os.PathLike[str], **options: Any) -> SQLiteSink | Postg
         raise SinkConfigError("the address of the sink is empty; use a file path, or postgresql://…")
     found = _SCHEME.match(address)
     scheme = found[1] if found else None
-    if scheme in (None, "sqlite"):
+    if scheme == "sqlite":
+        path = address.removeprefix("sqlite:///")
+        if path == address or not path or "?" in path:
+            raise SinkConfigError(
+                "an SQLite address is sqlite:///relative.db or sqlite:////absolute.db, without options"
+            )
+        scheme, address = None, path
+    if scheme is None:
         from .sqlite import SQLiteSink
 
-        return SQLiteSink(_sqlite_path(address) if scheme else address, **options)
+        return SQLiteSink(address, **options)
     if scheme in ("postgresql", "postgres"):
         from .postgres import PostgresSink
 
@@ -46,20 +55,7 @@ def open_sink(url: str | os.PathLike[str], **options: Any) -> SQLiteSink | Postg
     )
 
 
-def _sqlite_path(address: str) -> str:
-    path = address.removeprefix("sqlite:///")
-    if path == address or not path or "?" in path:
-        raise SinkConfigError("an SQLite address is sqlite:///relative.db or sqlite:////absolute.db, without options")
-    return path
-
-
 def __getattr__(name: str) -> Any:
-    if name == "SQLiteSink":
-        from .sqlite import SQLiteSink
-
-        return SQLiteSink
-    if name == "PostgresSink":
-        from .postgres import PostgresSink
-
-        return PostgresSink
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

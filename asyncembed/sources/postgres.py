@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn, Self
 from urllib.parse import unquote_plus
 
 from ..databases.postgres import CLOSE_S, CONNECT_S, FOREIGN, Connection, Pool, connect, described
-from ..databases.postgres_errors import is_our_fault, reason_of, verdict_on
+from ..databases.postgres_errors import is_our_fault, reason_of, shown_cause, verdict_on
 from ..errors import AsyncEmbedError, ConfigError, SourceError
 from .formats import Fields, RecordOrError, record_from_fields
 
@@ -117,7 +117,6 @@ class PostgresSource:
     async def _transaction(self) -> AsyncGenerator[Connection, None]:
         """A connection in a read-only transaction. If the block fails the connection is cut, and so rolled back."""
         connection: Connection | None = None
-        ended = False
         try:
             if isinstance(self._from, str):
                 connection = await connect(self._from)
@@ -127,15 +126,14 @@ class PostgresSource:
             await connection.execute(_NO_TRANSACTION_LIMIT)
             yield connection
             await connection.execute("COMMIT")
-            ended = True
-        except AsyncEmbedError:
+        except BaseException as error:
+            if connection is not None:
+                connection.terminate()
+            if isinstance(error, FOREIGN) and not isinstance(error, AsyncEmbedError):
+                self._fail(error, reached=connection is not None)
             raise
-        except FOREIGN as error:
-            self._fail(error, reached=connection is not None)
         finally:
             if connection is not None:
-                if not ended:
-                    connection.terminate()
                 with suppress(*FOREIGN):  # all rows were read, or an error is raised already
                     if isinstance(self._from, str):
                         await connection.close(timeout=CLOSE_S)
@@ -145,13 +143,11 @@ class PostgresSource:
     def _fail(self, error: Exception, *, reached: bool) -> NoReturn:
         verdict = verdict_on(error, reached=reached)
         kind = ConfigError if verdict == "config" else SourceError
-        # the server's errors quote rows, and asyncpg's quote addresses with their passwords
-        is_secret = verdict == "row" or is_our_fault(error)
         reason = reason_of(error, verdict, waited_s=CONNECT_S)
         if reached and is_our_fault(error) and type(error).__name__ != "DataError":  # a DataError is about args=
             # for instance a date before Christ, or "24:00", which Python's types cannot hold
             kind, reason = SourceError, "a row holds a value that the driver cannot read: cast its column to text"
-        raise kind(f"{self._name}: {reason}") from (None if is_secret else error)
+        raise kind(f"{self._name}: {reason}") from shown_cause(error, verdict)
 
     async def _prepared(self, connection: Connection) -> tuple[Any, dict[str, Callable[[Any], Any]]]:
         """Return the statement, and for each of its columns the function that makes its values fit for JSON."""
@@ -177,12 +173,9 @@ class PostgresSource:
 
 def _parsed(value: Any) -> Any:
     """Return the value of a JSON column, which asyncpg returns as text unless a pool has another codec."""
-    if not isinstance(value, str):
-        return value
-    try:
+    with suppress(TypeError, ValueError):
         return json.loads(value)
-    except ValueError:
-        return value
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -42,28 +42,24 @@ async def _size_of_rows(connection: Any, table: Table, model: str, dimensions: i
 
 async def models(connection: Any, table: Table) -> dict[str, int]:
     """Return the models that have vectors, with their sizes; "" stands for all if no column holds the model."""
-    if table.ours:
-        has_rows = f"EXISTS (SELECT 1 FROM {table.sql_name} AS stored WHERE stored.model = known.model)"
-        recorded = await _recorded(connection, table, f" AND {has_rows}")
-        if recorded:
-            return recorded
+    has_rows = f" AND EXISTS (SELECT 1 FROM {table.sql_name} AS stored WHERE stored.model = known.model)"
     # nothing is recorded of rows that were inserted by hand, or before the table was renamed
-    return await _sizes(connection, table, [row[0] for row in await connection.fetch(statements.models(table))])
+    return await _recorded(connection, table, has_rows) or await _sizes(
+        connection, table, [row[0] for row in await connection.fetch(statements.models(table))]
+    )
 
 
 async def candidates(connection: Any, table: Table, model: str | None) -> dict[str, int]:
     """Return `models`, without a scan of the table if the recorded ones are enough to choose a model."""
-    quick = await _recorded(connection, table) if table.ours else {}
-    if model is None and len(quick) == 1:
-        return quick
+    quick = await _recorded(connection, table)
     if model is not None and model not in quick:
-        found = await _sizes(connection, table, [model])
-        quick |= found
-    return quick if model in quick else await models(connection, table)
+        quick = quick | await _sizes(connection, table, [model])
+    is_enough = len(quick) == 1 if model is None else model in quick
+    return quick if is_enough else await models(connection, table)
 
 
 async def _recorded(connection: Any, table: Table, condition: str = "") -> dict[str, int]:
-    if not table.has_models:
+    if not table.ours or not table.has_models:
         return {}
     sql = f"SELECT model, dimensions FROM {table.sql_models} AS known WHERE table_name = $1{condition}"
     return {row[0]: row[1] for row in await connection.fetch(sql, table.name)}

@@ -6,7 +6,6 @@ import asyncio
 import warnings
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from functools import partial
 
 from ...databases.postgres import CLOSE_S, Connection, Pool, create_pool
 from ...errors import SinkError
@@ -17,23 +16,19 @@ class LoopPool:
     """A pool that was handed in, or our own, which is replaced when the event loop changes."""
 
     def __init__(self, dsn_or_pool: str | Pool, size: int, name: str) -> None:
+        self.name = name
+        self.is_given = not isinstance(dsn_or_pool, str)
         self._source = dsn_or_pool
         self._size = size
-        self._name = name
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one of our own pool
         self._own: Pool | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closer: AsyncGenerator[None, None] | None = None
+        self._closer: AsyncGenerator[Pool, None] | None = None
         self._missing_extension = asyncio.Event()  # set by a connection to a database that had no pgvector yet
 
     def __del__(self) -> None:
-        if self._own is not None and self._loop is not None and not self._loop.is_closed():
-            text = f"the sink for {self._name} was not closed: use `async with`, or aclose()"
+        if self._loop is not None and not self._loop.is_closed():
+            text = f"the sink for {self.name} was not closed: use `async with`, or aclose()"
             warnings.warn(text, ResourceWarning, stacklevel=2)
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the pool was handed in; then its owner closes it."""
-        return not isinstance(self._source, str)
 
     async def open(self) -> Pool:
         """Return the pool for the running loop.
@@ -44,23 +39,20 @@ class LoopPool:
         loop = asyncio.get_running_loop()
         if not isinstance(self._source, str):
             if self._source.is_closing():
-                raise SinkError(f"{self._name}: the pool is closed")
+                raise SinkError(f"{self.name}: the pool is closed")
             # asyncpg shows the next two only in private attributes
             if not getattr(self._source, "_initialized", True):
-                raise SinkError(f"{self._name}: the pool is not open yet: await it, or enter it with `async with`")
+                raise SinkError(f"{self.name}: the pool is not open yet: await it, or enter it with `async with`")
             if getattr(self._source, "_loop", loop) is not loop:
-                raise SinkError(f"{self._name}: the pool belongs to another event loop: make one in this loop")
+                raise SinkError(f"{self.name}: the pool belongs to another event loop: make one in this loop")
             return self._source
-        if self._own is not None and self._loop is loop:
+        if self._loop is loop:
             return self._own
-        if self._own is not None and self._loop is not None and self._loop.is_running():
-            raise SinkError(f"{self._name} is in use by another running event loop: make a sink for each")
+        if self._loop is not None and self._loop.is_running():
+            raise SinkError(f"{self.name} is in use by another running event loop: make a sink for each")
+        self._closer = _own_pool(self._source, self._size, self._missing_extension)
+        self._own = await anext(self._closer)
         self._loop = loop
-        on_connect = partial(_on_connect, self._missing_extension)  # without `self`, or it would never be collected
-        self._own = create_pool(self._source, min_size=0, max_size=self._size, init=on_connect, reset=_on_release)
-        await self._own  # with min_size=0 it does not connect, and so does not wait
-        self._closer = _closing(self._own)
-        await anext(self._closer)
         return self._own
 
     async def renew(self) -> None:
@@ -71,25 +63,28 @@ class LoopPool:
 
     async def aclose(self) -> None:
         """Close our own connections."""
-        closer, self._closer, self._own = self._closer, None, None
-        if closer is not None and self._loop is asyncio.get_running_loop():
+        closer, loop = self._closer, self._loop
+        self._closer = self._loop = self._own = None
+        if closer is not None and loop is asyncio.get_running_loop():
             await closer.aclose()
 
 
-async def _on_connect(missing_extension: asyncio.Event, connection: Connection) -> None:
-    async with connection.transaction():  # all on one backend, even through a pooler
-        if not await register_codec(connection):
-            missing_extension.set()
+# a function without `self`: the connections refer to it, so the sink would never be collected
+async def _own_pool(dsn: str, size: int, missing_extension: asyncio.Event) -> AsyncGenerator[Pool, None]:
+    """Yield a pool that is closed with this generator, which asyncio does before it closes the loop."""
 
+    async def on_connect(connection: Connection) -> None:
+        async with connection.transaction():  # all on one backend, even through a pooler
+            if not await register_codec(connection):
+                missing_extension.set()
 
-async def _on_release(connection: Connection) -> None:
-    """Skip asyncpg's RESET ALL and the like: our settings end with their transaction."""
+    async def on_release(connection: Connection) -> None:
+        """Skip asyncpg's RESET ALL and the like: our settings end with their transaction."""
 
-
-async def _closing(pool: Pool) -> AsyncGenerator[None, None]:
-    """Close the pool when this generator is closed, which asyncio does before it closes the loop."""
+    pool = create_pool(dsn, min_size=0, max_size=size, init=on_connect, reset=on_release)
+    await pool  # with min_size=0 it does not connect, and so does not wait
     try:
-        yield
+        yield pool
     finally:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):

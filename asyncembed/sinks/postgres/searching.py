@@ -15,6 +15,7 @@ from ...types import Hit, Vectors
 from .. import contract
 from ..ranking import Ranking
 from . import statements
+from .dimensions import candidates, models
 from .pgvector import MAX_INDEXED
 from .table import Table
 
@@ -31,10 +32,24 @@ WORTH_A_THREAD_BYTES = 512 * 1024
 # pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
 _EF_SEARCH = (40, 1_000)
 
+# "built", "building" or "broken"; no row if the index does not exist.
+_STATE_OF_INDEX = (
+    "SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
+    "THEN 'building' WHEN indisvalid THEN 'built' ELSE 'broken' END "
+    "FROM pg_index WHERE indexrelid = to_regclass($1::text)"
+)
+
+_HAS_APPROXIMATE_INDEX = (
+    "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
+    "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
+)
+
 _LITERAL = re.compile(r"'(?:[^']|'')*'")
 
 
-def condition_of(table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+def _condition_of(
+    table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]
+) -> tuple[str, Sequence[Any]]:
     """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
 
     Raises:
@@ -63,9 +78,20 @@ def condition_of(table: Table, where: str | Mapping[str, Any] | None, args: Sequ
 
 
 async def nearest(
-    connection: Any, table: Table, query: Vectors, model: str, k: int, condition: str, args: Sequence[Any]
+    connection: Any,
+    table: Table,
+    query: Vectors,
+    k: int,
+    model: str | None,
+    where: str | Mapping[str, Any] | None,
+    args: Sequence[Any],
 ) -> list[Hit]:
-    """Return the k nearest rows of the model that fulfil the condition; `args` are its $1, $2, …"""
+    """Return the k nearest rows; see `PostgresSink.search`."""
+    wanted = model if "model" in table.columns else None  # without the column, any name stands for all rows
+    chosen = contract.choose_model(await candidates(connection, table, wanted), wanted, query.size, table.where)
+    if chosen is None:
+        return []
+    condition, args = _condition_of(table, where, args)
     limit = min(2 * k + _SPARE, _MOST_ROWS)
     ef_search = min(max(limit, _EF_SEARCH[0]), _EF_SEARCH[1])
     # a plan for this very vector: a cached plan would parse the vector again for every row, and use no model's index
@@ -74,14 +100,15 @@ async def nearest(
         # else an index yields ef_search rows at most, and those that the condition refuses are missing
         settings += "; SET LOCAL hnsw.iterative_scan = strict_order"
     await connection.execute(settings)
-    index = statements.index_name(table, model, len(query), "cosine")
-    by_index = len(query) > MAX_INDEXED[table.vector_type] and await _is_built(connection, index)
+    index = statements.index_name(table, chosen, len(query), "cosine")
+    is_large = len(query) > MAX_INDEXED[table.vector_type]
+    by_index = is_large and await connection.fetchval(_STATE_OF_INDEX, index) == "built"
     sql = statements.nearest(table, len(query), condition, len(args) + 1, by_index=by_index)
     # scaled to length 1, which does not change a cosine: the server's sums, in float32 or less, cannot overflow then
     unit = query.astype(np.float64) / np.linalg.norm(query.astype(np.float64))
-    values = (*args, model, json.dumps(unit.astype(np.float32).tolist()), limit)
+    values = (*args, chosen, json.dumps(unit.astype(np.float32).tolist()), limit)
     found = await connection.fetch(sql, *values)
-    if len(found) < k and await _has_indexes(connection, table):
+    if len(found) < k and await connection.fetchval(_HAS_APPROXIMATE_INDEX, table.sql_name):
         # an index gives up after hnsw.max_scan_tuples rows that the condition refuses: scan the table instead
         await connection.execute("SET LOCAL enable_indexscan = off")
         found = await connection.fetch(sql, *values)
@@ -96,23 +123,7 @@ async def nearest(
     return [Hit(id, score, rest[id]["text"], contract.parsed(rest[id]["metadata"])) for id, score in ranking.best()]
 
 
-async def _is_built(connection: Any, index: str) -> bool:
-    sql = "SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass($1::text) AND indisvalid)"
-    return bool(await connection.fetchval(sql, index))
-
-
-async def _has_indexes(connection: Any, table: Table) -> bool:
-    """Return whether the table has an approximate index."""
-    sql = (
-        "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam "
-        "WHERE i.indrelid = to_regclass($1::text) AND a.amname IN ('hnsw', 'ivfflat'))"
-    )
-    return bool(await connection.fetchval(sql, table.sql_name))
-
-
-async def index_statements(
-    connection: Any, table: Table, known: Mapping[str, int], model: str | None, metric: str, options: str
-) -> list[str]:
+async def index_statements(connection: Any, table: Table, model: str | None, metric: str, options: str) -> list[str]:
     """Return the statements that build an index over one model's vectors, to run outside of a transaction.
 
     There are none if the index exists.
@@ -122,7 +133,8 @@ async def index_statements(
             partitioned.
         SinkBusyError: Another process is building it.
     """
-    chosen = contract.choose_model(known, model, None, table.where)
+    known = await models(connection, table)
+    chosen = contract.choose_model(known, model if "model" in table.columns else None, None, table.where)
     if chosen is None:
         raise SinkConfigError(f"{table.where} is empty: load it first, since an index is built faster over stored rows")
     if known[chosen] > MAX_INDEXED["halfvec"]:
@@ -131,14 +143,10 @@ async def index_statements(
             "ask the model for fewer, or search without an index"
         )
     name = statements.index_name(table, chosen, known[chosen], metric)
-    state = await connection.fetchrow(
-        "SELECT indisvalid, EXISTS (SELECT 1 FROM pg_stat_progress_create_index WHERE index_relid = indexrelid) "
-        "AS building FROM pg_index WHERE indexrelid = to_regclass($1::text)",
-        name,
-    )
-    if state is not None and state["building"]:
+    state = await connection.fetchval(_STATE_OF_INDEX, name)
+    if state == "building":
         raise SinkBusyError(f"{table.where}: index {name} is being built by another process")
-    if state is not None and state["indisvalid"]:
+    if state == "built":
         return []
     literal = await connection.fetchval("SELECT quote_literal($1::text)", chosen)
     create = statements.create_index(table, name, literal, known[chosen], metric, options)

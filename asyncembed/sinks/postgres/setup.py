@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...databases.postgres_errors import sqlstate_of, verdict_on
@@ -109,12 +109,7 @@ async def _find(connection: Any, target: Target, extension: Extension) -> Table 
         found["oid"],
     )
     table = Table(
-        schema=found["nspname"],
-        name=target.name,
-        columns=target.columns,
-        ours=target.ours,
-        update_only=target.update_only,
-        where=target.where,
+        **{**asdict(target), "schema": found["nspname"]},
         extension=extension,
         catalog={row["attname"]: Column(row["type"], row["size"], row["required"]) for row in columns},
         unique=tuple(frozenset(row["names"]) for row in keys),

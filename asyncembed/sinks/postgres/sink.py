@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn, Self, TypeVar
 
 from ...concurrency import PerLoop
-from ...databases.postgres import FOREIGN, Pool, described
+from ...databases.postgres import Pool, described
 from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
 from ...types import Hit, RecordId, Row, Vectors
 from .. import contract
@@ -88,14 +88,7 @@ class PostgresSink:
             where=where,
         )
         self._pool = LoopPool(dsn_or_pool, pool_size, where)
-        self._transactions = Transactions(
-            open_pool=self._pool.open,
-            foreign=FOREIGN,
-            name=where,
-            timeout=timeout,
-            retry_for=retry_for,
-            reached=self._pool.is_given,  # a pool that was handed in has connected before
-        )
+        self._transactions = Transactions(self._pool, timeout, retry_for)
         self._large_writes = PerLoop(lambda: asyncio.Semaphore(LARGE_WRITES_AT_ONCE))
         self._table: Table | None = None  # as it was when it was last looked at
         self._lacks_codec: bool | None = None  # whether a pool that was handed in sends vectors as text
@@ -216,17 +209,7 @@ class PostgresSink:
                 several models and none was named, or the condition is wrong.
         """
         query = check_query(vector, k)
-
-        async def work(connection: Any, table: Table) -> list[Hit]:
-            wanted = table.model_filter(model)
-            candidates = await stored_dimensions.candidates(connection, table, wanted)
-            chosen = contract.choose_model(candidates, wanted, query.size, table.where)
-            if chosen is None:
-                return []
-            condition, values = searching.condition_of(table, where, args)
-            return await searching.nearest(connection, table, query, chosen, k, condition, values)
-
-        return await self._run(work)
+        return await self._run(partial(searching.nearest, query=query, k=k, model=model, where=where, args=args))
 
     async def models(self) -> dict[str, int]:
         """Return the stored models, each with the dimensions of its vectors; "" if no column holds the model."""
@@ -236,8 +219,7 @@ class PostgresSink:
         """Return the number of vectors, of one model or of all."""
 
         async def work(connection: Any, table: Table) -> int:
-            values = [] if model is None else [model]
-            return int(await connection.fetchval(statements.count(table, all_models=model is None), *values))
+            return int(await connection.fetchval(statements.count(table), model))
 
         return await self._run(work)
 
@@ -300,13 +282,8 @@ class PostgresSink:
         """
         if metric not in METRICS:
             raise SinkConfigError(f"metric {metric!r} is none of {', '.join(METRICS)}")
-
-        async def work(connection: Any, table: Table) -> list[str]:
-            stored = await stored_dimensions.models(connection, table)
-            options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
-            wanted = table.model_filter(model)
-            return await searching.index_statements(connection, table, stored, wanted, metric, options)
-
+        options = f"m = {int(m)}, ef_construction = {int(ef_construction)}"
+        work = partial(searching.index_statements, model=model, metric=metric, options=options)
         await self._transactions.run_outside(partial(self._run, work))
 
     async def _run(self, work: Callable[[Any, Table], Coroutine[Any, Any, T]]) -> T:

@@ -16,10 +16,6 @@ from ..contract import MAX_NAME_BYTES, quoted
 from .pgvector import MAX_INDEXED, METRICS
 from .table import Table
 
-# The field of a row for a role, except id and model.
-_FIELDS = {"embedding": "vector", "content_hash": "content_hash", "text": "text", "metadata": "metadata"}
-
-
 # ---- writing ----
 
 
@@ -47,7 +43,7 @@ def update(table: Table) -> str:
 def parameters(table: Table, model: str) -> Callable[[Any, Row], tuple[Any, ...]]:
     """Return the function from converted id and row to the parameters of `insert` and `update`."""
     head = (model,) if "model" in table.columns else ()
-    fields = [_FIELDS[role] for role in table.written_roles if role in _FIELDS]
+    fields = [role.replace("embedding", "vector") for role in table.written_roles if role not in ("id", "model")]
     return lambda key, row: (key, *head, *[getattr(row, field) for field in fields])
 
 
@@ -131,10 +127,10 @@ def models(table: Table) -> str:
     return f"SELECT DISTINCT {table.sql('model')} {stored} AND {table.sql('model')} <> ''"
 
 
-def count(table: Table, *, all_models: bool) -> str:
-    """Return the query for the number of vectors, of model $1 unless of all models."""
-    condition = f"{table.sql('embedding')} IS NOT NULL" if all_models else _for_model(table, "$1")
-    return f"SELECT count(*) FROM {table.sql_name} WHERE {condition}"
+def count(table: Table) -> str:
+    """Return the query for the number of vectors of model $1; of all models if it is NULL."""
+    of_all = f"{table.sql('embedding')} IS NOT NULL AND $1::text IS NULL"
+    return f"SELECT count(*) FROM {table.sql_name} WHERE {of_all} OR {_for_model(table, '$1')}"
 
 
 def ids(table: Table) -> str:

@@ -53,8 +53,7 @@ def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[
         if update_only:
             raise SinkConfigError("update_only needs columns=, the names of your table's columns")
         return {role: role for role in ROLES}
-    unknown = sorted(set(columns) - set(ROLES))
-    if unknown or "id" not in columns or "embedding" not in columns:
+    if not {"id", "embedding"} <= set(columns) <= set(ROLES):
         raise SinkConfigError(
             f"columns= names the columns of your table for {', '.join(ROLES)}, id and embedding at least; "
             f"it has {sorted(columns)}"
@@ -161,10 +160,6 @@ class Table(Target):
     def pgvector(self, name: str) -> str:
         """Return a type or function of pgvector, qualified."""
         return f"{quoted(self.extension.schema)}.{name}"
-
-    def model_filter(self, model: str | None) -> str | None:
-        """Return the model; None if no column holds the model, so that any name stands for all rows."""
-        return model if "model" in self.columns else None
 
     # ---- does it fit? ----
 

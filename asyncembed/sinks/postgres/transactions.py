@@ -1,21 +1,20 @@
-"""Transactions on the connections of a pool: bounded in time, cut off if they hang, repeated if that may help.
-
-Relies on the behaviour of asyncpg but does not import it: the pool and the driver's errors are passed in.
-"""
+"""Transactions on the connections of a pool: bounded in time, cut off if they hang, repeated if that may help."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from ...concurrency import with_outcome
-from ...databases.postgres_errors import NEW_CONNECTION, Verdict, is_our_fault, reason_of, sqlstate_of, verdict_on
+from ...concurrency import cancel_and_wait, with_outcome
+from ...databases.postgres import FOREIGN
+from ...databases.postgres_errors import NEW_CONNECTION, Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
+from .pool import LoopPool
 
 T = TypeVar("T")
 Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
@@ -49,25 +48,21 @@ _HINTS = {
 }
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Transactions:
     """Runs work in transactions.
 
     Attributes:
-        open_pool: Returns the pool for the running loop.
-        foreign: The errors that the driver raises.
-        name: Table and database, for messages.
+        pool: The sink's connections.
         timeout: Seconds for a connection to become free, and again for one attempt.
         retry_for: Seconds after which no further attempt begins.
-        reached: Whether the server is known to exist, so that it is waited for while it does not answer.
+        reached: Whether the server has ever answered. If so, it is waited for while it does not answer.
     """
 
-    open_pool: Callable[[], Awaitable[Any]]
-    foreign: tuple[type[Exception], ...]
-    name: str
+    pool: LoopPool
     timeout: float
     retry_for: float
-    reached: bool
+    reached: bool = False
 
     async def run(self, work: Work[T], *, again: Container[str | None] = ()) -> T:
         """Return the result of the work, once its transaction is committed.
@@ -90,8 +85,17 @@ class Transactions:
         """
 
         async def attempt() -> None:
-            for statement in await statements():
-                await self._run_outside(statement)
+            planned = await statements()
+            pool = await self.pool.open()
+            async with pool.acquire(timeout=self.timeout) as connection:
+                # a role's limits are meant for statements that usually take a moment
+                await connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
+                try:
+                    for statement in planned:
+                        await connection.execute(statement, timeout=INDEX_S)
+                finally:
+                    with suppress(*FOREIGN):
+                        await connection.execute("RESET statement_timeout; RESET lock_timeout")
 
         await self._repeated(attempt, None)
 
@@ -100,38 +104,40 @@ class Transactions:
     ) -> T:
         """Return the result of the first successful attempt; by default, `retry_for` counts from the first failure."""
         clock = asyncio.get_running_loop().time
-        for pause in pauses():
+        longest_pause = FIRST_PAUSE_S
+        while True:
             try:
                 return await attempt()
             except AsyncEmbedError:
                 raise
-            except self.foreign as error:
-                verdict = "again" if sqlstate_of(error) in again else verdict_on(error, reached=self.reached)
+            except FOREIGN as error:
+                reached = self.reached or self.pool.is_given  # a pool that was handed in has connected before
+                verdict = "again" if sqlstate_of(error) in again else verdict_on(error, reached=reached)
                 failure = error
             deadline = clock() + self.retry_for if deadline is None else deadline
+            pause = longest_pause * random.uniform(0.5, 1.0)
             if verdict not in ("again", "busy") or clock() + pause > deadline:
                 raise self._explained(failure, verdict)  # outside of `except`, so that it has no context
             await asyncio.sleep(pause)
-        raise AssertionError("there is no last pause")
+            longest_pause = min(2 * longest_pause, LONGEST_PAUSE_S)
 
     async def _attempt(self, work: Work[T]) -> T:
-        pool = await self.open_pool()
+        pool = await self.pool.open()
         connection = await pool.acquire(timeout=self.timeout)
         self.reached = True
         committing = asyncio.Event()
         conversation = self._transaction(connection, work, committing)
-        results: list[T] = []
+        result: T | None = None
         try:
-            results.append(await in_time(connection, conversation, self.timeout, almost_done=committing))
+            result = await in_time(connection, conversation, self.timeout, almost_done=committing)
+            return result
         finally:
             try:
-                with suppress(*self.foreign):  # the connection is dropped then, and the result stands
+                with suppress(*FOREIGN):  # the connection is dropped then, and the result stands
                     await pool.release(connection, timeout=RELEASE_S)
             except asyncio.CancelledError as cancelled:
-                for result in results:
-                    with_outcome(cancelled, result)
+                with_outcome(cancelled, result)
                 raise
-        return results[0]
 
     async def _transaction(self, connection: Any, work: Work[T], committing: asyncio.Event) -> T:
         # Limited on the server, too: if this machine vanishes, its locks vanish soon after. Constraints are checked at
@@ -146,48 +152,23 @@ class Transactions:
             result = await work(connection)
             committing.set()
             await connection.execute("COMMIT")
-        except Exception as error:
-            with suppress(*self.foreign):
-                if sqlstate_of(error) in NEW_CONNECTION:
-                    connection.terminate()
-                else:
+        except BaseException as error:
+            with suppress(*FOREIGN):
+                if isinstance(error, Exception) and sqlstate_of(error) not in NEW_CONNECTION:
                     await connection.execute("ROLLBACK")
-            raise
-        except BaseException:
-            with suppress(*self.foreign):  # `in_time` has done so, unless the whole loop is shut down
-                connection.terminate()
+                else:
+                    connection.terminate()  # if cancelled, `in_time` has done so, unless the whole loop is shut down
             raise
         return result
-
-    async def _run_outside(self, statement: str) -> None:
-        pool = await self.open_pool()
-        async with pool.acquire(timeout=self.timeout) as connection:
-            # a role's limits are meant for statements that usually take a moment
-            await connection.execute("SET statement_timeout = 0; SET lock_timeout = 0")
-            try:
-                await connection.execute(statement, timeout=INDEX_S)
-            finally:
-                with suppress(*self.foreign):
-                    await connection.execute("RESET statement_timeout; RESET lock_timeout")
 
     def _explained(self, error: Exception, verdict: Verdict) -> SinkError:
         text = f"{reason_of(error, verdict, waited_s=self.timeout)}{_HINTS.get(sqlstate_of(error) or '', '')}"
         if verdict in ("again", "busy"):
             text += f"; given up after trying for {self.retry_for:g} s"
         kind = {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)
-        explained = kind(f"{self.name}: {text}")
-        # the server's errors quote rows, and asyncpg's quote addresses with their passwords
-        is_secret = verdict == "row" or is_our_fault(error) or getattr(error, "context", None)
-        explained.__cause__ = None if is_secret else error
+        explained = kind(f"{self.pool.name}: {text}")
+        explained.__cause__ = shown_cause(error, verdict)
         return explained
-
-
-def pauses() -> Iterator[float]:
-    """Yield the seconds to wait after each failed attempt, without end."""
-    pause = FIRST_PAUSE_S
-    while True:
-        yield pause * random.uniform(0.5, 1.0)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 async def in_time(
@@ -202,10 +183,8 @@ async def in_time(
     in its `bind_execute_many`). Without a connection it waits for nothing.
     """
     task = asyncio.ensure_future(conversation)
-    late = False
     try:
         await asyncio.wait([task], timeout=timeout)
-        late = not task.done()
     except asyncio.CancelledError as cancelled:
         if almost_done.is_set():
             await asyncio.wait([task], timeout=COMMIT_S)
@@ -213,12 +192,10 @@ async def in_time(
             with_outcome(cancelled, task.result())
         raise
     finally:
-        while not task.done():
+        late = not task.done()
+        if late:
             connection.terminate()
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        failed = None if task.cancelled() else task.exception()
+            await cancel_and_wait(task)
     if late or task.cancelled():
-        raise TimeoutError from failed
+        raise TimeoutError from None if task.cancelled() else task.exception()
     return task.result()

@@ -34,8 +34,7 @@ async def store(connection: Any, table: Table, model: str, rows: Mapping[Any, Ro
             if str(key) not in found
         }
         rows = {key: row for key, row in rows.items() if str(key) in found}
-    unfit = await _store_by_halves(connection, table, model, list(rows.items()))
-    refused |= unfit
+    refused = refused | await _store_by_halves(connection, table, model, list(rows.items()))
     if table.update_only or not await connection.fetchval(_HAS_TRIGGER, table.sql_name):
         return refused
     stored = dict(await connection.fetch(statements.hashes(table), model, list(rows)))
@@ -64,7 +63,9 @@ async def _store_by_halves(connection: Any, table: Table, model: str, rows: Sequ
             continue
         row = part[0][1]
         refused[row.id] = _refusal(row, table, error)
-        if verdict_on(error) != "row" and not stored and len(refused) == _enough(rows, error):
+        # a policy may refuse all of a few rows with insufficient_privilege; missing rights were found by `prepare`
+        enough = ENOUGH_REFUSED if sqlstate_of(error) == "42501" else min(len(rows), ENOUGH_REFUSED)
+        if verdict_on(error) != "row" and not stored and len(refused) == enough:
             raise error  # no row can be written into this table any more
     return refused
 
@@ -82,11 +83,6 @@ async def _store_part(connection: Any, table: Table, model: str, rows: Sequence[
             return error
         raise
     return None
-
-
-def _enough(rows: Sequence[object], error: Exception) -> int:
-    # a policy may refuse all of a few rows with insufficient_privilege; missing rights were found by `prepare`
-    return ENOUGH_REFUSED if sqlstate_of(error) == "42501" else min(len(rows), ENOUGH_REFUSED)
 
 
 def _refusal(row: Row, table: Table, error: Any) -> RowRefusedError:
