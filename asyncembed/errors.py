@@ -40,6 +40,7 @@ All errors can be pickled and copied: they hold plain fields only.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="AsyncEmbedError")
@@ -97,22 +98,24 @@ class InvalidRecordError(InputError):
     """The record has no usable id, text or metadata, or its line in the source is broken."""
 
 
+@dataclass(eq=False, repr=False)
 class TooLongError(InputError):
     """The text has more tokens than the model accepts in one input.
 
     `tokens` is their number, or a proven lower bound of it; `limit` is the model's limit.
     """
 
-    def __init__(self, message: str, *, tokens: int, limit: int) -> None:
-        super().__init__(message)
-        self.tokens = tokens
-        self.limit = limit
+    message: InitVar[str]  # Exception.__new__ keeps it in `args`
+    _: KW_ONLY
+    tokens: int
+    limit: int
 
 
 class RejectedTextError(InputError):
     """The provider refused a request that held only this text. `__cause__` is the provider's error."""
 
 
+@dataclass(eq=False, repr=False)
 class ProviderError(AsyncEmbedError, RuntimeError):
     """A request to the provider failed.
 
@@ -121,23 +124,14 @@ class ProviderError(AsyncEmbedError, RuntimeError):
     headers (`types.Rates`), `requests` the number of requests sent.
     """
 
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    retry_after_s: float | None = None
     rates: Any = None
     requests: int = 1
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        code: str | None = None,
-        request_id: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.request_id = request_id
-        self.retry_after_s = retry_after_s
 
 
 class FatalProviderError(ProviderError):
@@ -180,6 +174,7 @@ class RateLimitedError(ProviderError):
     """429: too fast. `retry_after_s` is the wait that the provider requested, None if it named none."""
 
 
+@dataclass(eq=False, repr=False)
 class TooLargeError(ProviderError):
     """The request was refused for its size.
 
@@ -187,19 +182,10 @@ class TooLargeError(ProviderError):
     None where it named none.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        max_inputs: int | None = None,
-        max_tokens: int | None = None,
-        requested_tokens: int | None = None,
-        **fields: Any,
-    ) -> None:
-        super().__init__(message, **fields)
-        self.max_inputs = max_inputs
-        self.max_tokens = max_tokens
-        self.requested_tokens = requested_tokens
+    _: KW_ONLY
+    max_inputs: int | None = None
+    max_tokens: int | None = None
+    requested_tokens: int | None = None
 
 
 class BadRequestError(ProviderError):
@@ -210,16 +196,16 @@ class ServerError(ProviderError):
     """5xx, 408, 409, 424, 425: a retry may succeed."""
 
 
+@dataclass(eq=False, repr=False)
 class TransportError(ProviderError):
     """No complete response was received: the connection was refused, lost or cut; or, if `timed_out`, it took too long.
 
     If it was not `connected`, nothing was sent.
     """
 
-    def __init__(self, message: str, *, timed_out: bool = False, connected: bool = True, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.timed_out = timed_out
-        self.connected = connected
+    _: KW_ONLY
+    timed_out: bool = False
+    connected: bool = True
 
 
 class ProtocolError(ProviderError):
@@ -243,15 +229,16 @@ class DeadlineError(AsyncEmbedError, TimeoutError):
     """The call's deadline passed. `result` or `report` holds the work done before; nothing is left running."""
 
 
+@dataclass(eq=False, repr=False)
 class OverloadedError(AsyncEmbedError, RuntimeError):
     """More calls are waiting than `max_waiting` allows. Nothing was sent for this one.
 
     `retry_after_s` estimates in how many seconds there is room again: a web app can return it to its client.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    message: InitVar[str]
+    _: KW_ONLY
+    retry_after_s: float
 
 
 class SourceError(AsyncEmbedError):

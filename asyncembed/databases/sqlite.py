@@ -100,18 +100,20 @@ class Database:
             stop: Set when the call is cancelled, for functions that look at it.
         """
         stop = stop or StopSignal()
-        # The thread takes the function out of this list, or a cancelled call does. So the thread does not refer to it,
-        # and to its rows, for a moment longer than the caller.
-        queued = [work]
+        queued = [work]  # taken out by `_attempt`: the thread must not keep its rows for longer than the caller
+        try:
+            job = self._thread.submit(self._attempt, queued, stop)
+        except RuntimeError:  # `aclose` of another thread came in between, so there is a new executor
+            job = self._thread.submit(self._attempt, queued, stop)
         # a bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the result would be lost
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._attempt, queued, stop)
+        future = asyncio.wrap_future(job)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
                 await asyncio.wait([future])
             except asyncio.CancelledError as error:
-                if _taken_from(queued):
-                    future.cancel()
+                if job.cancel():  # it was still queued
+                    queued.clear()
                     raise
                 stop.set()  # the function ends after one statement, one commit or one attempt to get a lock
                 cancelled = error
@@ -122,8 +124,8 @@ class Database:
         raise with_outcome(cancelled, future.result())
 
     def _attempt(self, queued: list[Work[T]], stop: StopSignal) -> T:
-        work, deadline = _taken_from(queued), time.monotonic() + self._busy_timeout_s
-        while work is not None:
+        work, deadline = queued.pop(), time.monotonic() + self._busy_timeout_s
+        while True:
             stop.check()
             try:
                 with self._in_use:
@@ -133,7 +135,6 @@ class Database:
             except sqlite3.OperationalError as error:
                 if primary_code(error) not in _BUSY or time.monotonic() >= deadline:
                     raise
-        raise WorkStoppedError
 
     async def aclose(self) -> None:
         """Close the connection after the queued functions, and end the thread."""
@@ -168,13 +169,6 @@ class Database:
         if in_child:
             self._thread = _new_thread()
         self._in_use.release()
-
-
-def _taken_from(queued: list[Work[T]]) -> Work[T] | None:
-    try:
-        return queued.pop()
-    except IndexError:
-        return None
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
