@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -193,7 +193,10 @@ class _Ingestion:
             if place.pop(pending.key, None) is not None:  # popped, so that the later record takes the last place
                 self.report.skipped_count += 1
             place[pending.key] = pending
-        stored = await self._existing(wanted.values())
+        stored: set[RecordId] = set()
+        if self.skip_existing and wanted:
+            hashes = {pending.record.id: pending.content_hash for pending in wanted.values()}
+            stored = await self.sink.existing(self.embedder.model, hashes)
         texts: list[tuple[int, str]] = []
         for pending in wanted.values():
             if pending.record.id in stored:
@@ -204,12 +207,6 @@ class _Ingestion:
                 texts.append((pending.index, pending.record.text))
         self._progress()
         return unique(texts)
-
-    async def _existing(self, wanted: Collection[Pending]) -> set[RecordId]:
-        if not self.skip_existing or not wanted:
-            return set()
-        hashes = {pending.record.id: pending.content_hash for pending in wanted}
-        return await self.sink.existing(self.embedder.model, hashes)
 
     # ---- from the embedder to the sink ----
 
@@ -238,21 +235,20 @@ class _Ingestion:
                     await self._write([index for index, _ in some], rows)
 
     async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        refused: Mapping[RecordId, AsyncEmbedError] | None = None
         try:
             refused = await self.sink.write(self.embedder.model, rows)
         except asyncio.CancelledError as cancelled:
-            if outcome_of(cancelled) is not None:  # it was stored all the same
-                self._count_stored(indices, outcome_of(cancelled))
+            refused = outcome_of(cancelled)  # not None if the rows were stored all the same
             raise
-        self._count_stored(indices, refused)
-
-    def _count_stored(self, indices: Sequence[int], refused: Mapping[RecordId, AsyncEmbedError]) -> None:
-        for index in indices:
-            record = self._done(index).record
-            if record.id in refused:
-                self.report.failures.append(Failure(index, refused[record.id], record.id))
-            else:
-                self.report.success_count += 1
+        finally:
+            if refused is not None:
+                for index in indices:
+                    record = self._done(index).record
+                    if record.id in refused:
+                        self.report.failures.append(Failure(index, refused[record.id], record.id))
+                    else:
+                        self.report.success_count += 1
 
     def _done(self, index: int) -> Pending:
         """Remove a record that is stored or has failed, and release the record that is held for its key."""
