@@ -40,7 +40,7 @@ All errors can be pickled and copied: they hold plain fields only.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, Self, TypeVar
 
 E = TypeVar("E", bound="AsyncEmbedError")
@@ -130,8 +130,8 @@ class ProviderError(AsyncEmbedError, RuntimeError):
     code: str | None = None
     request_id: str | None = None
     retry_after_s: float | None = None
-    rates: Any = None
-    requests: int = 1
+    rates: Any = field(default=None, init=False)
+    requests: int = field(default=1, init=False)
 
 
 class FatalProviderError(ProviderError):
