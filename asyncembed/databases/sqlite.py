@@ -5,9 +5,8 @@ of `executemany`. While another thread computes, it gets the GIL back only 5 ms 
 2,000 rows take ten seconds. Statements here take many rows at once, and return one row that holds all results.
 `bench.busy` measures it.
 
-A `Database` runs whole functions on its thread. `aiosqlite` cannot do that: it offers one call for each statement, so
-other tasks come in between, a cancelled call returns while its statement still runs, and its thread keeps a process
-alive whose connection was not closed. All three can only be changed through its private fields.
+A `Database` runs whole functions on its thread. `aiosqlite` offers one call for each statement, so other tasks come in
+between, a cancelled call returns while its statement still runs, and its thread keeps an unclosed process alive.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ LOCK_SLICE_S = 0.05
 
 THREAD_NAME = "asyncembed-sqlite"
 
-# Result codes that mean that another connection holds a lock.
+# Another connection holds a lock.
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 _new_thread = partial(ThreadPoolExecutor, max_workers=1, thread_name_prefix=THREAD_NAME)
@@ -172,20 +171,18 @@ class Database:
 
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_forking: list[Database] = []
 _registering = threading.Lock()  # held over a fork, so that there is one at a time and no new database
 
 
 def _before_fork() -> None:
     _registering.acquire()
-    _forking.extend(_databases)
-    for database in _forking:
+    for database in _databases:
         database.before_fork()
 
 
 def _after_fork(*, in_child: bool) -> None:
-    while _forking:
-        _forking.pop().after_fork(in_child=in_child)
+    for database in _databases:
+        database.after_fork(in_child=in_child)
     _registering.release()
 
 

@@ -208,7 +208,6 @@ class _RowLines:
         first: The number of the row's first line, 0 before it is read.
         last: The number of its last line so far.
         problem: The first problem in one of its lines; None if there is none.
-        ended: Whether the file ended while the reader wanted another line.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -218,15 +217,15 @@ class _RowLines:
     def begin_row(self) -> None:
         self.first = self.last = self._size = 0
         self.problem: str | None = None
-        self.ended = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         line = next(self._lines, None)
+        if line is None and self.first:  # the reader wants another line only within quotes
+            raise self._endless()
         if line is None:
-            self.ended = True
             raise StopIteration
         self.first, self.last = self.first or line.number, line.number
         self.problem = self.problem or line.problem
@@ -234,10 +233,10 @@ class _RowLines:
         if not line.text:  # too long a line: the quotes in it are unknown
             raise InvalidRecordError(f"line {line.number}: {line.problem}; not read on from there")
         if self._size > MAX_LINE_BYTES:
-            raise self.endless()
+            raise self._endless()
         return line.text
 
-    def endless(self) -> InvalidRecordError:
+    def _endless(self) -> InvalidRecordError:
         return InvalidRecordError(f"line {self.first}: a quote is opened and not closed; not read on from there")
 
 
@@ -252,8 +251,6 @@ def _rows(lines: _RowLines) -> Iterator[tuple[list[str], str | None]]:
         except StopIteration:
             return
         except csv.Error as error:
-            if lines.ended:
-                raise lines.endless() from None
             # its messages name rules, not texts; a dash separates advice for Python programmers
             row, problem = [], lines.problem or str(error).partition(" - ")[0]
         if row or problem:
