@@ -183,8 +183,7 @@ class Table:
         """Return the content hash of each stored key."""
         self._check_created(connection)
         sql = f'''SELECT json_group_object(id, content_hash || '') FROM "{self.name}" WHERE model = ? AND {_ID_IN}'''
-        found: dict[str, str | None] = json.loads(single_value(connection, sql, (model, json.dumps(keys))))
-        return found
+        return dict(json.loads(single_value(connection, sql, (model, json.dumps(keys)))))
 
     def models(self, connection: sqlite3.Connection, *, with_rows: bool = True) -> dict[str, int]:
         """Return the models that have rows, or all that are recorded, each with the dimensions of its vectors."""
