@@ -41,16 +41,11 @@ All errors can be pickled and copied: they hold plain fields only.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, Self, TypeVar
-
-E = TypeVar("E", bound="AsyncEmbedError")
+from typing import Any, Self
 
 
-def _rebuild(cls: type[E], message: str, state: dict[str, Any]) -> E:
-    error = cls.__new__(cls)
-    Exception.__init__(error, message)
-    error.__dict__.update(state)
-    return error
+def _rebuild(cls: type[AsyncEmbedError], message: str) -> Any:
+    return cls.__new__(cls, message)
 
 
 class AsyncEmbedError(Exception):
@@ -64,13 +59,14 @@ class AsyncEmbedError(Exception):
     report: Any = None
 
     def __copy__(self) -> Self:
-        copied = _rebuild(type(self), str(self), dict(self.__dict__))
+        copied: Self = _rebuild(type(self), str(self))
+        copied.__dict__.update(self.__dict__)
         copied.__cause__ = self.__cause__
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception.__reduce__ calls __init__ with `args` alone, which loses keyword-only fields.
-        return _rebuild, (type(self), str(self), dict(self.__dict__))
+        # Exception.__reduce__ calls __init__ with `args` alone, which loses keyword-only fields
+        return _rebuild, (type(self), str(self)), self.__dict__
 
 
 class ConfigError(AsyncEmbedError, ValueError):

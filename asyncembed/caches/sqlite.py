@@ -49,8 +49,7 @@ MIN_BYTES = 1024 * 1024
 # Written in one transaction: 20 ms, for which lookups wait.
 BYTES_PER_TRANSACTION = 4 * 1024 * 1024
 
-# How long the lock of another process is waited for. It is short, because a vector that is not read or kept is only a
-# miss.
+# How long to wait for the lock of another process: short, because a vector that is not read or kept is only a miss.
 BUSY_TIMEOUT_S = 1.0
 
 # `PRAGMA application_id` identifies the files of this library (sqlite.org/pragma.html): "aemc".

@@ -127,8 +127,7 @@ class _Ingestion:
     in_flight: set[str] = field(default_factory=set)
     """The records that were passed to the embedder, by position, and their keys."""
     held: dict[str, Pending] = field(default_factory=dict)
-    """By key, the last record whose key is in flight with an earlier text. It is released when that is done."""
-    released: list[Pending] = field(default_factory=list)
+    """By key, the last record whose key is in flight with an earlier text. It is admitted when that is done."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -154,9 +153,9 @@ class _Ingestion:
                     yield ()
                     while len(self.pending) > self.embedder.max_in_flight:
                         await self._change()
-        while self.held or self.released:
+        while self.held:
             yield ()  # flush the batches that the held records wait for
-            while not self.released:
+            while self.held.keys() <= self.in_flight:
                 await self._change()
             yield await self._admit([])
 
@@ -185,8 +184,8 @@ class _Ingestion:
         return good
 
     async def _admit(self, good: list[Pending]) -> list[Text]:
-        """Return the texts of these and of all released records, except those that are stored already or held."""
-        released, self.released = self.released, []
+        """Return the texts of these records and of held ones that need not wait, except those stored already."""
+        released = [self.held.pop(key) for key in list(self.held) if key not in self.in_flight]
         wanted: dict[str, Pending] = {}
         for pending in (*released, *good):
             place = self.held if pending.key in self.in_flight else wanted
@@ -251,12 +250,9 @@ class _Ingestion:
                         self.report.success_count += 1
 
     def _done(self, index: int) -> Pending:
-        """Remove a record that is stored or has failed, and release the record that is held for its key."""
+        """Remove and return a record that is stored or has failed."""
         pending = self.pending.pop(index)
         self.in_flight.discard(pending.key)
-        held = self.held.pop(pending.key, None)
-        if held is not None:
-            self.released.append(held)
         self.changed.set()
         return pending
 
@@ -276,9 +272,9 @@ class _Ingestion:
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
         """Return the report. Records that were read and are not done have failed with the given error."""
         if error is not None and error is not self.end_early:
-            for pending in (*self.pending.values(), *self.held.values(), *self.released):
+            for pending in (*self.pending.values(), *self.held.values()):
                 self.report.failures.append(Failure(pending.index, error, pending.record.id))
-        self.pending, self.held, self.released = {}, {}, []
+        self.pending, self.held = {}, {}
         self.report.failures.sort(key=lambda failure: failure.index)
         self._progress()
         usage = self.call.usage
