@@ -85,8 +85,10 @@ async def ingest(
                     await embedder.embed_slices(slices, call, job)
                 await job.prune()
     except (SinkError, SourceError) as error:
-        error.report = job.finish(error)
-        raise
+        # of several failed writes, the first one has stopped the call, and is the error of records that were not sent
+        first = call.stopped_by if isinstance(call.stopped_by, SinkError) else error
+        first.report = job.finish(first)
+        raise first
     finally:
         if pruning is not None:
             pruning.close()
