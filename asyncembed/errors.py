@@ -40,16 +40,12 @@ All errors can be pickled and copied: they hold plain fields only.
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeVar
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from typing import Any, Self
 
-E = TypeVar("E", bound="AsyncEmbedError")
 
-
-def _rebuild(cls: type[E], message: str, state: dict[str, Any]) -> E:
-    error = cls.__new__(cls)
-    Exception.__init__(error, message)
-    error.__dict__.update(state)
-    return error
+def _rebuild(cls: type[AsyncEmbedError], message: str) -> Any:
+    return cls.__new__(cls, message)
 
 
 class AsyncEmbedError(Exception):
@@ -63,13 +59,14 @@ class AsyncEmbedError(Exception):
     report: Any = None
 
     def __copy__(self) -> Self:
-        copied = _rebuild(type(self), str(self), dict(self.__dict__))
+        copied: Self = _rebuild(type(self), str(self))
+        copied.__dict__.update(self.__dict__)
         copied.__cause__ = self.__cause__
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception.__reduce__ calls __init__ with `args` alone, which loses keyword-only fields.
-        return _rebuild, (type(self), str(self), dict(self.__dict__))
+        # Exception.__reduce__ calls __init__ with `args` alone, which loses keyword-only fields
+        return _rebuild, (type(self), str(self)), self.__dict__
 
 
 class ConfigError(AsyncEmbedError, ValueError):
@@ -97,22 +94,24 @@ class InvalidRecordError(InputError):
     """The record has no usable id, text or metadata, or its line in the source is broken."""
 
 
+@dataclass(eq=False, repr=False)
 class TooLongError(InputError):
     """The text has more tokens than the model accepts in one input.
 
     `tokens` is their number, or a proven lower bound of it; `limit` is the model's limit.
     """
 
-    def __init__(self, message: str, *, tokens: int, limit: int) -> None:
-        super().__init__(message)
-        self.tokens = tokens
-        self.limit = limit
+    message: InitVar[str]  # Exception.__new__ keeps it in `args`
+    _: KW_ONLY
+    tokens: int
+    limit: int
 
 
 class RejectedTextError(InputError):
     """The provider refused a request that held only this text. `__cause__` is the provider's error."""
 
 
+@dataclass(eq=False, repr=False)
 class ProviderError(AsyncEmbedError, RuntimeError):
     """A request to the provider failed.
 
@@ -121,23 +120,14 @@ class ProviderError(AsyncEmbedError, RuntimeError):
     headers (`types.Rates`), `requests` the number of requests sent.
     """
 
-    rates: Any = None
-    requests: int = 1
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        code: str | None = None,
-        request_id: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.request_id = request_id
-        self.retry_after_s = retry_after_s
+    message: InitVar[str]
+    _: KW_ONLY
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    retry_after_s: float | None = None
+    rates: Any = field(default=None, init=False)
+    requests: int = field(default=1, init=False)
 
 
 class FatalProviderError(ProviderError):
@@ -180,6 +170,7 @@ class RateLimitedError(ProviderError):
     """429: too fast. `retry_after_s` is the wait that the provider requested, None if it named none."""
 
 
+@dataclass(eq=False, repr=False)
 class TooLargeError(ProviderError):
     """The request was refused for its size.
 
@@ -187,19 +178,10 @@ class TooLargeError(ProviderError):
     None where it named none.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        max_inputs: int | None = None,
-        max_tokens: int | None = None,
-        requested_tokens: int | None = None,
-        **fields: Any,
-    ) -> None:
-        super().__init__(message, **fields)
-        self.max_inputs = max_inputs
-        self.max_tokens = max_tokens
-        self.requested_tokens = requested_tokens
+    _: KW_ONLY
+    max_inputs: int | None = None
+    max_tokens: int | None = None
+    requested_tokens: int | None = None
 
 
 class BadRequestError(ProviderError):
@@ -210,16 +192,16 @@ class ServerError(ProviderError):
     """5xx, 408, 409, 424, 425: a retry may succeed."""
 
 
+@dataclass(eq=False, repr=False)
 class TransportError(ProviderError):
     """No complete response was received: the connection was refused, lost or cut; or, if `timed_out`, it took too long.
 
     If it was not `connected`, nothing was sent.
     """
 
-    def __init__(self, message: str, *, timed_out: bool = False, connected: bool = True, **fields: Any) -> None:
-        super().__init__(message, **fields)
-        self.timed_out = timed_out
-        self.connected = connected
+    _: KW_ONLY
+    timed_out: bool = False
+    connected: bool = True
 
 
 class ProtocolError(ProviderError):
@@ -243,15 +225,16 @@ class DeadlineError(AsyncEmbedError, TimeoutError):
     """The call's deadline passed. `result` or `report` holds the work done before; nothing is left running."""
 
 
+@dataclass(eq=False, repr=False)
 class OverloadedError(AsyncEmbedError, RuntimeError):
     """With this call more than `max_waiting` texts would be waiting. Nothing was sent for it.
 
     `retry_after_s` estimates in how many seconds there will be room. A web app can return it to its client.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    message: InitVar[str]
+    _: KW_ONLY
+    retry_after_s: float
 
 
 class SourceError(AsyncEmbedError):

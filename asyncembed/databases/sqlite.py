@@ -5,9 +5,8 @@ of `executemany`. While another thread computes, it gets the GIL back only 5 ms 
 2,000 rows take ten seconds. Statements here take many rows at once, and return one row that holds all results.
 `bench.busy` measures it.
 
-A `Database` runs whole functions on its thread. `aiosqlite` cannot do that: it offers one call for each statement, so
-other tasks come in between, a cancelled call returns while its statement still runs, and its thread keeps a process
-alive whose connection was not closed. All three can only be changed through its private fields.
+A `Database` runs whole functions on its thread. `aiosqlite` offers one call for each statement, so other tasks come in
+between, a cancelled call returns while its statement still runs, and its thread keeps an unclosed process alive.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ LOCK_SLICE_S = 0.05
 
 THREAD_NAME = "asyncembed-sqlite"
 
-# Result codes that mean that another connection holds a lock.
+# Another connection holds a lock.
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 _new_thread = partial(ThreadPoolExecutor, max_workers=1, thread_name_prefix=THREAD_NAME)
@@ -100,18 +99,20 @@ class Database:
             stop: Set when the call is cancelled, for functions that look at it.
         """
         stop = stop or StopSignal()
-        # The thread takes the function out of this list, or a cancelled call does. So the thread keeps no reference to
-        # it, and to its rows, after the call.
-        queued = [work]
+        queued = [work]  # taken out by `_attempt`: the thread must not keep its rows for longer than the caller
+        try:
+            job = self._thread.submit(self._attempt, queued, stop)
+        except RuntimeError:  # `aclose` of another thread came in between, so there is a new executor
+            job = self._thread.submit(self._attempt, queued, stop)
         # a bare future, not a task: `asyncio.run` cancels all tasks when it ends, and the result would be lost
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._attempt, queued, stop)
+        future = asyncio.wrap_future(job)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
                 await asyncio.wait([future])
             except asyncio.CancelledError as error:
-                if _taken_from(queued):
-                    future.cancel()
+                if job.cancel():  # it was still queued
+                    queued.clear()
                     raise
                 stop.set()  # the function ends after one statement, one commit or one attempt to get a lock
                 cancelled = error
@@ -122,8 +123,8 @@ class Database:
         raise with_outcome(cancelled, future.result())
 
     def _attempt(self, queued: list[Work[T]], stop: StopSignal) -> T:
-        work, deadline = _taken_from(queued), time.monotonic() + self._busy_timeout_s
-        while work is not None:
+        work, deadline = queued.pop(), time.monotonic() + self._busy_timeout_s
+        while True:
             stop.check()
             try:
                 with self._in_use:
@@ -133,7 +134,6 @@ class Database:
             except sqlite3.OperationalError as error:
                 if primary_code(error) not in _BUSY or time.monotonic() >= deadline:
                     raise
-        raise WorkStoppedError
 
     async def aclose(self) -> None:
         """Close the connection after the queued functions, and end the thread."""
@@ -170,28 +170,19 @@ class Database:
         self._in_use.release()
 
 
-def _taken_from(queued: list[Work[T]]) -> Work[T] | None:
-    try:
-        return queued.pop()
-    except IndexError:
-        return None
-
-
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_forking: list[Database] = []
 _registering = threading.Lock()  # held over a fork, so that there is one at a time and no new database
 
 
 def _before_fork() -> None:
     _registering.acquire()
-    _forking.extend(_databases)
-    for database in _forking:
+    for database in _databases:
         database.before_fork()
 
 
 def _after_fork(*, in_child: bool) -> None:
-    while _forking:
-        _forking.pop().after_fork(in_child=in_child)
+    for database in _databases:
+        database.after_fork(in_child=in_child)
     _registering.release()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -85,8 +85,10 @@ async def ingest(
                     await embedder.embed_slices(slices, call, job)
                 await job.prune()
     except (SinkError, SourceError) as error:
-        error.report = job.finish(error)
-        raise
+        # of several failed writes, the first one has stopped the call, and is the error of records that were not sent
+        first = call.stopped_by if isinstance(call.stopped_by, SinkError) else error
+        first.report = job.finish(first)
+        raise first
     finally:
         if pruning is not None:
             pruning.close()
@@ -127,8 +129,7 @@ class _Ingestion:
     in_flight: set[str] = field(default_factory=set)
     """The records that were passed to the embedder, by position, and their keys."""
     held: dict[str, Pending] = field(default_factory=dict)
-    """By key, the last record whose key is in flight with an earlier text. It is released when that is done."""
-    released: list[Pending] = field(default_factory=list)
+    """By key, the last record whose key is in flight with an earlier text. It is admitted when that is done."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -154,9 +155,9 @@ class _Ingestion:
                     yield ()
                     while len(self.pending) > self.embedder.max_in_flight:
                         await self._change()
-        while self.held or self.released:
+        while self.held:
             yield ()  # flush the batches that the held records wait for
-            while not self.released:
+            while self.held.keys() <= self.in_flight:
                 await self._change()
             yield await self._admit([])
 
@@ -185,15 +186,18 @@ class _Ingestion:
         return good
 
     async def _admit(self, good: list[Pending]) -> list[Text]:
-        """Return the texts of these and of all released records, except those that are stored already or held."""
-        released, self.released = self.released, []
+        """Return the texts of these records and of held ones that need not wait, except those stored already."""
+        released = [self.held.pop(key) for key in list(self.held) if key not in self.in_flight]
         wanted: dict[str, Pending] = {}
         for pending in (*released, *good):
             place = self.held if pending.key in self.in_flight else wanted
             if place.pop(pending.key, None) is not None:  # popped, so that the later record takes the last place
                 self.report.skipped_count += 1
             place[pending.key] = pending
-        stored = await self._existing(wanted.values())
+        stored: set[RecordId] = set()
+        if self.skip_existing and wanted:
+            hashes = {pending.record.id: pending.content_hash for pending in wanted.values()}
+            stored = await self.sink.existing(self.embedder.model, hashes)
         texts: list[tuple[int, str]] = []
         for pending in wanted.values():
             if pending.record.id in stored:
@@ -204,12 +208,6 @@ class _Ingestion:
                 texts.append((pending.index, pending.record.text))
         self._progress()
         return unique(texts)
-
-    async def _existing(self, wanted: Collection[Pending]) -> set[RecordId]:
-        if not self.skip_existing or not wanted:
-            return set()
-        hashes = {pending.record.id: pending.content_hash for pending in wanted}
-        return await self.sink.existing(self.embedder.model, hashes)
 
     # ---- from the embedder to the sink ----
 
@@ -238,29 +236,25 @@ class _Ingestion:
                     await self._write([index for index, _ in some], rows)
 
     async def _write(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        refused: Mapping[RecordId, AsyncEmbedError] | None = None
         try:
             refused = await self.sink.write(self.embedder.model, rows)
         except asyncio.CancelledError as cancelled:
-            if outcome_of(cancelled) is not None:  # it was stored nevertheless
-                self._count_stored(indices, outcome_of(cancelled))
+            refused = outcome_of(cancelled)  # not None if the rows were stored all the same
             raise
-        self._count_stored(indices, refused)
-
-    def _count_stored(self, indices: Sequence[int], refused: Mapping[RecordId, AsyncEmbedError]) -> None:
-        for index in indices:
-            record = self._done(index).record
-            if record.id in refused:
-                self.report.failures.append(Failure(index, refused[record.id], record.id))
-            else:
-                self.report.success_count += 1
+        finally:
+            if refused is not None:
+                for index in indices:
+                    record = self._done(index).record
+                    if record.id in refused:
+                        self.report.failures.append(Failure(index, refused[record.id], record.id))
+                    else:
+                        self.report.success_count += 1
 
     def _done(self, index: int) -> Pending:
-        """Remove a record that is stored or has failed, and release the record that is held for its key."""
+        """Remove and return a record that is stored or has failed."""
         pending = self.pending.pop(index)
         self.in_flight.discard(pending.key)
-        held = self.held.pop(pending.key, None)
-        if held is not None:
-            self.released.append(held)
         self.changed.set()
         return pending
 
@@ -280,9 +274,9 @@ class _Ingestion:
     def finish(self, error: AsyncEmbedError | None) -> IngestReport:
         """Return the report. Records that were read and are not done have failed with the given error."""
         if error is not None and error is not self.end_early:
-            for pending in (*self.pending.values(), *self.held.values(), *self.released):
+            for pending in (*self.pending.values(), *self.held.values()):
                 self.report.failures.append(Failure(pending.index, error, pending.record.id))
-        self.pending, self.held, self.released = {}, {}, []
+        self.pending, self.held = {}, {}
         self.report.failures.sort(key=lambda failure: failure.index)
         self._progress()
         usage = self.call.usage

@@ -52,7 +52,7 @@ class Pruning:
         await self._run(partial(_add, keys=keys))
 
     async def finish(self, call: CallContext, unknown: int) -> int | None:
-        """Delete the rows that were not seen; return how many, or None if the pass was not complete.
+        """Delete the rows that were not seen, after a complete pass; return how many, or None if that is not safe.
 
         Args:
             call: Deleting ends when it is stopped.
@@ -61,8 +61,6 @@ class Pruning:
         Raises:
             SinkError: The store cannot be read or written; some rows may be deleted.
         """
-        if _is_stopped(call):
-            return None
         if unknown:
             logger.warning("nothing was pruned: %d records failed without an id, and any row might be theirs", unknown)
             return None
@@ -70,7 +68,7 @@ class Pruning:
         async with aclosing(in_chunks(self._sink.ids(self._model))) as slices:
             async for some in slices:
                 unseen = await self._run(partial(_unseen, ids=some))
-                if _is_stopped(call):
+                if call.stopped_by is not None:
                     break
                 if unseen:
                     deleted = await self._sink.delete(unseen, self._model)
@@ -112,10 +110,6 @@ def _unseen(connection: sqlite3.Connection, ids: Sequence[str]) -> list[str]:
         sql = f"SELECT json_group_array(hex(id)) FROM seen WHERE id IN ({placeholders(len(some))})"
         seen.update(map(bytes.fromhex, json.loads(single_value(connection, sql, tuple(some)))))
     return [id for id in ids if _key(id) not in seen]
-
-
-def _is_stopped(call: CallContext) -> bool:
-    return call.stopped_by is not None
 
 
 def _key(id: str) -> bytes:

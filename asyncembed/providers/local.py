@@ -61,9 +61,8 @@ class LocalProvider:
         return await asyncio.to_thread(self._embed, texts)
 
     def _embed(self, texts: Sequence[str]) -> Reply:
-        model = _model()
-        ids = [np.array(encoding.ids, np.int64) for encoding in _encode(model, texts)]
-        vectors = np.stack([_mean(model.embedding, row)[: self._dimensions] for row in ids])
+        ids = [np.array(encoding.ids, np.int64) for encoding in _encode(texts)]
+        vectors = np.stack([_mean(_model().embedding, row)[: self._dimensions] for row in ids])
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         np.divide(vectors, norms, out=vectors, where=norms > 0)
         return Reply(vectors, sum(map(len, ids)))
@@ -79,11 +78,11 @@ class LocalCounter:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text. Blocks, so call it in a thread."""
-        return [len(encoding.ids) for encoding in _encode(_model(), texts)]
+        return [len(encoding.ids) for encoding in _encode(texts)]
 
     def cut(self, text: str, max_tokens: int) -> str:
         """Return the beginning of the text with at most `max_tokens` tokens, but at least one character. Blocks."""
-        offsets = _encode(_model(), [text])[0].offsets
+        offsets = _encode([text])[0].offsets
         if len(offsets) <= max_tokens:
             return text
         # a character may have several tokens, and a piece by itself begins with an additional token
@@ -91,18 +90,15 @@ class LocalCounter:
 
 
 def _mean(embedding: Vectors, ids: Any) -> Vectors:
-    if not len(ids):
-        return np.zeros(embedding.shape[1], np.float32)
     total = np.zeros(embedding.shape[1], np.float32)
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         total += embedding[ids[start : start + _ROWS_AT_ONCE]].sum(axis=0)
-    mean: Vectors = total / np.float32(len(ids))
-    return mean
+    return total / np.float32(max(1, len(ids)))
 
 
-def _encode(model: Any, texts: Sequence[str]) -> Any:
+def _encode(texts: Sequence[str]) -> Any:
     # `encode`, for one text, would hold the GIL: half a second for a megabyte
-    return model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return _model().tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
 _loading = threading.Lock()

@@ -17,11 +17,12 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import ssl
 import sys
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -116,7 +117,10 @@ class OpenAIProvider:
             _check_client(client, base_url=base_url, api_key=api_key, http_client=http_client)
             self._base_url = str(client.base_url)
             self._api_key = str(getattr(client, "api_key", ""))
-        self._place = ProviderInfo(self._base_url.rstrip("/"), _identity(self._base_url, self._api_key), validates=True)
+        host, key = self._base_url.rstrip("/"), self._api_key
+        # the provider most likely counts rate limits by address and key
+        identity = host, hashlib.sha256(key.encode()).digest() if isinstance(key, str) else key
+        self._place = ProviderInfo(host, identity, validates=True)
 
     def __repr__(self) -> str:
         return f"<OpenAIProvider {self._model!r} at {self._place.host}>"
@@ -241,18 +245,15 @@ class OpenAIProvider:
         here = os.getpid(), asyncio.get_running_loop()
         client = self._clients.get(here)
         if client is None:
-            self._check_process(here[0])
+            if self._is_given and any(pid != here[0] for pid, _ in self._clients):
+                raise RequestError("the client that was passed in was used before os.fork(): make one in each process")
+            self._forget_closed_loops(here[0])
             # in a thread, because importing the SDK takes 0.7 s, and reading the system's certificates 30 ms
             client = await asyncio.to_thread(self._open, here)
         if client.closing is None and not self._is_given:
             client.closing = _closes_with_its_loop(client)
             await anext(client.closing)
         return client
-
-    def _check_process(self, pid: int) -> None:
-        if self._is_given and any(other != pid for other, _ in self._clients):
-            raise RequestError("the client that was passed in was used before os.fork(): make one in each process")
-        self._forget_closed_loops(pid)
 
     def _forget_closed_loops(self, pid: int) -> None:
         for other, loop in list(self._clients):
@@ -308,12 +309,6 @@ def _load() -> tuple[Any, Any]:
     return openai, http
 
 
-def _identity(base_url: str, api_key: ApiKey) -> Hashable:
-    """Return the address and the hashed key, by which the provider most likely counts rate limits."""
-    key = hashlib.sha256(api_key.encode()).digest() if isinstance(api_key, str) else api_key
-    return base_url.rstrip("/"), key
-
-
 def _check_client(client: Any, **others: object) -> None:
     kind = type(client).__name__
     if not (hasattr(client, "base_url") and hasattr(client, "post")):
@@ -352,8 +347,9 @@ async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:
 
 
 def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> tuple[ProviderError, bool]:
-    """Return the error of an answer, without texts and keys, and whether it is about the encoding."""
-    keys = _keys_in(response.request.headers)
+    """Return the error that an answer stands for, without texts and keys, and whether it is about the encoding."""
+    headers = response.request.headers
+    keys = [key for key in (headers.get("authorization", "").partition(" ")[2], headers.get("api-key")) if key]
     error = error_of(response.status_code, response.headers, body, keys)
     message = str(error)
     redacted = redact(message, texts, keys)
@@ -361,18 +357,8 @@ def _refusal(response: Any, body: bytes, texts: Sequence[str]) -> tuple[Provider
     if error.code and redact(error.code, texts, keys) != error.code:
         error.code = None
     error.rates = rates_of(response.headers)
-    return error, isinstance(error, BadRequestError) and _blames_encoding(message)
-
-
-def _keys_in(headers: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the keys in a request's headers."""
-    bearer = headers.get("authorization", "").partition(" ")[2]
-    return tuple(key for key in (bearer, headers.get("api-key", "")) if key)
-
-
-def _blames_encoding(message: str) -> bool:
-    message = message.lower()
-    return "encoding_format" in message or "base64" in message
+    blames_encoding = re.search("encoding_format|base64", message, re.IGNORECASE) is not None
+    return error, isinstance(error, BadRequestError) and blames_encoding
 
 
 def _transport_error(error: BaseException) -> ProviderError:

@@ -225,6 +225,7 @@ def _word(value: Any) -> str | None:
 
 def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
     """Return the seconds that an answer asks the client to wait; None without a usable value."""
+    try_again = _TRY_AGAIN.search(message)
     candidates = [
         (_float(headers.get("retry-after-ms")) or 0) / 1_000,
         _seconds_or_date(headers.get("retry-after"), headers.get("date")),
@@ -233,7 +234,7 @@ def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
             for what in ("requests", "tokens")
             if headers.get(f"x-ratelimit-remaining-{what}", "").strip() == "0"
         ),
-        _from_message(message),
+        parse_duration_s(try_again[1] if try_again else None),
     ]
     for seconds in candidates:
         if seconds is not None and 0 < seconds < float("inf"):
@@ -292,8 +293,3 @@ def parse_duration_s(value: str | None) -> float | None:
     number = _float(value)
     # a date as seconds since 1970 is no duration
     return number if number is not None and 0 <= number < 1e8 else None
-
-
-def _from_message(message: str) -> float | None:
-    match = _TRY_AGAIN.search(message)
-    return parse_duration_s(match[1]) if match else None

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeAlias, TypeVar
@@ -92,14 +92,17 @@ class Sources:
             await self.check()
         self._read_bytes, self._read_records, self._finished = 0, 0, False
         groups = self._groups()
+        reading = _in_thread(lambda: next(groups, None))
         try:
-            while (group := await _next(groups)) is not None:
+            while (group := await asyncio.wrap_future(reading)) is not None:
                 self._read_records += len(group)
                 for record in group:
                     yield record
+                reading = _in_thread(lambda: next(groups, None))
             self._finished = True
         finally:
-            _close(groups)
+            # closes the file that is being read: now, or when the thread that reads it is done
+            reading.add_done_callback(lambda _: groups.close())
 
     def _check(self, target: str | None) -> None:
         forbidden = _status(target) if target is not None else None
@@ -256,22 +259,6 @@ def _opened(path: str) -> AbstractContextManager[Any]:
         # unbuffered: a read returns what the pipe has, and a thread that waits in it does not block the exit
         return nullcontext(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
     return open(path, "rb", buffering=0)
-
-
-async def _next(groups: Generator[list[RecordOrError], None, None]) -> list[RecordOrError] | None:
-    """Compute the next group in a thread; return None at the end."""
-    future = _in_thread(lambda: next(groups, None))
-    try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
-        future.add_done_callback(lambda _: _close(groups))
-        raise
-
-
-def _close(groups: Generator[list[RecordOrError], None, None]) -> None:
-    """Close the file that is being read. If a thread is still reading it, `_next` closes it when the thread is done."""
-    with suppress(ValueError):
-        groups.close()
 
 
 def _in_thread(work: Callable[[], _T]) -> Future[_T]:

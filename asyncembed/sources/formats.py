@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, Final, TypeAlias
 
 import jiter
@@ -58,13 +58,12 @@ def line_blocks(read: Callable[[], bytes]) -> Iterator[list[RawLine]]:
         lines: list[RawLine] = []
         if whole:
             unfinished.add(whole[0])
-            lines = [(number, unfinished.take()), *enumerate(whole[1:], start=number + 1)]
+            lines = [unfinished.take(number), *enumerate(whole[1:], start=number + 1)]
         unfinished.add(rest)
-        yield _without_mark(lines) if number == 1 else lines
+        yield lines
         number += len(lines)
     if unfinished.size:
-        lines = [(number, unfinished.take())]
-        yield _without_mark(lines) if number == 1 else lines
+        yield [unfinished.take(number)]
 
 
 @dataclass(slots=True)
@@ -81,25 +80,19 @@ class _UnfinishedLine:
         elif piece:
             self.pieces.append(piece)
 
-    def take(self) -> bytes | None:
+    def take(self, number: int) -> RawLine:
         line = None if self.size > MAX_LINE_BYTES else b"".join(self.pieces)
         self.size, self.pieces = 0, []
-        return line
-
-
-def _without_mark(lines: list[RawLine]) -> list[RawLine]:
-    raw = lines[0][1] if lines else None
-    if raw is None:
-        return lines
-    if raw.startswith(_UTF16_MARKS):
-        raise InvalidRecordError("is UTF-16; convert it to UTF-8")
-    return [(1, raw.removeprefix(_UTF8_MARK)), *lines[1:]]
+        if number == 1 and line is not None:
+            if line.startswith(_UTF16_MARKS):
+                raise InvalidRecordError("is UTF-16; convert it to UTF-8")
+            line = line.removeprefix(_UTF8_MARK)
+        return number, line
 
 
 def text_lines(blocks: Iterator[list[RawLine]]) -> Iterator[Line]:
     """Yield the decoded lines with their line ends; one that is not text has a `problem`."""
-    for number, raw in chain.from_iterable(blocks):
-        yield _decoded(number, raw)
+    return starmap(_decoded, chain.from_iterable(blocks))
 
 
 def _decoded(number: int, raw: bytes | None) -> Line:
@@ -215,7 +208,6 @@ class _RowLines:
         first: The number of the row's first line, 0 before it is read.
         last: The number of its last line so far.
         problem: The first problem in one of its lines; None if there is none.
-        ended: Whether the file ended while the reader wanted another line.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -225,15 +217,15 @@ class _RowLines:
     def begin_row(self) -> None:
         self.first = self.last = self._size = 0
         self.problem: str | None = None
-        self.ended = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         line = next(self._lines, None)
+        if line is None and self.first:  # the reader wants another line only within quotes
+            raise self._endless()
         if line is None:
-            self.ended = True
             raise StopIteration
         self.first, self.last = self.first or line.number, line.number
         self.problem = self.problem or line.problem
@@ -241,10 +233,10 @@ class _RowLines:
         if not line.text:  # too long a line: the quotes in it are unknown
             raise InvalidRecordError(f"line {line.number}: {line.problem}; not read on from there")
         if self._size > MAX_LINE_BYTES:
-            raise self.endless()
+            raise self._endless()
         return line.text
 
-    def endless(self) -> InvalidRecordError:
+    def _endless(self) -> InvalidRecordError:
         return InvalidRecordError(f"line {self.first}: a quote is opened and not closed; not read on from there")
 
 
@@ -259,8 +251,6 @@ def _rows(lines: _RowLines) -> Iterator[tuple[list[str], str | None]]:
         except StopIteration:
             return
         except csv.Error as error:
-            if lines.ended:
-                raise lines.endless() from None
             # its messages name rules, not texts; a dash separates advice for Python programmers
             row, problem = [], lines.problem or str(error).partition(" - ")[0]
         if row or problem:

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncembed.caches.sqlite import MIN_BYTES, SQLiteCache
-from asyncembed.caches.sqlite_file import APPLICATION_ID, PAGE_BYTES, ROW_BYTES, CacheFile, parts
+from asyncembed.caches.sqlite import APPLICATION_ID, MIN_BYTES, PAGE_BYTES, ROW_BYTES, CacheFile, SQLiteCache, parts
 from asyncembed.errors import AsyncEmbedError, ConfigError
 from tests.caches.keys import key_of, vector
 from tests.steps import Steps

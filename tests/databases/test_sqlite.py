@@ -7,9 +7,11 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,22 @@ async def test_a_database_is_opened_again_after_it_was_closed(path: Path) -> Non
     await database.run(insert)
     await database.aclose()
     assert await database.run(count) == 2
+    await database.aclose()
+
+
+async def test_a_call_succeeds_if_another_thread_closes_the_database_at_the_same_moment(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, ended = Database(at(path)), ThreadPoolExecutor()
+    ended.shutdown()
+    submit = ThreadPoolExecutor.submit
+
+    def closed_meanwhile(self: ThreadPoolExecutor, *args: Any) -> Any:
+        monkeypatch.undo()
+        return submit(ended, *args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", closed_meanwhile)
+    assert await database.run(count) == 0
     await database.aclose()
 
 

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -48,15 +49,11 @@ class SinkFile:
         self._owner = owner
         self._busy_timeout = busy_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._identity = _FileIdentity(path)
-        if path is None:
-            self._writer = Database(partial(_open, "file::memory:", self._identity, writes=True), is_private=True)
-            self._reader = self._writer
-        else:
-            open_writer = partial(_open, f"{path.as_uri()}?mode=rwc", self._identity, writes=True)
-            open_reader = partial(_open, f"{path.as_uri()}?mode=rw", self._identity, writes=False)
-            self._writer = Database(open_writer, busy_timeout_s=busy_timeout)
-            self._reader = Database(open_reader, busy_timeout_s=busy_timeout)
+        self._identity = _FileIdentity(path, shown)
+        uri = "file::memory:" if path is None else path.as_uri()
+        make = partial(Database, busy_timeout_s=busy_timeout, is_private=path is None)
+        self._writer = make(partial(_open, f"{uri}?mode=rwc", self._identity, writes=True))
+        self._reader = make(partial(_open, f"{uri}?mode=rw", self._identity, writes=False)) if path else self._writer
 
     def __del__(self) -> None:
         was_open = self._writer.close(), self._reader.close()
@@ -79,7 +76,7 @@ class SinkFile:
         """Close the connections after the work under way. A later call opens them again."""
         await self._writer.aclose()
         await self._reader.aclose()
-        self._identity.forget()
+        self._identity.opened = None
 
     async def _run(self, database: Database, work: Work[T], stop: StopSignal | None = None) -> T:
         def checked(connection: sqlite3.Connection) -> T:
@@ -92,10 +89,6 @@ class SinkFile:
             return await database.run(checked, stop)
         except sqlite3.Error as error:
             raise self._explained(error, writing=database is self._writer) from error
-        except _MovedError:
-            raise SinkError(
-                f"{self._shown} was moved, replaced or deleted while it was open: close the sink, and run again"
-            ) from None
 
     def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -122,31 +115,28 @@ def _why_not_opened(path: Path, writing: bool) -> str:
     return "cannot be opened: let this user read and write it, and its folder"
 
 
-class _MovedError(Exception):
-    """The path leads to another file than when it was opened, so the written file will not be found."""
-
-
+@dataclass(slots=True)
 class _FileIdentity:
     """Which file a path led to when it was opened. SQLite compares it, too, but not if there is a write-ahead log."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._opened: tuple[int, int] | None = None
+    path: Path | None
+    shown: str
+    opened: tuple[int, int] | None = None
 
     def remember(self) -> None:
-        self._opened = self._opened or self._now()
-
-    def forget(self) -> None:
-        self._opened = None
+        self.opened = self.opened or self.now()
 
     def check(self) -> None:
-        if self._opened is not None and self._opened != self._now():
-            raise _MovedError
+        """Raise SinkError if the path leads to another file now, so that the written one will not be found."""
+        if self.opened is not None and self.opened != self.now():
+            raise SinkError(
+                f"{self.shown} was moved, replaced or deleted while it was open: close the sink, and run again"
+            )
 
-    def _now(self) -> tuple[int, int] | None:
-        if self._path is not None:
-            with suppress(OSError):
-                found = os.stat(self._path)
+    def now(self) -> tuple[int, int] | None:
+        with suppress(OSError):
+            if self.path is not None:
+                found = os.stat(self.path)
                 return found.st_dev, found.st_ino
         return None
 

@@ -10,7 +10,6 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -103,8 +102,7 @@ class Table:
 
     def touch(self, connection: sqlite3.Connection) -> None:
         """Write an unchanged value: BEGIN IMMEDIATE alone does not fail if the file is read-only."""
-        version = single_value(connection, "PRAGMA user_version")
-        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute(f"PRAGMA user_version = {single_value(connection, 'PRAGMA user_version')}")
 
     def _describe(self, connection: sqlite3.Connection) -> tuple[list[list[Any]], bool]:
         columns, has_models = connection.execute(_DESCRIBE, (self.name,)).fetchone()
@@ -144,23 +142,21 @@ class Table:
         for batch in batched(rows.items(), size):
             check()
             refused |= self._upsert_batch(connection, model, batch, now)
-        return refused | self._left_out(connection, model, rows, refused)
-
-    def _left_out(
-        self, connection: sqlite3.Connection, model: str, rows: Mapping[str, Row], refused: contract.Refusals
-    ) -> contract.Refusals:
-        """Return the rows that a trigger has left out by RAISE(IGNORE), which raises no error."""
+        # a trigger may leave rows out by RAISE(IGNORE), which raises no error
         sql = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE)"
         if not single_value(connection, sql, (self.name,)):
-            return {}
-        return contract.left_out(rows, refused, self.hashes(connection, model, list(rows)), self.where)
+            return refused
+        return refused | contract.left_out(rows, refused, self.hashes(connection, model, list(rows)), self.where)
 
     def _upsert_batch(
         self, connection: sqlite3.Connection, model: str, rows: Sequence[tuple[str, Row]], now: str
     ) -> contract.Refusals:
-        values = chain.from_iterable(_values(key, model, row, now) for key, row in rows)
+        values: list[object] = []
+        for key, row in rows:
+            vector = contract.little_endian(row.vector)
+            values += (key, model, row.content_hash, vector, row.text, row.metadata, now, now)
         try:
-            connection.execute(self._upsert_sql(len(rows)), list(values))
+            connection.execute(self._upsert_sql(len(rows)), values)
             return {}
         except _REFUSED as error:
             if not connection.in_transaction:
@@ -187,24 +183,20 @@ class Table:
         """Return the content hash of each stored key."""
         self._check_created(connection)
         sql = f'''SELECT json_group_object(id, content_hash || '') FROM "{self.name}" WHERE model = ? AND {_ID_IN}'''
-        found: dict[str, str | None] = json.loads(single_value(connection, sql, (model, json.dumps(keys))))
-        return found
+        return dict(json.loads(single_value(connection, sql, (model, json.dumps(keys)))))
 
-    def models(self, connection: sqlite3.Connection) -> dict[str, int]:
-        """Return the models that have rows, each with the dimensions of its vectors."""
-        return self._recorded(
-            connection, f'AND EXISTS (SELECT 1 FROM "{self.name}" AS stored WHERE stored.model = known.model)'
-        )
+    def models(self, connection: sqlite3.Connection, *, with_rows: bool = True) -> dict[str, int]:
+        """Return the models that have rows, or all that are recorded, each with the dimensions of its vectors."""
+        self._check_created(connection)
+        sql = f"SELECT model, dimensions FROM {contract.MODELS_TABLE} AS known WHERE table_name = ?"
+        if with_rows:
+            sql += f' AND EXISTS (SELECT 1 FROM "{self.name}" AS stored WHERE stored.model = known.model)'
+        return dict(connection.execute(sql, (self.name,)))
 
     def candidates(self, connection: sqlite3.Connection, model: str | None) -> dict[str, int]:
         """Return the models that a search can mean: as `models`, but looking for rows only if the choice needs it."""
-        recorded = self._recorded(connection)
+        recorded = self.models(connection, with_rows=False)
         return recorded if model in recorded or len(recorded) < 2 else self.models(connection)
-
-    def _recorded(self, connection: sqlite3.Connection, condition: str = "") -> dict[str, int]:
-        self._check_created(connection)
-        sql = f"SELECT model, dimensions FROM {contract.MODELS_TABLE} AS known WHERE table_name = ? {condition}"
-        return dict(connection.execute(sql, (self.name,)))
 
     def rank_slice(self, connection: sqlite3.Connection, model: str, ranking: Ranking, after: int) -> int | None:
         """Offer the next rows after the given rowid to the ranking; return their last rowid, None at the end."""
@@ -220,8 +212,8 @@ class Table:
         if unfit is not None:
             raise SinkError(self._unfit_row(connection, unfit, ranking.dimensions))
         if count:
-            vectors = np.frombuffer(_bytes_of(blobs), "<f4").reshape(count, ranking.dimensions)
-            ranking.offer(json.loads(ids), vectors)
+            vectors = np.frombuffer(bytes.fromhex(blobs) if isinstance(blobs, str) else blobs, "<f4")
+            ranking.offer(json.loads(ids), vectors.reshape(count, ranking.dimensions))
         return int(last) if count == limit else None
 
     def _unfit_row(self, connection: sqlite3.Connection, rowid: int, dimensions: int) -> str:
@@ -268,21 +260,12 @@ class Table:
             raise SinkConfigError(f"{self.where} does not exist yet: ingest into it first")
 
 
-def _values(key: str, model: str, row: Row, now: str) -> tuple[object, ...]:
-    return key, model, row.content_hash, contract.little_endian(row.vector), row.text, row.metadata, now, now
-
-
 def _as_text(column: str) -> str:
     # only another program stores blobs there, and JSON has no bytes
     return f"CASE typeof({column}) WHEN 'blob' THEN NULL ELSE {column} END"
 
 
 def _concatenated(connection: sqlite3.Connection, column: str) -> str:
-    """Return SQL for the concatenated bytes of a column of blobs; `_bytes_of` decodes its value."""
-    if single_value(connection, "PRAGMA encoding") == "UTF-8":
-        return concatenated(column)
-    return f"group_concat(hex({column}), '')"  # the user's file is in UTF-16: hexadecimal digits, which takes longer
-
-
-def _bytes_of(value: bytes | str) -> bytes:
-    return bytes.fromhex(value) if isinstance(value, str) else value
+    """Return SQL for the concatenated bytes of a column; as hexadecimal text in a UTF-16 file, which takes longer."""
+    is_utf8 = single_value(connection, "PRAGMA encoding") == "UTF-8"
+    return concatenated(column) if is_utf8 else f"group_concat(hex({column}), '')"
