@@ -121,10 +121,11 @@ class _Lookup:
 
 @dataclass(slots=True, eq=False)
 class _LookupQueue:
-    """The lookups of one event loop that have no outcome yet; the holder of the lock reads for all of them."""
+    """The lookups of one event loop that have no outcome yet; one of them reads for all."""
 
-    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: set[_Lookup] = field(default_factory=set)
+    read_ended: asyncio.Event | None = None
+    """Set when the current read ends; None if there is none."""
 
 
 class SQLiteCache:
@@ -166,16 +167,26 @@ class SQLiteCache:
         queue, lookup = self._queues.get(), _Lookup(keys)
         queue.waiting.add(lookup)
         try:
-            async with queue.reading:
-                if lookup.outcome is None:
-                    await asyncio.sleep(0)  # lookups that start at the same time join this read
-                    await self._answer(queue.waiting)
+            while lookup.outcome is None:
+                if queue.read_ended is None:
+                    await self._read(queue)
+                else:  # an event resumes all at once, a lock one by one: then callers would share fewer requests
+                    await queue.read_ended.wait()
         finally:
             queue.waiting.discard(lookup)  # if it was cancelled
         if isinstance(lookup.outcome, AsyncEmbedError):
             raise copy.copy(lookup.outcome)  # each call raises its own error, since raising adds a traceback
         assert lookup.outcome is not None
         return lookup.outcome
+
+    async def _read(self, queue: _LookupQueue) -> None:
+        queue.read_ended = ended = asyncio.Event()
+        try:
+            await asyncio.sleep(0)  # lookups that start at the same time join this read
+            await self._answer(queue.waiting)
+        finally:
+            queue.read_ended = None
+            ended.set()
 
     async def _answer(self, waiting: set[_Lookup]) -> None:
         """Give all waiting lookups their outcome, by one read."""

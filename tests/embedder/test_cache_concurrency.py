@@ -73,6 +73,12 @@ async def test_embed_one_does_not_wait_for_a_job() -> None:
     assert_vectors((await job).embeddings, many())
 
 
+async def test_calls_that_miss_a_cache_file_together_share_one_request(tmp_path: Path) -> None:
+    embedder, provider = make_cached(SQLiteCache(tmp_path / "cache"), latency_s=0)
+    await asyncio.gather(*[embedder.embed_one(f"text {number % 3}") for number in range(1_000)])
+    assert provider.requests == [["text 0", "text 1", "text 2"]]
+
+
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("at", [0.5, 1.5, 2.5])
 async def test_a_fatal_error_keeps_hits_and_finished_texts(at: float) -> None:
