@@ -30,17 +30,11 @@ _INTEGER = re.compile(r"-?[0-9]{1,20}")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column as the catalog has it.
+    """One column as the catalog has it."""
 
-    Attributes:
-        type: Its type without a modifier.
-        size: n of `vector(n)` and `varchar(n)`; None if it is not limited.
-        required: Whether an INSERT must give a value.
-    """
-
-    type: str
-    size: int | None
-    required: bool
+    type: str  # without a modifier
+    size: int | None  # n of `vector(n)` and `varchar(n)`; None if it is not limited
+    required: bool  # whether an INSERT must give a value
 
 
 def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
@@ -63,23 +57,14 @@ def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table as the user described it.
+    """The table as the user described it."""
 
-    Attributes:
-        schema: None for the first one on the search_path.
-        name: Without the schema.
-        columns: The name of the column for each role.
-        ours: Whether it has our columns, and the sizes of its vectors are recorded in a second table.
-        update_only: Whether existing rows are filled, and none is inserted.
-        where: Table and database, for messages.
-    """
-
-    schema: str | None
-    name: str
-    columns: Mapping[str, str]
-    ours: bool
-    update_only: bool
-    where: str
+    schema: str | None  # None for the first one on the search_path
+    name: str  # without the schema
+    columns: Mapping[str, str]  # the name of the column for each role
+    ours: bool  # whether it has our columns, and the sizes of its vectors are recorded in a second table
+    update_only: bool  # whether existing rows are filled, and none is inserted
+    where: str  # table and database, for messages
 
     @property
     def sql_name(self) -> str:
@@ -94,21 +79,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Table(Target):
-    """A target that was found in the database.
-
-    Attributes:
-        schema: The table's.
-        extension: pgvector.
-        catalog: All columns, by name.
-        unique: The columns of each unique index that ON CONFLICT can use.
-        has_models: Whether the second table exists.
-    """
+    """A target that was found in the database."""
 
     schema: str
     extension: Extension
-    catalog: Mapping[str, Column]
-    unique: tuple[frozenset[str], ...]
-    has_models: bool
+    catalog: Mapping[str, Column]  # all columns, by name
+    unique: tuple[frozenset[str], ...]  # the columns of each unique index that ON CONFLICT can use
+    has_models: bool  # whether the second table exists
 
     @property
     def sql_models(self) -> str:

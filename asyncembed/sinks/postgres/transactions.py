@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ...concurrency import cancel_and_wait, with_outcome
 from ...databases.postgres import FOREIGN
-from ...databases.postgres_errors import NEW_CONNECTION, Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
+from ...databases.postgres_errors import Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 from .pool import LoopPool
 
@@ -50,19 +50,12 @@ _HINTS = {
 
 @dataclass(slots=True)
 class Transactions:
-    """Runs work in transactions.
-
-    Attributes:
-        pool: The sink's connections.
-        timeout: Seconds for a connection to become free, and again for one attempt.
-        retry_for: Seconds after which no further attempt begins.
-        reached: Whether the server has ever answered. If so, it is waited for while it does not answer.
-    """
+    """Runs work in transactions."""
 
     pool: LoopPool
-    timeout: float
-    retry_for: float
-    reached: bool = False
+    timeout: float  # seconds for a connection to become free, and again for one attempt
+    retry_for: float  # seconds after which no further attempt begins
+    reached: bool = False  # whether the server has ever answered; only then it is waited for
 
     async def run(self, work: Work[T], *, again: Container[str | None] = ()) -> T:
         """Return the result of the work, once its transaction is committed.
@@ -154,7 +147,8 @@ class Transactions:
             await connection.execute("COMMIT")
         except BaseException as error:
             with suppress(*FOREIGN):
-                if isinstance(error, Exception) and sqlstate_of(error) not in NEW_CONNECTION:
+                # after a failover (25006, read-only) only a new connection leads to the new primary
+                if isinstance(error, Exception) and sqlstate_of(error) != "25006":
                     await connection.execute("ROLLBACK")
                 else:
                     connection.terminate()  # if cancelled, `in_time` has done so, unless the whole loop is shut down
