@@ -79,7 +79,7 @@ class Bar(Display):
 
 
 @contextmanager
-def display(*, silent: bool) -> Iterator[Display]:
+def show(*, silent: bool) -> Iterator[Display]:
     """Yield the display that suits standard error. The library's warnings are shown there as well."""
     if silent or sys.stderr is None or not sys.stderr.isatty():
         shown = Display() if silent else Lines()

@@ -58,6 +58,8 @@ class PostgresSource:
         id_field: str = "id",
         text_field: str = "text",
     ) -> None:
+        if not isinstance(dsn_or_pool, str | Pool):
+            raise ConfigError(f"a PostgresSource takes an address or an asyncpg Pool, not {type(dsn_or_pool).__name__}")
         if not query.strip():
             raise ConfigError("the query is empty")
         self._from = dsn_or_pool

@@ -65,6 +65,10 @@ class PostgresSink:
         timeout: float = 60.0,
         retry_for: float = 120.0,
     ) -> None:
+        if not isinstance(dsn_or_pool, str | Pool):
+            raise SinkConfigError(
+                f"a PostgresSink takes an address or an asyncpg.Pool, not a {type(dsn_or_pool).__name__}"
+            )
         if pool_size < 1 or not timeout > 0 or not retry_for >= 0:
             raise SinkConfigError(
                 f"pool_size={pool_size}, timeout={timeout}, retry_for={retry_for}: a pool has at least 1 connection, "
