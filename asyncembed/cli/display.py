@@ -50,7 +50,6 @@ class Lines(Display):
         self._last_s = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Print a line if the last one is LINE_EVERY_S ago."""
         if progress.elapsed_s - self._last_s >= LINE_EVERY_S:
             self._last_s = progress.elapsed_s
             self.say(str(progress))
@@ -67,7 +66,6 @@ class Bar(Display):
         self._task = progress.add_task("", total=None)
 
     def update(self, progress: Progress) -> None:
-        """Redraw the bar."""
         rate = progress.done / progress.elapsed_s if progress.elapsed_s else 0.0
         total = "" if progress.total is None else f" of {progress.total:,}"
         failed = f", {progress.failed:,} failed" if progress.failed else ""

@@ -38,11 +38,7 @@ class Column:
 
 
 def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
-    """Return the name of the column for each role; by default each role is a name.
-
-    Raises:
-        SinkConfigError: A role or a name is not valid, or id or embedding is missing.
-    """
+    """Return the name of the column for each role, by default its own; raise SinkConfigError if they are not valid."""
     if columns is None:
         if update_only:
             raise SinkConfigError("update_only needs columns=, the names of your table's columns")
@@ -145,11 +141,10 @@ class Table(Target):
         missing = sorted(name for name in self.columns.values() if name not in self.catalog)
         if missing:
             raise SinkConfigError(f"{self.where} has no columns {missing}; it has {sorted(self.catalog)}")
-        problems = [*self._type_problems(), *(() if self.update_only else self._insert_problems())]
-        if problems:
+        if problems := list(self._problems()):
             raise SinkConfigError(f"{self.where} does not fit: {'; '.join(problems)}")
 
-    def _type_problems(self) -> Iterable[str]:
+    def _problems(self) -> Iterable[str]:
         if self.vector_type not in MAX_INDEXED:
             yield f"{self.columns['embedding']} is {self.vector_type}, not vector or halfvec"
         if self.id_type not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
@@ -157,8 +152,8 @@ class Table(Target):
         for role, types in _TYPES.items():
             if role in self.columns and self._column(role).type not in types:
                 yield f"{self.columns[role]} is {self._column(role).type}, not {types[0]}"
-
-    def _insert_problems(self) -> Iterable[str]:
+        if self.update_only:
+            return  # no row is inserted
         if set(self.key) not in self.unique:
             yield f"it has no unique index on exactly ({', '.join(sorted(self.key))})"
         given = {self.columns[role] for role in (*self.written_roles, *self.clock_roles)}

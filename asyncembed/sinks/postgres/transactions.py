@@ -60,22 +60,14 @@ class Transactions:
     async def run(self, work: Work[T], *, again: Container[str | None] = ()) -> T:
         """Return the result of the work, once its transaction is committed.
 
-        Args:
-            work: May run several times.
-            again: SQLSTATEs after which it is repeated, whatever they usually mean.
-
-        Raises:
-            SinkError: Nothing of it is known to be stored.
+        It is repeated after errors that may pass, and after the SQLSTATEs in `again`, whatever they usually mean. Then
+        a SinkError is raised: nothing of it is known to be stored.
         """
         deadline = asyncio.get_running_loop().time() + self.retry_for
         return await self._repeated(partial(self._attempt, work), deadline, again)
 
     async def run_outside(self, statements: Callable[[], Awaitable[Sequence[str]]]) -> None:
-        """Run statements outside of transactions, however long each takes.
-
-        Args:
-            statements: Returns them; called again after a failure that may pass.
-        """
+        """Run statements outside of transactions, however long each takes; get them again after a failure."""
 
         async def attempt() -> None:
             planned = await statements()
@@ -110,7 +102,8 @@ class Transactions:
             deadline = clock() + self.retry_for if deadline is None else deadline
             pause = longest_pause * random.uniform(0.5, 1.0)
             if verdict not in ("again", "busy") or clock() + pause > deadline:
-                raise self._explained(failure, verdict)  # outside of `except`, so that it has no context
+                # outside of `except`, so that it has no context
+                raise self._explained(failure, verdict) from shown_cause(failure, verdict)
             await asyncio.sleep(pause)
             longest_pause = min(2 * longest_pause, LONGEST_PAUSE_S)
 
@@ -160,9 +153,7 @@ class Transactions:
         if verdict in ("again", "busy"):
             text += f"; given up after trying for {self.retry_for:g} s"
         kind = {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)
-        explained = kind(f"{self.pool.name}: {text}")
-        explained.__cause__ = shown_cause(error, verdict)
-        return explained
+        return kind(f"{self.pool.name}: {text}")
 
 
 async def in_time(
