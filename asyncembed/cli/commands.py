@@ -18,33 +18,10 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 import click
 
-from .. import Embedder, __version__, ingest, models, open_sink
-from ..errors import (
-    AsyncEmbedError,
-    AuthenticationError,
-    ConfigError,
-    InputError,
-    NotFoundError,
-    PermissionDeniedError,
-    RequestError,
-    SinkConfigError,
-)
+from .. import Embedder, __version__, errors, ingest, models, open_sink
 from ..report import IngestReport
 from ..sources import SUFFIXES
-from .display import (
-    display,
-    error_document,
-    failure_lines,
-    flush_out,
-    hit_lines,
-    message_of,
-    plan_document,
-    print_error,
-    print_json,
-    print_out,
-    report_document,
-    with_total,
-)
+from . import display
 from .signals import Interrupts
 from .sources import FilesAndQueries
 
@@ -55,8 +32,8 @@ DEFAULT_MODEL: Final = "text-embedding-3-small"
 # More than any model accepts, and no more than the splitter can count.
 MAX_CHUNK_TOKENS: Final = 1_000_000
 
-# Errors that a rerun of the same command would meet again.
-_LASTING: Final = (AuthenticationError, PermissionDeniedError, NotFoundError, RequestError)
+# The same command would meet these again.
+_LASTING: Final = (errors.AuthenticationError, errors.PermissionDeniedError, errors.NotFoundError, errors.RequestError)
 
 _AGAIN: Final = "run the same command again to go on: stored records are skipped"
 _FINISHING: Final = (
@@ -117,15 +94,15 @@ def _exits(report: Mapping[str, Any]) -> Callable[[_Command], _Command]:
         def run(*, as_json: bool, **options: Any) -> NoReturn:
             try:
                 code = asyncio.run(work(as_json=as_json, **options))
-                flush_out()
+                display.flush_out()
             except KeyboardInterrupt:
                 code = INTERRUPTED
-            except AsyncEmbedError as error:
+            except errors.AsyncEmbedError as error:
                 if as_json:
-                    with suppress(AsyncEmbedError):  # standard output may be the reason of the error
-                        print_json({**report, "error": error_document(error)})
-                        flush_out()
-                print_error(f"asyncembed: {message_of(error)}")
+                    with suppress(errors.AsyncEmbedError):  # standard output may be the reason of the error
+                        display.print_json({**report, "error": display.error_document(error)})
+                        display.flush_out()
+                display.print_error(f"asyncembed: {display.message_of(error)}")
                 code = _code(error)
             sys.exit(code)
 
@@ -134,8 +111,8 @@ def _exits(report: Mapping[str, Any]) -> Callable[[_Command], _Command]:
     return decorated
 
 
-def _code(error: AsyncEmbedError) -> int:
-    return MISUSED if isinstance(error, ConfigError | SinkConfigError | InputError) else FAILED
+def _code(error: errors.AsyncEmbedError) -> int:
+    return MISUSED if isinstance(error, errors.ConfigError | errors.SinkConfigError | errors.InputError) else FAILED
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -152,7 +129,7 @@ def command() -> None:
 @_source_options
 @_provider_options
 @click.option("--prune", is_flag=True, help="At the end delete rows of this model in TARGET that no SOURCE has.")
-@_exits(report_document(IngestReport(), None, None))
+@_exits(display.report_document(IngestReport(), None, None))
 async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **options: Any) -> int:
     """Embed the records of SOURCE... and store them in TARGET.
 
@@ -165,10 +142,10 @@ async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **
         path = target.removeprefix("sqlite:///")
         await sources.check(None if "://" in path else path)
         if prune and sources.empty_folders:
-            raise ConfigError(
+            raise errors.ConfigError(
                 f"{sources.empty_folders[0]} holds no file to read, and so nothing is pruned: is it mounted?"
             )
-        with display(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
+        with display.show(silent=as_json) as shown, Interrupts(lambda: shown.say(_FINISHING)) as interrupts:
             for folder in sources.empty_folders:
                 shown.say(f"{folder}: no file in it ends in one of {' '.join(sorted(SUFFIXES))}")
             run = ingest(
@@ -176,7 +153,7 @@ async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **
                 embedder,
                 sink,
                 prune=prune,
-                on_progress=lambda progress: shown.update(with_total(progress, sources.expected())),
+                on_progress=lambda progress: shown.update(display.with_total(progress, sources.expected())),
                 stop=interrupts.stop,
             )
             try:
@@ -188,7 +165,7 @@ async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **
                 return interrupts.exit_code
     received = interrupts.received
     if as_json:
-        print_json(report_document(report, None if received is None else received.name, error))
+        display.print_json(display.report_document(report, None if received is None else received.name, error))
     else:
         _print_report(report, received, error)
     if received is not None:
@@ -198,26 +175,26 @@ async def ingest_command(target: str, model: str, prune: bool, as_json: bool, **
     return FAILED if report.failures else OK
 
 
-async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport, AsyncEmbedError | None]:
+async def _outcome(run: Coroutine[Any, Any, IngestReport]) -> tuple[IngestReport, errors.AsyncEmbedError | None]:
     """Return the report, and the error that ended the run; raise an error that came before the first record."""
     try:
         return await run, None
-    except AsyncEmbedError as error:
+    except errors.AsyncEmbedError as error:
         if error.report is None or not error.report.seen:
             raise
         return error.report, error
 
 
-def _print_report(report: IngestReport, received: Signals | None, error: AsyncEmbedError | None) -> None:
-    print_out(str(report))
+def _print_report(report: IngestReport, received: Signals | None, error: errors.AsyncEmbedError | None) -> None:
+    display.print_out(str(report))
     # the error that ended the run is printed once, and not for each record that was not finished; batches that were
     # stored at the same time may have failed with the same words
-    for line in failure_lines([failure for failure in report.failures if str(failure.error) != str(error)]):
-        print_error(line)
+    for line in display.failure_lines([failure for failure in report.failures if str(failure.error) != str(error)]):
+        display.print_error(line)
     if error is not None:
-        print_error(f"asyncembed: {message_of(error)}")
+        display.print_error(f"asyncembed: {display.message_of(error)}")
     if received is not None or (error is not None and _code(error) == FAILED and not isinstance(error, _LASTING)):
-        print_error(f"asyncembed: {_AGAIN}")
+        display.print_error(f"asyncembed: {_AGAIN}")
 
 
 @command.command("search")
@@ -230,8 +207,8 @@ def _print_report(report: IngestReport, received: Signals | None, error: AsyncEm
 async def search_command(target: str, query: str, k: int, model: str | None, as_json: bool, **options: Any) -> int:
     """Show the texts in TARGET that are nearest to QUERY."""
     if not query:
-        raise ConfigError("the query is empty")
-    with display(silent=as_json):
+        raise errors.ConfigError("the query is empty")
+    with display.show(silent=as_json):
         async with open_sink(target) as sink:
             stored = await sink.models()
             chosen = _choose_model(stored, model)
@@ -242,21 +219,21 @@ async def search_command(target: str, query: str, k: int, model: str | None, as_
                 vector = await embedder.embed_one(query)
             hits = await sink.search(vector, k, model=chosen)
     if as_json:
-        print_json({"model": chosen, "hits": [asdict(hit) for hit in hits]})
+        display.print_json({"model": chosen, "hits": [asdict(hit) for hit in hits]})
     else:
-        for line in hit_lines(hits):
-            print_out(line)
+        for line in display.hit_lines(hits):
+            display.print_out(line)
     return OK
 
 
 def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
     names = ", ".join(f"{name} ({dimensions} dimensions)" for name, dimensions in stored.items())
     if not stored:
-        raise ConfigError("TARGET holds no vectors yet: ingest into it first")
+        raise errors.ConfigError("TARGET holds no vectors yet: ingest into it first")
     if model is None and len(stored) > 1:
-        raise ConfigError(f"TARGET holds vectors of several models; choose one with --model: {names}")
+        raise errors.ConfigError(f"TARGET holds vectors of several models; choose one with --model: {names}")
     if model is not None and model not in stored:
-        raise ConfigError(f"TARGET holds no vectors of {model!r}; it holds: {names}")
+        raise errors.ConfigError(f"TARGET holds no vectors of {model!r}; it holds: {names}")
     return model or next(iter(stored))
 
 
@@ -267,14 +244,14 @@ def _choose_model(stored: Mapping[str, int], model: str | None) -> str:
 async def plan_command(model: str, as_json: bool, **options: Any) -> int:
     """Show the requests, tokens and price of embedding SOURCE... Sends nothing, needs no key."""
     sources = _sources_of(options)
-    with display(silent=as_json):
+    with display.show(silent=as_json):
         await sources.check()
         async with Embedder(model, api_key="plan-sends-nothing", **options) as embedder:
             plan = await embedder.plan(sources)
     if as_json:
-        print_json(plan_document(plan))
+        display.print_json(display.plan_document(plan))
     else:
-        print_out(str(plan))
-        for line in failure_lines(plan.failures):
-            print_error(line)
+        display.print_out(str(plan))
+        for line in display.failure_lines(plan.failures):
+            display.print_error(line)
     return FAILED if plan.failures else OK

@@ -50,7 +50,6 @@ class Lines(Display):
         self._last_s = 0.0
 
     def update(self, progress: Progress) -> None:
-        """Print a line if the last one was printed LINE_EVERY_S ago."""
         if progress.elapsed_s - self._last_s >= LINE_EVERY_S:
             self._last_s = progress.elapsed_s
             self.say(str(progress))
@@ -67,7 +66,6 @@ class Bar(Display):
         self._task = progress.add_task("", total=None)
 
     def update(self, progress: Progress) -> None:
-        """Redraw the bar."""
         rate = progress.done / progress.elapsed_s if progress.elapsed_s else 0.0
         total = "" if progress.total is None else f" of {progress.total:,}"
         failed = f", {progress.failed:,} failed" if progress.failed else ""
@@ -79,7 +77,7 @@ class Bar(Display):
 
 
 @contextmanager
-def display(*, silent: bool) -> Iterator[Display]:
+def show(*, silent: bool) -> Iterator[Display]:
     """Yield the display that suits standard error. The library's warnings are shown there as well."""
     if silent or sys.stderr is None or not sys.stderr.isatty():
         shown = Display() if silent else Lines()

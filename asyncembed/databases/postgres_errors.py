@@ -33,12 +33,6 @@ _VERDICTS: dict[str, Verdict] = {
 _SYSTEM = frozenset(("00", "01", "02", "03", "09", "0B", "0L", "0P", "24", "25", "27", "2B", "2D", "34", "53", "58"))
 _SYSTEM |= {"72", "F0", "HV", "XX"}
 
-# After a failover only a new connection leads to the new primary.
-NEW_CONNECTION = ("25006",)
-
-# asyncpg has dropped its cached statements when it raises this (SQLSTATE 0A000), so the next attempt succeeds.
-_STALE = "InvalidCachedStatementError"
-
 
 def sqlstate_of(error: BaseException) -> str | None:
     """Return the code that the server sent; None if the error is not the server's."""
@@ -60,7 +54,7 @@ def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
         reached: Whether the server has ever answered. If not, the address may be wrong, so it is not waited for.
     """
     state = sqlstate_of(error)
-    if type(error).__name__ == _STALE:
+    if type(error).__name__ == "InvalidCachedStatementError":  # 0A000; asyncpg has dropped its cached statements
         return "again"
     if state is not None:
         return _VERDICTS.get(state) or _VERDICTS.get(state[:2]) or ("fatal" if state[:2] in _SYSTEM else "row")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import compress
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -283,8 +283,4 @@ def _is_json(metadata: str) -> bool:
     return True
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode = json.JSONDecoder(parse_constant=int).decode  # int("NaN") and int("Infinity") raise ValueError

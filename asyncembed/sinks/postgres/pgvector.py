@@ -23,15 +23,10 @@ METRICS = {"cosine": "cosine_ops", "inner_product": "ip_ops", "l2": "l2_ops"}
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """pgvector as installed in the database.
+    """pgvector as installed in the database."""
 
-    Attributes:
-        schema: Its schema, which may be outside of the search_path.
-        version: For instance (0, 8).
-    """
-
-    schema: str
-    version: tuple[int, ...]
+    schema: str  # may be outside of the search_path
+    version: tuple[int, ...]  # for instance (0, 8)
 
 
 async def find_extension(connection: Any) -> Extension | None:

@@ -50,11 +50,7 @@ _LITERAL = re.compile(r"'(?:[^']|'')*'")
 def _condition_of(
     table: Table, where: str | Mapping[str, Any] | None, args: Sequence[Any]
 ) -> tuple[str, Sequence[Any]]:
-    """Return the condition of a search as SQL, with the values of its parameters $1, $2, …
-
-    Raises:
-        SinkConfigError: It is not valid, or about metadata, and the table has no column for them.
-    """
+    """Return the condition as SQL, with the values of its parameters; raise SinkConfigError if it is not valid."""
     if isinstance(where, str):
         highest = max(map(int, re.findall(r"\$([0-9]{1,9})", _LITERAL.sub("", where))), default=0)
         if highest > len(args):

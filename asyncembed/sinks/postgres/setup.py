@@ -70,11 +70,7 @@ async def prepare(connection: Any, target: Target, model: str, dimensions: int |
 
 
 async def look_up(connection: Any, target: Target) -> Table:
-    """Return the table as it is now.
-
-    Raises:
-        SinkConfigError: It does not exist, or does not fit.
-    """
+    """Return the table as it is now; raise SinkConfigError if it does not exist or does not fit."""
     extension = await find_extension(connection)
     table = await _find(connection, target, extension) if extension else None
     if table is None:

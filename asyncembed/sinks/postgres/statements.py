@@ -36,8 +36,9 @@ def update(table: Table) -> str:
     """Return the update of one existing row; see `parameters`."""
     pairs = zip(table.written_roles, _placeholders(table), strict=True)
     changes = [f"{table.sql(role)} = {placeholder}" for role, placeholder in pairs if role != "id"]
-    condition = f"{table.sql('id')} = $1{_of_no_other_model(table, '$2')}"
-    return f"UPDATE {table.sql_name} SET {', '.join([*changes, *_touched(table)])} WHERE {condition}"
+    of_model = f" AND {_of_no_other_model(table)}" if "model" in table.columns else ""
+    changed = ", ".join([*changes, *_touched(table)])
+    return f"UPDATE {table.sql_name} SET {changed} WHERE {table.sql('id')} = $1{of_model}"
 
 
 def parameters(table: Table, model: str) -> Callable[[Any, Row], tuple[Any, ...]]:
@@ -58,18 +59,15 @@ def _touched(table: Table) -> list[str]:
     return [f"{table.sql('updated_at')} = now()"] if "updated_at" in table.clock_roles else []
 
 
-def _of_no_other_model(table: Table, parameter: str) -> str:
-    if "model" not in table.columns:
-        return ""
-    return f" AND ({table.sql('model')} = {parameter} OR {table.sql('model')} IS NULL)"
+def _of_no_other_model(table: Table) -> str:
+    return f"({table.sql('model')} = $2::text OR {table.sql('model')} IS NULL)"
 
 
 def lock(table: Table) -> str:
     """Return the query that locks, in order, those of the ids $1 that no model but $2 owns; it yields them as text."""
-    model = _of_no_other_model(table, "$2") or " AND $2::text IS NOT NULL"
     return (
-        f"SELECT {table.sql('id')}::text FROM {table.sql_name} WHERE {_is_among(table, '$1')}{model} "
-        f"ORDER BY {_in_order(table)} FOR UPDATE"
+        f"SELECT {table.sql('id')}::text FROM {table.sql_name} WHERE {_is_among(table, '$1')} "
+        f"AND {_of_no_other_model(table)} ORDER BY {_in_order(table)} FOR UPDATE"
     )
 
 

@@ -30,25 +30,15 @@ _INTEGER = re.compile(r"-?[0-9]{1,20}")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column as the catalog has it.
+    """One column as the catalog has it."""
 
-    Attributes:
-        type: Its type without a modifier.
-        size: n of `vector(n)` and `varchar(n)`; None if it is not limited.
-        required: Whether an INSERT must give a value.
-    """
-
-    type: str
-    size: int | None
-    required: bool
+    type: str  # without a modifier
+    size: int | None  # n of `vector(n)` and `varchar(n)`; None if it is not limited
+    required: bool  # whether an INSERT must give a value
 
 
 def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[str, str]:
-    """Return the name of the column for each role; by default each role is a name.
-
-    Raises:
-        SinkConfigError: A role or a name is not valid, or id or embedding is missing.
-    """
+    """Return the name of the column for each role, by default its own; raise SinkConfigError if they are not valid."""
     if columns is None:
         if update_only:
             raise SinkConfigError("update_only needs columns=, the names of your table's columns")
@@ -63,23 +53,14 @@ def check_columns(columns: Mapping[str, str] | None, update_only: bool) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table as the user described it.
+    """The table as the user described it."""
 
-    Attributes:
-        schema: None for the first one on the search_path.
-        name: Without the schema.
-        columns: The name of the column for each role.
-        ours: Whether it has our columns, and the sizes of its vectors are recorded in a second table.
-        update_only: Whether existing rows are filled, and none is inserted.
-        where: Table and database, for messages.
-    """
-
-    schema: str | None
-    name: str
-    columns: Mapping[str, str]
-    ours: bool
-    update_only: bool
-    where: str
+    schema: str | None  # None for the first one on the search_path
+    name: str  # without the schema
+    columns: Mapping[str, str]  # the name of the column for each role
+    ours: bool  # whether it has our columns, and the sizes of its vectors are recorded in a second table
+    update_only: bool  # whether existing rows are filled, and none is inserted
+    where: str  # table and database, for messages
 
     @property
     def sql_name(self) -> str:
@@ -94,21 +75,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Table(Target):
-    """A target that was found in the database.
-
-    Attributes:
-        schema: The table's.
-        extension: pgvector.
-        catalog: All columns, by name.
-        unique: The columns of each unique index that ON CONFLICT can use.
-        has_models: Whether the second table exists.
-    """
+    """A target that was found in the database."""
 
     schema: str
     extension: Extension
-    catalog: Mapping[str, Column]
-    unique: tuple[frozenset[str], ...]
-    has_models: bool
+    catalog: Mapping[str, Column]  # all columns, by name
+    unique: tuple[frozenset[str], ...]  # the columns of each unique index that ON CONFLICT can use
+    has_models: bool  # whether the second table exists
 
     @property
     def sql_models(self) -> str:
@@ -168,11 +141,10 @@ class Table(Target):
         missing = sorted(name for name in self.columns.values() if name not in self.catalog)
         if missing:
             raise SinkConfigError(f"{self.where} has no columns {missing}; it has {sorted(self.catalog)}")
-        problems = [*self._type_problems(), *(() if self.update_only else self._insert_problems())]
-        if problems:
+        if problems := list(self._problems()):
             raise SinkConfigError(f"{self.where} does not fit: {'; '.join(problems)}")
 
-    def _type_problems(self) -> Iterable[str]:
+    def _problems(self) -> Iterable[str]:
         if self.vector_type not in MAX_INDEXED:
             yield f"{self.columns['embedding']} is {self.vector_type}, not vector or halfvec"
         if self.id_type not in (*_TEXTS, *_INTEGER_BITS, "uuid"):
@@ -180,8 +152,8 @@ class Table(Target):
         for role, types in _TYPES.items():
             if role in self.columns and self._column(role).type not in types:
                 yield f"{self.columns[role]} is {self._column(role).type}, not {types[0]}"
-
-    def _insert_problems(self) -> Iterable[str]:
+        if self.update_only:
+            return  # no row is inserted
         if set(self.key) not in self.unique:
             yield f"it has no unique index on exactly ({', '.join(sorted(self.key))})"
         given = {self.columns[role] for role in (*self.written_roles, *self.clock_roles)}

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ...concurrency import cancel_and_wait, with_outcome
 from ...databases.postgres import FOREIGN
-from ...databases.postgres_errors import NEW_CONNECTION, Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
+from ...databases.postgres_errors import Verdict, reason_of, shown_cause, sqlstate_of, verdict_on
 from ...errors import AsyncEmbedError, SinkBusyError, SinkConfigError, SinkError
 from .pool import LoopPool
 
@@ -50,39 +50,24 @@ _HINTS = {
 
 @dataclass(slots=True)
 class Transactions:
-    """Runs work in transactions.
-
-    Attributes:
-        pool: The sink's connections.
-        timeout: Seconds for a connection to become free, and again for one attempt.
-        retry_for: Seconds after which no further attempt begins.
-        reached: Whether the server has ever answered. If so, it is waited for while it does not answer.
-    """
+    """Runs work in transactions."""
 
     pool: LoopPool
-    timeout: float
-    retry_for: float
-    reached: bool = False
+    timeout: float  # seconds for a connection to become free, and again for one attempt
+    retry_for: float  # seconds after which no further attempt begins
+    reached: bool = False  # whether the server has ever answered; only then it is waited for
 
     async def run(self, work: Work[T], *, again: Container[str | None] = ()) -> T:
         """Return the result of the work, once its transaction is committed.
 
-        Args:
-            work: May run several times.
-            again: SQLSTATEs after which it is repeated, whatever they usually mean.
-
-        Raises:
-            SinkError: Nothing of it is known to be stored.
+        It is repeated after errors that may pass, and after the SQLSTATEs in `again`, whatever they usually mean. Then
+        a SinkError is raised: nothing of it is known to be stored.
         """
         deadline = asyncio.get_running_loop().time() + self.retry_for
         return await self._repeated(partial(self._attempt, work), deadline, again)
 
     async def run_outside(self, statements: Callable[[], Awaitable[Sequence[str]]]) -> None:
-        """Run statements outside of transactions, however long each takes.
-
-        Args:
-            statements: Returns them; called again after a failure that may pass.
-        """
+        """Run statements outside of transactions, however long each takes; get them again after a failure."""
 
         async def attempt() -> None:
             planned = await statements()
@@ -117,7 +102,8 @@ class Transactions:
             deadline = clock() + self.retry_for if deadline is None else deadline
             pause = longest_pause * random.uniform(0.5, 1.0)
             if verdict not in ("again", "busy") or clock() + pause > deadline:
-                raise self._explained(failure, verdict)  # outside of `except`, so that it has no context
+                # outside of `except`, so that it has no context
+                raise self._explained(failure, verdict) from shown_cause(failure, verdict)
             await asyncio.sleep(pause)
             longest_pause = min(2 * longest_pause, LONGEST_PAUSE_S)
 
@@ -154,7 +140,8 @@ class Transactions:
             await connection.execute("COMMIT")
         except BaseException as error:
             with suppress(*FOREIGN):
-                if isinstance(error, Exception) and sqlstate_of(error) not in NEW_CONNECTION:
+                # after a failover (25006, read-only) only a new connection leads to the new primary
+                if isinstance(error, Exception) and sqlstate_of(error) != "25006":
                     await connection.execute("ROLLBACK")
                 else:
                     connection.terminate()  # if cancelled, `in_time` has done so, unless the whole loop is shut down
@@ -166,9 +153,7 @@ class Transactions:
         if verdict in ("again", "busy"):
             text += f"; given up after trying for {self.retry_for:g} s"
         kind = {"busy": SinkBusyError, "config": SinkConfigError}.get(verdict, SinkError)
-        explained = kind(f"{self.pool.name}: {text}")
-        explained.__cause__ = shown_cause(error, verdict)
-        return explained
+        return kind(f"{self.pool.name}: {text}")
 
 
 async def in_time(
