@@ -88,7 +88,7 @@ async def ingest(
         # of several failed writes, the first one has stopped the call, and is the error of records that were not sent
         first = call.stopped_by if isinstance(call.stopped_by, SinkError) else error
         first.report = job.finish(first)
-        raise first
+        raise first from first.__cause__
     finally:
         if pruning is not None:
             pruning.close()
