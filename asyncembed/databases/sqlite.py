@@ -40,6 +40,9 @@ CACHED_STATEMENTS = 8
 # How long one attempt waits for a lock before it looks whether its caller was cancelled.
 LOCK_SLICE_S = 0.05
 
+# The pause before the next attempt, since SQLite reports some locks at once (sqlite.org/rescode.html, SQLITE_LOCKED).
+BUSY_PAUSE_S = 0.005
+
 THREAD_NAME = "asyncembed-sqlite"
 
 # Another connection holds a lock.
@@ -134,6 +137,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if primary_code(error) not in _BUSY or time.monotonic() >= deadline:
                     raise
+            stop.wait(BUSY_PAUSE_S)
 
     async def aclose(self) -> None:
         """Close the connection after the queued functions, and end the thread."""
