@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 from ..errors import AsyncEmbedError, InvalidRecordError
@@ -79,20 +79,17 @@ class Bar(Display):
 @contextmanager
 def show(*, silent: bool) -> Iterator[Display]:
     """Yield the display that suits standard error. The library's warnings are shown there as well."""
-    if silent or sys.stderr is None or not sys.stderr.isatty():
+    with ExitStack() as stack:
         shown = Display() if silent else Lines()
-        with _warnings_to(shown.say):
-            yield shown
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+        if not silent and sys.stderr is not None and sys.stderr.isatty():
+            from rich import console, progress
 
-    columns = BarColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn()
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = Bar(progress)
-        with _warnings_to(bar.say):
-            yield bar
+            text = progress.TextColumn("{task.description}", markup=False)
+            columns = progress.BarColumn(), text, progress.TimeRemainingColumn()
+            bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
+            shown = Bar(stack.enter_context(bar))
+        stack.enter_context(_warnings_to(shown.say))
+        yield shown
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from ...errors import AsyncEmbedError, ConfigError, SinkConfigError
 from ...types import Hit, RecordId, Row, Vectors
 from .. import contract
 from ..ranking import check_query
-from . import dimensions as stored_dimensions
-from . import searching, setup, statements
+from . import dimensions, searching, setup, statements
 from .pgvector import METRICS, lacks_codec, with_codec
 from .pool import LoopPool
 from .table import Table, Target, check_columns
@@ -158,29 +157,25 @@ class PostgresSink:
         contract.check_model_key(model, rows[0].vector.size)
         if self._table is None:
             await self.prepare(model, None)
-        sizes: dict[str, int] = {}
-        async with self._large_writes.get() if len(rows) >= LARGE_WRITE_ROWS else nullcontext():
-            refused = await self._run(partial(self._store, model, rows, sizes))
-        if not self._target.ours:
-            self._sizes |= sizes  # only now that it is committed
-        return refused
+        size = 0
 
-    async def _store(
-        self, model: str, rows: Sequence[Row], sizes: dict[str, int], connection: Any, table: Table
-    ) -> contract.Refusals:
-        """Store the rows; put the size of the model's vectors into `sizes`."""
-        size = self._sizes.get(model)
-        if size is None:
-            size = await stored_dimensions.agreed_size(connection, table, model, rows[0].vector.size)
-        sizes[model] = size
-        admitted, refused = contract.admit(model, rows, size, table.where, table.convert)
-        if not admitted:
-            return refused
-        vector_type = table.extension.schema, table.vector_type
-        if self._lacks_codec is None:
-            self._lacks_codec = self._pool.is_given and await lacks_codec(connection, *vector_type)
-        async with with_codec(connection, *vector_type) if self._lacks_codec else nullcontext():
-            return refused | await store(connection, table, model, admitted)
+        async def work(connection: Any, table: Table) -> contract.Refusals:
+            nonlocal size
+            size = self._sizes.get(model) or await dimensions.agreed_size(connection, table, model, rows[0].vector.size)
+            admitted, refused = contract.admit(model, rows, size, table.where, table.convert)
+            if not admitted:
+                return refused
+            vector_type = table.extension.schema, table.vector_type
+            if self._lacks_codec is None:
+                self._lacks_codec = self._pool.is_given and await lacks_codec(connection, *vector_type)
+            async with with_codec(connection, *vector_type) if self._lacks_codec else nullcontext():
+                return refused | await store(connection, table, model, admitted)
+
+        async with self._large_writes.get() if len(rows) >= LARGE_WRITE_ROWS else nullcontext():
+            refused = await self._run(work)
+        if not self._target.ours:
+            self._sizes[model] = size  # only now that it is committed
+        return refused
 
     async def search(
         self,
@@ -213,7 +208,7 @@ class PostgresSink:
 
     async def models(self) -> dict[str, int]:
         """Return the stored models, each with the dimensions of its vectors; "" if no column holds the model."""
-        return await self._run(stored_dimensions.models)
+        return await self._run(dimensions.models)
 
     async def count(self, model: str | None = None) -> int:
         """Return the number of vectors, of one model or of all."""
