@@ -6,6 +6,7 @@
 Importing this loads nothing else: each part is loaded at first use, and each driver when its part first needs it.
 """
 
+# ruff: noqa: F405
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +14,7 @@ if TYPE_CHECKING:
     from .caches import MemoryCache
     from .caches.sqlite import SQLiteCache
     from .embedder.embedder import Embedder
-    from .errors import (
-        AllFailedError,
-        AsyncEmbedError,
-        AuthenticationError,
-        BadRequestError,
-        CertificateError,
-        ConfigError,
-        DeadlineError,
-        FatalProviderError,
-        InputError,
-        InvalidRecordError,
-        InvalidTextError,
-        NotFoundError,
-        OverloadedError,
-        PermissionDeniedError,
-        ProtocolError,
-        ProviderDownError,
-        ProviderError,
-        QuotaError,
-        RateLimitedError,
-        RedirectRefusedError,
-        RejectedTextError,
-        RequestError,
-        RowRefusedError,
-        ServerError,
-        SinkBusyError,
-        SinkConfigError,
-        SinkError,
-        SomeFailedError,
-        SourceError,
-        TooLargeError,
-        TooLongError,
-        TransportError,
-        WrongTypeError,
-    )
+    from .errors import *  # noqa: F403  # every error is public
     from .metrics import Observer, Stats
     from .pipeline.ingestion import ingest
     from .report import Check, EmbeddingResult, IngestReport, Plan, Progress
@@ -121,38 +88,24 @@ __all__ = [
 # The modules of these names; all others are in `errors`. Each is loaded at first use: a program starts 80 ms sooner,
 # and one that needs only the errors does not load numpy.
 _MODULES = {
-    "Cache": "types",
-    "Check": "report",
-    "EmbeddedRecord": "types",
-    "Embedder": "embedder",
-    "EmbeddingResult": "report",
-    "Failure": "types",
-    "Hit": "types",
-    "IngestReport": "report",
-    "MemoryCache": "caches",
-    "Observer": "metrics",
-    "Plan": "report",
-    "PostgresSink": "sinks",
-    "PostgresSource": "sources",
-    "Progress": "report",
-    "Provider": "types",
-    "Record": "types",
-    "Reply": "types",
-    "Row": "types",
-    "SQLiteCache": "caches.sqlite",
-    "SQLiteSink": "sinks",
-    "Sink": "types",
-    "Stats": "metrics",
-    "ingest": "pipeline",
-    "open_sink": "sinks",
+    "caches": "MemoryCache",
+    "caches.sqlite": "SQLiteCache",
+    "embedder": "Embedder",
+    "metrics": "Observer Stats",
+    "pipeline": "ingest",
+    "report": "Check EmbeddingResult IngestReport Plan Progress",
+    "sinks": "PostgresSink SQLiteSink open_sink",
+    "sources": "PostgresSource",
+    "types": "Cache EmbeddedRecord Failure Hit Provider Record Reply Row Sink",
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        globals()[name] = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+        globals()[name] = getattr(import_module(f".{_MODULE_OF.get(name, 'errors')}", __name__), name)
         return globals()[name]
-    if name in {"errors", *_MODULES.values()}:
+    if name in {"errors", *_MODULES}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
