@@ -31,8 +31,7 @@ _UTF8_ESCAPES = re.compile(r"(?:(?:\\+x|%)[0-9a-f]{2})+", re.IGNORECASE)
 def redact(message: str, texts: Sequence[str], keys: Sequence[str]) -> str:
     """Return the message without parts of the keys, or `WITHHELD` if it quotes one of the texts.
 
-    Only letters and digits are compared, because servers change blanks and quotation marks. Costs one pass over the
-    texts.
+    Only letters and digits are compared, because servers change blanks and quotation marks.
     """
     if quotes(message, texts):
         return WITHHELD

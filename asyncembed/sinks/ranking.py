@@ -58,12 +58,7 @@ class Ranking:
         return len(self._query)
 
     def offer(self, ids: Sequence[str], rows: Vectors) -> None:
-        """Rank more rows among the best so far.
-
-        Args:
-            ids: The id of each row.
-            rows: float32[n, d], finite.
-        """
+        """Rank n more rows, finite float32[n, d], among the best so far."""
         near = self._near(rows)
         scores = cosines(rows[near], self._query).tolist()
         new = ((-score, ids[row]) for row, score in zip(near.tolist(), scores, strict=True) if score == score)

@@ -60,10 +60,7 @@ class Heading(NamedTuple):
 
 
 class Splitter:
-    """Cuts texts at the best places into chunks with a limit of tokens.
-
-    Args:
-        chunk_tokens: The most tokens a chunk has, counted with cl100k_base.
+    """Cuts texts at the best places into chunks of at most `chunk_tokens`, counted with cl100k_base.
 
     Raises:
         ConfigError: `chunk_tokens` is under 1, or the extra `cli` is not installed.

@@ -36,17 +36,11 @@ _MEANINGS: dict[int, tuple[type[SinkError], str]] = {
 class SinkFile:
     """The file of a sink. It has a connection to write and one to read: in WAL mode a reader never waits for a writer.
 
-    Args:
-        path: Absolute; None is in memory, with one connection for both.
-        shown: The path as messages show it.
-        owner: The sink as messages show it.
-        busy_timeout: Seconds to wait for the locks of other processes.
+    The path is absolute; None is in memory, with one connection for both. Messages show `shown` and `owner`, the sink.
     """
 
     def __init__(self, path: Path | None, shown: str, owner: str, busy_timeout: float) -> None:
-        self._path = path
-        self._shown = shown
-        self._owner = owner
+        self._path, self._shown, self._owner = path, shown, owner
         self._busy_timeout = busy_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = _FileIdentity(path, shown)

@@ -64,15 +64,10 @@ SLICE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of vectors.
+    """One table of vectors."""
 
-    Attributes:
-        name: Checked, so that it can be part of a statement.
-        where: Table and file, for messages.
-    """
-
-    name: str
-    where: str
+    name: str  # checked, so that it can be part of a statement
+    where: str  # table and file, for messages
 
     def create(self, connection: sqlite3.Connection) -> None:
         """Create the tables that are missing.
@@ -126,13 +121,9 @@ class Table:
     def upsert(
         self, connection: sqlite3.Connection, model: str, rows: Mapping[str, Row], check: Callable[[], None]
     ) -> contract.Refusals:
-        """Store the rows; return those that SQLite refuses: too large, or in violation of a constraint of the user.
+        """Store the admitted rows; return those that SQLite refuses: too large, or against a constraint of the user.
 
-        Args:
-            connection: Inside a transaction.
-            model: Part of every row's key.
-            rows: By key, as `contract.admit` returns them.
-            check: Called before each statement; raises to roll back.
+        `check` is called before each statement, and raises to roll back.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         vector_bytes = max((row.vector.nbytes for row in rows.values()), default=1)
