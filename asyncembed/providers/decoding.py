@@ -40,18 +40,13 @@ _NUMBERS = b"0123456789+-.eE, \t\r\n[]NaInfity"
 # (12 rounds by turns, medians, 2026-11).
 PIECE_BYTES = 64 * 1024
 
-# The longest number in JSON: sign, 17 digits, point, exponent and comma. In base64 a number has 16/3 bytes.
-BYTES_PER_NUMBER = 26
+BYTES_PER_NUMBER = 26  # in JSON: sign, 17 digits, point, exponent and comma; in base64 a number has 16/3 bytes
 # Generous bounds for keys, index and object of one item, and for usage, model and spaces around all items.
 BYTES_PER_ITEM = 512
 BYTES_PER_REPLY = 64 * 1024
-# No request of 2,048 texts bills more. A larger number is nonsense, and would spoil the sum.
-MOST_TOKENS = 10**9
-# The limit while a model's dimensions are unknown. The largest vectors seen in the field have 8,192 numbers.
-MAX_DIMENSIONS = 16_384
-
-# Larger arrays get memory that returns to the system when it is freed. Allocating it takes some microseconds.
-_LARGE_BYTES = 1024 * 1024
+MOST_TOKENS = 10**9  # no request of 2,048 texts bills more; a larger number is nonsense, and would spoil the sum
+MAX_DIMENSIONS = 16_384  # while a model's are unknown; the largest vectors seen in the field have 8,192 numbers
+_LARGE_BYTES = 1024 * 1024  # larger arrays get memory that returns to the system; allocating it takes microseconds
 
 
 def most_bytes(count: int, dimensions: int | None) -> int:

@@ -115,12 +115,11 @@ class Transport(httpx2.AsyncBaseTransport):
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # with aiohttp's DNS cache, a look-up would outlive the call that was cancelled
-            connector = aiohttp.TCPConnector(
-                limit=0, ssl=self._tls or True, keepalive_timeout=_IDLE_S, use_dns_cache=False
-            )
             self._session = aiohttp.ClientSession(
-                connector=connector,
+                # with aiohttp's DNS cache, a look-up would outlive the call that was cancelled
+                connector=aiohttp.TCPConnector(
+                    limit=0, ssl=self._tls or True, keepalive_timeout=_IDLE_S, use_dns_cache=False
+                ),
                 request_class=_Request,
                 response_class=_Response,
                 cookie_jar=aiohttp.DummyCookieJar(),

@@ -56,8 +56,7 @@ INLINE_BYTES = 64 * 1024
 # knows only floats (vllm issue 6174), and some proxies refuse the option itself (litellm issue 42421).
 _ENCODINGS = ("base64", "float", None)
 
-# openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS may never answer.
-_CONNECT_S = 5.0
+_CONNECT_S = 5.0  # openai/_constants.py of 3.52; a server that does not speak TLS may never answer
 
 # The errors of httpx and httpx2 after which nothing was sent.
 _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")

@@ -230,10 +230,8 @@ def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
         ),
         parse_duration_s(try_again[1] if try_again else None),
     ]
-    for seconds in candidates:
-        if seconds is not None and 0 < seconds < float("inf"):
-            return min(seconds, LONGEST_RETRY_AFTER_S)
-    return None
+    usable = (seconds for seconds in candidates if seconds is not None and 0 < seconds < float("inf"))
+    return next((min(seconds, LONGEST_RETRY_AFTER_S) for seconds in usable), None)
 
 
 def _seconds_or_date(value: str | None, now: str | None) -> float | None:

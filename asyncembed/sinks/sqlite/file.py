@@ -117,9 +117,6 @@ class _FileIdentity:
     shown: str
     opened: tuple[int, int] | None = None
 
-    def remember(self) -> None:
-        self.opened = self.opened or self.now()
-
     def check(self) -> None:
         """Raise SinkError if the path leads to another file now, so that the written one will not be found."""
         if self.opened is not None and self.opened != self.now():
@@ -138,7 +135,7 @@ class _FileIdentity:
 def _open(uri: str, identity: _FileIdentity, *, writes: bool) -> sqlite3.Connection:
     connection = connect(uri, uri=True)
     try:
-        identity.remember()
+        identity.opened = identity.opened or identity.now()
         if writes:  # FULL syncs at every commit, so that paid vectors survive a power cut, too: 10 % slower
             set_up_for_writing(connection, page_bytes=PAGE_BYTES, synchronous="FULL")
     except BaseException:

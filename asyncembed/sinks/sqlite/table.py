@@ -46,8 +46,7 @@ _DESCRIBE = f"""
         EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{contract.MODELS_TABLE}' COLLATE NOCASE)
 """
 
-# Any number of ids in one parameter: SQLite takes at most 32,766 parameters.
-_ID_IN = "id IN (SELECT value FROM json_each(?))"
+_ID_IN = "id IN (SELECT value FROM json_each(?))"  # all in one parameter: SQLite takes at most 32,766 parameters
 
 # Errors about a row: it violates a constraint that the user added, or has more than a gigabyte.
 _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
@@ -58,8 +57,7 @@ _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 ROWS_PER_STATEMENT = 128
 BYTES_PER_STATEMENT = 256 * 1024
 
-# Blobs that one step of a search reads and ranks: its other costs are small beside reading them.
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 8 << 20  # read and ranked in one step of a search: its other costs are small beside that
 
 
 @dataclass(frozen=True, slots=True)
