@@ -67,12 +67,9 @@ class Database:
     It connects at first use, and again at the first use after `close` or `aclose`.
 
     No connection to a file stays open over a fork: SQLite would believe that those of the other process hold the locks
-    of this one (observed: rows were lost).
+    of this one (observed: rows were lost). A private one is kept: it is in memory or temporary.
 
-    Args:
-        connect: Makes the connection, with `connect` below.
-        busy_timeout_s: Seconds to wait for the locks of other connections. Each attempt calls the function again.
-        is_private: No other process can open the database, which is in memory or temporary. It is kept over a fork.
+    While another connection holds a lock, the function is called again, for up to `busy_timeout_s`.
     """
 
     def __init__(

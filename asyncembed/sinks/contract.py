@@ -46,11 +46,7 @@ Refusals = dict[RecordId, AsyncEmbedError]
 
 
 def check_name(name: str, what: str = "table") -> str:
-    """Return the SQL identifier unchanged.
-
-    Raises:
-        SinkConfigError: It has other characters than ASCII letters, digits and underscores, or is too long.
-    """
+    """Return the SQL identifier unchanged; raise SinkConfigError if it is long or has special characters."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
         raise SinkConfigError(
             f"{what} name {str(name)[:80]!r} is not valid: use 1 to {MAX_NAME_BYTES} ASCII letters, digits and "
@@ -235,11 +231,7 @@ def little_endian(vector: Vectors) -> memoryview:
 
 
 def parsed(metadata: str | None) -> Mapping[str, Any] | None:
-    """Return stored metadata as a mapping.
-
-    Raises:
-        SinkError: It is no JSON.
-    """
+    """Return stored metadata as a mapping; raise SinkError if it is no JSON."""
     if metadata is None:
         return None
     # PostgreSQL writes 1e5000 with all its zeros, and Python's int refuses that many digits

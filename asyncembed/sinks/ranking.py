@@ -21,11 +21,7 @@ ROUNDING = 1e-3
 
 
 def check_query(vector: Vectors | Sequence[float], k: int) -> Vectors:
-    """Return the query as float32[d].
-
-    Raises:
-        ConfigError: It is not a vector of finite numbers, or all zero, or k is not a positive int.
-    """
+    """Return the query as float32[d]; raise ConfigError unless it is finite and not all zero, and k a positive int."""
     if not isinstance(k, int) or k < 1:
         raise ConfigError(f"k is {k!r}; it must be an int of at least 1")
     try:

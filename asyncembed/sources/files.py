@@ -68,10 +68,7 @@ class Sources:
         self.empty_folders: list[str] = []
 
     async def check(self, target: str | None = None) -> None:
-        """Check that all sources exist and can be opened; read nothing.
-
-        Args:
-            target: A file that will be written, and so must not be read.
+        """Check that all sources exist and can be opened, and that none is the file to be written; read nothing.
 
         Raises:
             ConfigError: A source does not exist, cannot be opened, or is the target.

@@ -169,11 +169,7 @@ class Table(Target):
     # ---- ids ----
 
     def convert(self, key: str) -> Any:
-        """Return the key as a value of the id column.
-
-        Raises:
-            ValueError: The column cannot hold it.
-        """
+        """Return the key as a value of the id column; raise ValueError if the column cannot hold it."""
         if self.has_text_ids:
             most = self._column("id").size
             if not contract.is_storable_text(key):

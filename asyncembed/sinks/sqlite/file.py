@@ -55,11 +55,7 @@ class SinkFile:
             warnings.warn(f"{self._owner} was not closed: use `async with`, or aclose()", ResourceWarning, stacklevel=2)
 
     async def read(self, work: Work[T]) -> T:
-        """Run the function on the connection that reads.
-
-        Raises:
-            SinkError: SQLite failed, or the file was moved or replaced.
-        """
+        """Run the function on the connection that reads; raise SinkError if SQLite fails or the file was moved."""
         return await self._run(self._reader, work)
 
     async def write(self, work: Work[T], stop: StopSignal | None = None) -> T:

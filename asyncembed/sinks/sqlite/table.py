@@ -68,11 +68,7 @@ class Table:
     where: str  # table and file, for messages
 
     def create(self, connection: sqlite3.Connection) -> None:
-        """Create the tables that are missing.
-
-        Raises:
-            SinkConfigError: A table of that name exists with other columns or another key.
-        """
+        """Create the tables that are missing; raise SinkConfigError if one exists with other columns or another key."""
         found, has_models = self._describe(connection)
         if not (found and has_models):
             columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
