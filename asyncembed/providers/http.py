@@ -29,7 +29,7 @@ _IDLE_S = 5.0
 _LONGEST_HEADER = 100 * 1024
 # Only the beginning of an error's body is read: the longest known message has 300 bytes.
 _ERROR_BYTES = 64 * 1024
-_ERROR_S = 2.0  # to wait for it: the status alone is enough to decide
+_ERROR_S = 2.0  # seconds to wait for it: the status alone is enough to decide
 
 
 def client_for(base_url: str, connections: int) -> httpx2.AsyncClient:

@@ -93,7 +93,7 @@ _SHORTEST_SECRET = 6
 
 # The part of a message that is searched, which bounds the work that a hostile body can cause.
 _LONGEST_SEARCHED = 8_000
-_LONGEST_NUMBER = 40  # or date, in a header
+_LONGEST_NUMBER = 40  # characters of a number or date in a header
 _LONGEST_MESSAGE = 300  # it is for people to read; a proxy's HTML page is not
 
 

@@ -206,7 +206,7 @@ class _RowLines:
         self.begin_row()
 
     def begin_row(self) -> None:
-        self.first = self.last = self._size = 0  # the first line of the row, and the last one that was read
+        self.first = self.last = self._size = 0  # first and last are line numbers; 0 before one is read
         self.problem: str | None = None  # the first problem in one of its lines
 
     def __iter__(self) -> Iterator[str]:

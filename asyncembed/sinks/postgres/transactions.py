@@ -24,8 +24,8 @@ Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
 # failed together do not retry together.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
-COMMIT_S = 0.5  # for which a cancelled caller waits for the answer to COMMIT
-RELEASE_S = 5.0  # to release a connection, which includes the queries of a pool's reset
+COMMIT_S = 0.5  # seconds that a cancelled caller waits for the answer to COMMIT
+RELEASE_S = 5.0  # seconds to release a connection, which includes the queries of a pool's reset
 INDEX_S = 7 * 86_400.0  # longer than any index takes, since a pool that was handed in may have a limit for statements
 MOST_MS = 2**31 - 1  # PostgreSQL's timeouts are ints
 
