@@ -46,7 +46,7 @@ Refusals = dict[RecordId, AsyncEmbedError]
 
 
 def check_name(name: str, what: str = "table") -> str:
-    """Return the SQL identifier unchanged; raise SinkConfigError if it is too long or has other characters."""
+    """Return the SQL identifier unchanged; raise SinkConfigError unless it is short, of ASCII letters, digits and _."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
         raise SinkConfigError(
             f"{what} name {str(name)[:80]!r} is not valid: use 1 to {MAX_NAME_BYTES} ASCII letters, digits and "
