@@ -50,8 +50,7 @@ PROVIDERS = {
     "aiplatform.googleapis.com": "gcp.vertex_ai",
 }
 
-# The SDK's default for OTEL_SPAN_LINK_COUNT_LIMIT. The SDK would drop further links.
-MOST_LINKS = 128
+MOST_LINKS = 128  # the SDK's default for OTEL_SPAN_LINK_COUNT_LIMIT: it would drop further links
 
 
 class OpenTelemetry:

@@ -18,8 +18,7 @@ DEFAULT_MAX_BYTES = 256 * 1024 * 1024
 # tracemalloc, CPython 3.11, 2026-11: 140 to 190 bytes while the cache grows, up to 260 when it is full.
 ENTRY_BYTES = 288
 
-# Copied in 1 ms; then other tasks run.
-VECTORS_PER_TURN = 512
+VECTORS_PER_TURN = 512  # copied in 1 ms; then other tasks run
 
 
 class MemoryCache:

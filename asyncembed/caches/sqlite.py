@@ -40,14 +40,9 @@ from ..errors import AsyncEmbedError, ConfigError
 from ..options import check_range
 from ..types import Vectors
 
-# 320,000 vectors of 1,536 dimensions.
-DEFAULT_MAX_BYTES = 2 * 1024 * 1024 * 1024
-
-# Less would be little more than the file's own pages.
-MIN_BYTES = 1024 * 1024
-
-# Written in one transaction: 20 ms, for which lookups wait.
-BYTES_PER_TRANSACTION = 4 * 1024 * 1024
+DEFAULT_MAX_BYTES = 2 * 1024 * 1024 * 1024  # 320,000 vectors of 1,536 dimensions
+MIN_BYTES = 1024 * 1024  # less would be little more than the file's own pages
+BYTES_PER_TRANSACTION = 4 * 1024 * 1024  # takes 20 ms, for which lookups wait
 
 # How long to wait for the lock of another process: short, because a vector that is not read or kept is only a miss.
 BUSY_TIMEOUT_S = 1.0
@@ -77,8 +72,7 @@ ROW_BYTES = 256
 # and 33 us with 4, 8 and 16 KiB, of which whole rows leave a quarter empty. 64 KiB are slower to read one by one.
 PAGE_BYTES = 32_768
 
-# Of three parameters each.
-ROWS_PER_STATEMENT = 300
+ROWS_PER_STATEMENT = 300  # of three parameters each
 
 _SELECT = f"""
     SELECT json_group_array(hex(key)), json_group_array(length(vector)), {concatenated("vector")}
@@ -124,8 +118,7 @@ class _LookupQueue:
     """The lookups of one event loop that have no outcome yet; one of them reads for all."""
 
     waiting: set[_Lookup] = field(default_factory=set)
-    read_ended: asyncio.Event | None = None
-    """Set when the current read ends; None if there is none."""
+    read_ended: asyncio.Event | None = None  # set when the current read ends; None if there is none
 
 
 class SQLiteCache:

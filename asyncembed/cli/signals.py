@@ -13,19 +13,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """A context in which the first signal sets `stop`, and the second cancels the task that entered the context.
-
-    Args:
-        on_first: Called at the first signal, to inform the user.
-
-    Attributes:
-        stop: Set by the first signal.
-        received: The first signal; None before it.
-    """
+    """A context in which the first signal sets `stop` and calls `on_first`, and the second cancels the current task."""
 
     def __init__(self, on_first: Callable[[], None]) -> None:
         self.stop = asyncio.Event()
-        self.received: signal.Signals | None = None
+        self.received: signal.Signals | None = None  # the first signal, once there was one
         self._on_first = on_first
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()

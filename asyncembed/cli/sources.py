@@ -36,10 +36,7 @@ class FilesAndQueries:
         return None if self._queries else self._files.expected()
 
     async def check(self, target: str | None = None) -> None:
-        """Check all files, and have the server prepare all queries; read nothing.
-
-        Args:
-            target: A file that will be written, and so must not be read.
+        """Check all files, also that none is the target, and have the server prepare all queries; read nothing.
 
         Raises:
             ConfigError: A file cannot be read, or a query cannot be run.

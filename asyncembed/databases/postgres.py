@@ -46,10 +46,9 @@ _DSN = re.compile(
 
 
 def described(dsn_or_pool: object) -> str:
-    """Return host and database for messages, or "the given pool".
+    """Return host and database for messages, or "the given pool"; raise ConfigError if the address is not valid.
 
-    Raises:
-        ConfigError: The address is not valid. It is not shown: it may hold a password.
+    The address is never shown: it may hold a password.
     """
     if not isinstance(dsn_or_pool, str):
         return "the given pool"

@@ -49,18 +49,15 @@ def is_our_fault(error: BaseException) -> bool:
 def verdict_on(error: BaseException, *, reached: bool = True) -> Verdict:
     """Return what to do about an error; "fatal" for an unknown one.
 
-    Args:
-        error: The driver's error.
-        reached: Whether the server has ever answered. If not, the address may be wrong, so it is not waited for.
+    A server that was never reached is not waited for, because its address may be wrong.
     """
     state = sqlstate_of(error)
     if type(error).__name__ == "InvalidCachedStatementError":  # 0A000; asyncpg has dropped its cached statements
         return "again"
     if state is not None:
         return _VERDICTS.get(state) or _VERDICTS.get(state[:2]) or ("fatal" if state[:2] in _SYSTEM else "row")
-    if is_our_fault(error) or isinstance(error, ssl.SSLCertVerificationError):
-        return "config"
-    if isinstance(error, OSError) and not reached:
+    never_reached = isinstance(error, OSError) and not reached
+    if never_reached or is_our_fault(error) or isinstance(error, ssl.SSLCertVerificationError):
         return "config"
     return "busy" if isinstance(error, TimeoutError) else "again"
 
@@ -71,12 +68,9 @@ def shown_cause(error: Exception, verdict: Verdict) -> Exception | None:
 
 
 def reason_of(error: Exception, verdict: Verdict, *, waited_s: float) -> str:
-    """Return the error as text that may be shown.
+    """Return the error as text that may be shown, without its message where that may quote a row or an address.
 
-    Args:
-        error: The driver's error. Its message is left out where it may quote a row or an address.
-        verdict: See `verdict_on`.
-        waited_s: Seconds that an attempt, or connecting, may take.
+    `waited_s` are the seconds that an attempt, or connecting, may take.
     """
     state, kind = sqlstate_of(error), type(error).__name__
     if state is not None:

@@ -37,16 +37,13 @@ KEYS_PER_STATEMENT = 500
 # megabytes.
 CACHED_STATEMENTS = 8
 
-# How long one attempt waits for a lock before it looks whether its caller was cancelled.
-LOCK_SLICE_S = 0.05
+LOCK_SLICE_S = 0.05  # an attempt waits this long for a lock, then looks whether its caller was cancelled
 
 # The pause before the next attempt, since SQLite reports some locks at once (sqlite.org/rescode.html, SQLITE_LOCKED).
 BUSY_PAUSE_S = 0.005
 
 THREAD_NAME = "asyncembed-sqlite"
-
-# Another connection holds a lock.
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # another connection holds a lock
 
 _new_thread = partial(ThreadPoolExecutor, max_workers=1, thread_name_prefix=THREAD_NAME)
 
@@ -70,12 +67,9 @@ class Database:
     It connects at first use, and again at the first use after `close` or `aclose`.
 
     No connection to a file stays open over a fork: SQLite would believe that those of the other process hold the locks
-    of this one (observed: rows were lost).
+    of this one (observed: rows were lost). A private one is kept: it is in memory or temporary.
 
-    Args:
-        connect: Makes the connection, with `connect` below.
-        busy_timeout_s: Seconds to wait for the locks of other connections. Each attempt calls the function again.
-        is_private: No other process can open the database, which is in memory or temporary. It is kept over a fork.
+    While another connection holds a lock, the function is called again, for up to `busy_timeout_s`.
     """
 
     def __init__(
@@ -95,11 +89,7 @@ class Database:
 
         When this returns or raises, even CancelledError, the function does not run any more. A cancelled call that
         was still queued raises at once. If the function was finished nevertheless, the error carries its result: see
-        `concurrency.outcome_of`.
-
-        Args:
-            work: The function.
-            stop: Set when the call is cancelled, for functions that look at it.
+        `concurrency.outcome_of`. `stop` is set when the call is cancelled, for functions that look at it.
         """
         stop = stop or StopSignal()
         queued = [work]  # taken out by `_attempt`: the thread must not keep its rows for longer than the caller

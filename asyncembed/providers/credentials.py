@@ -14,22 +14,14 @@ ApiKey: TypeAlias = str | Callable[[], Awaitable[str]]
 
 
 def check_key(key: ApiKey | None, base_url: str) -> ApiKey:
-    """Return the key to use, or the function that will return it.
-
-    Raises:
-        ConfigError: There is no key, or no HTTP header can hold it.
-    """
+    """Return the key to use, or the function that will return it; raise ConfigError as `usable_key` does."""
     if callable(key):
         return key
     return usable_key(os.environ.get("OPENAI_API_KEY", "") if key is None else key, base_url)
 
 
 def usable_key(key: object, base_url: str) -> str:
-    """Return the key as it is sent.
-
-    Raises:
-        ConfigError: It is empty or no str, or no HTTP header can hold it. The message does not show it.
-    """
+    """Return the key as it is sent; raise ConfigError, without showing it, unless an HTTP header can hold it."""
     if not isinstance(key, str):
         raise ConfigError(
             f"the API key is {type(key).__name__}; it must be a str, or an async function that returns one"

@@ -27,8 +27,7 @@ _VECTOR = re.compile(rb'"embedding"\s{0,16}:\s{0,16}(["\[])')
 _LONGEST_KEY = len('"embedding":"') + 2 * 16
 _QUOTE = ord('"')
 
-Text: TypeAlias = bytes | memoryview
-"""A vector as it is spelled in the reply."""
+Text: TypeAlias = bytes | memoryview  # a vector as it is spelled in the reply
 
 # Up to this many surplus vectors are moved, too, in case some are in unexpected places. Others are left in the JSON.
 _STRAY = 16
@@ -41,18 +40,13 @@ _NUMBERS = b"0123456789+-.eE, \t\r\n[]NaInfity"
 # (12 rounds by turns, medians, 2026-11).
 PIECE_BYTES = 64 * 1024
 
-# The longest number in JSON: sign, 17 digits, point, exponent and comma. In base64 a number has 16/3 bytes.
-BYTES_PER_NUMBER = 26
+BYTES_PER_NUMBER = 26  # in JSON: sign, 17 digits, point, exponent and comma; in base64 a number has 16/3 bytes
 # Generous bounds for keys, index and object of one item, and for usage, model and spaces around all items.
 BYTES_PER_ITEM = 512
 BYTES_PER_REPLY = 64 * 1024
-# No request of 2,048 texts bills more. A larger number is nonsense, and would spoil the sum.
-MOST_TOKENS = 10**9
-# The limit while a model's dimensions are unknown. The largest vectors seen in the field have 8,192 numbers.
-MAX_DIMENSIONS = 16_384
-
-# Larger arrays get memory that returns to the system when it is freed. Allocating it takes some microseconds.
-_LARGE_BYTES = 1024 * 1024
+MOST_TOKENS = 10**9  # no request of 2,048 texts bills more; a larger number is nonsense, and would spoil the sum
+MAX_DIMENSIONS = 16_384  # while a model's are unknown; the largest vectors seen in the field have 8,192 numbers
+_LARGE_BYTES = 1024 * 1024  # larger arrays get memory that returns to the system; allocating it takes microseconds
 
 
 def most_bytes(count: int, dimensions: int | None) -> int:
@@ -69,31 +63,23 @@ def decode(body: bytes, count: int, dimensions: int | None) -> Reply:
 
 
 class Decoder:
-    """Decodes a reply piece by piece, and returns its vectors in the order of the texts that were sent.
+    """Decodes the reply to `count` texts piece by piece, and returns its vectors in the order of the texts.
 
-    Accepts base64 and numbers, in any order of `index`. Without any `index` the order of the items counts.
-
-    Args:
-        count: The number of texts that were sent.
-        dimensions: The size that each vector must have; None if the first vector sets it.
+    Accepts base64 and numbers, in any order of `index`. Without any `index` the order of the items counts. If
+    `dimensions` is None the first vector sets the size of all.
     """
 
     def __init__(self, count: int, dimensions: int | None) -> None:
-        self.size = 0
-        """Bytes fed so far."""
+        self.size = 0  # bytes fed so far
         self.most_bytes = most_bytes(count, dimensions)
         self._count = count
         self._dimensions = dimensions
         self._unread = bytearray()
-        self._searched = 0
-        """The bytes of `unread` that are known not to hold the end of the vector at its beginning."""
-        self._rest = bytearray()
-        """The JSON, with a placeholder for every vector."""
+        self._searched = 0  # the bytes of `unread` known not to hold the end of the vector at its beginning
+        self._rest = bytearray()  # the JSON, with a placeholder for every vector
         self._found = 0
-        self._vectors: Vectors | None = None
-        """Row i is the i-th vector that was found, unless that one is in `aside`."""
-        self._aside: dict[int, Vectors | str] = {}
-        """By number, a vector that has no row, or the error message of a malformed one."""
+        self._vectors: Vectors | None = None  # row i is the i-th vector that was found, unless it is in `aside`
+        self._aside: dict[int, Vectors | str] = {}  # by number, a vector without a row, or why one is malformed
 
     def feed(self, piece: bytes | memoryview) -> None:
         """Decode the next bytes of the reply. Errors are reported by `finish`."""
@@ -179,12 +165,15 @@ class Decoder:
     def _reply(self, document: Any) -> Reply:
         data = document.get("data") if isinstance(document, dict) else None
         if not isinstance(data, list):
-            raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{_error_in(document)}")
+            but_error = " but `error`" if isinstance(document, dict) and "error" in document else ""
+            raise ProtocolError(f"expected an object with a list `data`, got {_kind(document)}{but_error}")
         if len(data) != self._count:
             raise ProtocolError(f"expected {self._count} embeddings, got {len(data)}")
         rows = _order(data)
         vectors = self._in_order(self._numbers(data, rows), rows)
-        _check_numbers(vectors, guessed=self._dimensions is None)
+        check_finite(vectors)
+        if self._dimensions is None and _are_doubles(vectors):
+            raise ProtocolError("expected float32 in base64, got float64")
         model = document.get("model")
         return Reply(vectors, _tokens(document), model=model if isinstance(model, str) else None)
 
@@ -262,7 +251,8 @@ def _from_base64(text: Text) -> Vectors:
         raw = pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         if b"\\" in bytes(text):  # "/" may be written as "\/"
-            return _from_base64(_unescaped(bytes(text)))
+            value = str(_parse(b'"%b"' % bytes(text), len(text)))
+            return _from_base64(value.replace("\\", "?").encode(errors="replace"))
         raise ProtocolError("expected base64, got something else") from None
     if not raw or len(raw) % 4:
         raise ProtocolError(f"expected whole float32 numbers, got {len(raw)} bytes")
@@ -279,17 +269,6 @@ def _from_equal_texts(texts: Sequence[memoryview]) -> Vectors | None:
         return np.frombuffer(raw, "<f4").reshape(len(texts), -1)
     except (binascii.Error, ValueError):
         return None  # decoding them one by one reports which is wrong
-
-
-def _unescaped(text: bytes) -> bytes:
-    value = _parse(b'"%b"' % text, len(text))
-    return str(value).replace("\\", "?").encode(errors="replace")
-
-
-def _check_numbers(vectors: Vectors, *, guessed: bool) -> None:
-    check_finite(vectors)
-    if guessed and _are_doubles(vectors):
-        raise ProtocolError("expected float32 in base64, got float64")
 
 
 def _are_doubles(vectors: Vectors) -> bool:
@@ -315,10 +294,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict):
         return "an object without it"
     return {list: "a list", str: "a string", type(None): "null"}.get(type(value), type(value).__name__)
-
-
-def _error_in(document: Any) -> str:
-    return " but `error`" if isinstance(document, dict) and "error" in document else ""
 
 
 def _room_for(count: int, dimensions: int) -> Vectors:

@@ -24,8 +24,7 @@ from ..types import ProviderInfo, Reply, Vectors
 # The sizes to which vectors of l2_supercat can be cut (wordllama's README, read 2026-11).
 DIMENSIONS = (64, 128, 256)
 
-# Rows added up at once: 16 MB, so that a batch of long texts needs no more memory.
-_ROWS_AT_ONCE = 16_384
+_ROWS_AT_ONCE = 16_384  # added up at once: 16 MB, so that a batch of long texts needs no more memory
 
 
 class LocalProvider:

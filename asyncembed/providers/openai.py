@@ -56,8 +56,7 @@ INLINE_BYTES = 64 * 1024
 # knows only floats (vllm issue 6174), and some proxies refuse the option itself (litellm issue 42421).
 _ENCODINGS = ("base64", "float", None)
 
-# openai/_constants.py of 3.52: 5 s to connect. A server that does not speak TLS may never answer.
-_CONNECT_S = 5.0
+_CONNECT_S = 5.0  # openai/_constants.py of 3.52; a server that does not speak TLS may never answer
 
 # The errors of httpx and httpx2 after which nothing was sent.
 _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
@@ -66,18 +65,9 @@ _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 class OpenAIProvider:
     """Sends one batch per call. Safe for many tasks, for one event loop after another, and after a fork.
 
-    Args:
-        model: The name of the model; on Azure, of the deployment.
-        dimensions: The size of the vectors to request. None for the model's default; the first reply then sets it.
-        timeout: Wall-clock seconds for one attempt: connecting, sending, waiting and reading.
-        client: An AsyncOpenAI or AsyncAzureOpenAI to use as it is. It is never closed.
-        http_client: An httpx or httpx2 AsyncClient for the SDK to use. It is never closed.
-        api_key: The key, or an async function that returns it and is called for every request. None for
-            `OPENAI_API_KEY`.
-        base_url: None for `OPENAI_BASE_URL`, or else OpenAI itself.
-        connections: The most requests at once, each on its own connection. A client that was passed in and has
-            fewer connections sets its own limit.
-        allow_insecure_http: Whether key and texts may be sent unencrypted to another machine.
+    The options are those of `Embedder`. Without `dimensions` the first reply sets them. `timeout` includes connecting,
+    sending, waiting and reading. An async function as `api_key` is called for every request. At most `connections`
+    requests run at once; a client that was passed in and has fewer connections sets its own limit.
 
     Raises:
         ConfigError: Key or address cannot be used. Nothing was sent.
@@ -97,11 +87,9 @@ class OpenAIProvider:
         allow_insecure_http: bool = False,
     ) -> None:
         self._model = model
-        self._asked_dimensions = dimensions
-        self._expected = dimensions
+        self._asked_dimensions = self._expected = dimensions
         self._timeout = timeout
-        self._given_client = client
-        self._given_http_client = http_client
+        self._given_client, self._given_http_client = client, http_client
         self._is_given = client is not None or http_client is not None
         self._connections = connections
         self._encoding = 0
@@ -197,9 +185,11 @@ class OpenAIProvider:
     async def _post(self, client: _Client, body: bytes, decoder: Decoder) -> tuple[Any, bytes]:
         """Return the response, and its body if it is an error. Any other body is passed to the decoder."""
         sdk = client.openai
+        # the SDK puts the deployment into the path only for bodies that it encodes itself
+        deployment = f"/deployments/{quote(self._model, safe='')}" if client.is_azure else ""
         try:
             response = await client.sdk.post(
-                client.path(self._model),
+                f"{deployment}/embeddings",
                 content=body,
                 cast_to=client.http.httpx2.Response,
                 options={
@@ -324,18 +314,12 @@ class _Client:
     """The SDK's client for one event loop, with its settings."""
 
     def __init__(self, openai: Any, http: Any, sdk: Any, timeout_s: float, connections: int) -> None:
-        self.openai = openai
-        self.http = http
-        self.sdk = sdk
+        self.openai, self.http, self.sdk = openai, http, sdk
         self.timeout = http.httpx2.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S))
         pool = getattr(getattr(getattr(sdk, "_client", None), "_transport", None), "_pool", None)
         self.room = asyncio.Semaphore(getattr(pool, "_max_connections", connections))
         self.is_azure = isinstance(sdk, openai.AsyncAzureOpenAI) and "/deployments" not in str(sdk.base_url)
         self.closing: AsyncGenerator[None, None] | None = None
-
-    def path(self, model: str) -> str:
-        # the SDK puts the deployment into the path only for bodies that it encodes itself
-        return f"/deployments/{quote(model, safe='')}/embeddings" if self.is_azure else "/embeddings"
 
 
 async def _closes_with_its_loop(client: _Client) -> AsyncGenerator[None, None]:

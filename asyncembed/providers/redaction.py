@@ -11,16 +11,12 @@ WITHHELD = "message withheld: it quotes an input"
 # A message quotes a text if they share this many letters and digits in a row. Few words in servers' messages are as
 # long; the longest is `credit_balance_exhausted`.
 _QUOTED = 16
-# The same for Chinese, Japanese and Korean, where six characters are a sentence.
-_QUOTED_WIDE = 6
+_QUOTED_WIDE = 6  # the same for Chinese, Japanese and Korean, where six characters are a sentence
 _WIDE = "\u2e80"
-# The same just before "…" or "...", where a message is cut off.
-_QUOTED_BEFORE_A_CUT = 6
+_QUOTED_BEFORE_A_CUT = 6  # the same just before "…" or "...", where a message is cut off
 _CUT = re.compile(r"\.{3}|…")
-# Shorter texts occur in too many messages by chance.
-_SHORTEST_TEXT = 4
-# Servers echo a key as its first and last characters with stars between them.
-_SHOWN_OF_A_KEY = 6
+_SHORTEST_TEXT = 4  # shorter texts occur in too many messages by chance
+_SHOWN_OF_A_KEY = 6  # servers echo a key as its first and last characters with stars between them
 
 _NO_LETTERS = re.compile(r"[\W_]+")
 _BLANK_ESCAPES = re.compile(r"\\+[nrt]")
@@ -31,8 +27,7 @@ _UTF8_ESCAPES = re.compile(r"(?:(?:\\+x|%)[0-9a-f]{2})+", re.IGNORECASE)
 def redact(message: str, texts: Sequence[str], keys: Sequence[str]) -> str:
     """Return the message without parts of the keys, or `WITHHELD` if it quotes one of the texts.
 
-    Only letters and digits are compared, because servers change blanks and quotation marks. Costs one pass over the
-    texts.
+    Only letters and digits are compared, because servers change blanks and quotation marks.
     """
     if quotes(message, texts):
         return WITHHELD

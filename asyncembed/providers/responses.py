@@ -93,20 +93,14 @@ _SHORTEST_SECRET = 6
 
 # The part of a message that is searched, which bounds the work that a hostile body can cause.
 _LONGEST_SEARCHED = 8_000
-# The longest number or date in a header.
-_LONGEST_NUMBER = 40
-# A message is for people to read; a proxy's HTML page is not.
-_LONGEST_MESSAGE = 300
+_LONGEST_NUMBER = 40  # characters of a number or date in a header
+_LONGEST_MESSAGE = 300  # it is for people to read; a proxy's HTML page is not
 
 
 def error_of(status: int, headers: Mapping[str, str], body: bytes, secrets: Sequence[str] = ()) -> ProviderError:
-    """Return the error for an HTTP answer other than 200. Never raises, for any content.
+    """Return the error for an HTTP answer other than 200, without the secrets. Never raises, for any content.
 
-    Args:
-        status: The HTTP status.
-        headers: With lower-case names, or a mapping that ignores case.
-        body: The answer's body, or its beginning.
-        secrets: Strings that must not appear in the message.
+    `headers` have lower-case names, or ignore case. Of the body the beginning is enough.
     """
     message, code, kind = _read_error(body[:_LONGEST_SEARCHED])
     text = scrub(f"HTTP {status}: {message}" if message else f"HTTP {status}", secrets)
@@ -204,8 +198,8 @@ def _read_error(body: bytes) -> tuple[str, str | None, str | None]:
         return _words(document), None, None
     inner = document.get("error")
     error = inner if isinstance(inner, Mapping) else document
-    kind = _word(error.get("type")) or _word(error.get("error_type")) or _word(error.get("status"))
-    return _words(error), _word(error.get("code")), kind
+    code, *kinds = (_word(error.get(key)) for key in ("code", "type", "error_type", "status"))
+    return _words(error), code, next(filter(None, kinds), None)
 
 
 def _words(value: Any) -> str:
@@ -236,10 +230,8 @@ def _wait_s(headers: Mapping[str, str], message: str) -> float | None:
         ),
         parse_duration_s(try_again[1] if try_again else None),
     ]
-    for seconds in candidates:
-        if seconds is not None and 0 < seconds < float("inf"):
-            return min(seconds, LONGEST_RETRY_AFTER_S)
-    return None
+    usable = (seconds for seconds in candidates if seconds is not None and 0 < seconds < float("inf"))
+    return next((min(seconds, LONGEST_RETRY_AFTER_S) for seconds in usable), None)
 
 
 def _seconds_or_date(value: str | None, now: str | None) -> float | None:
@@ -269,8 +261,7 @@ def _float(value: str | None) -> float | None:
 # Headers use Go's spelling (`17ms`, `6m0s`), messages use words.
 _UNITS_S = {
     "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,
+    **dict.fromkeys(("us", "µs"), 1e-6),
     **dict.fromkeys(("ms", "millisecond", "milliseconds"), 1e-3),
     **dict.fromkeys(("s", "second", "seconds"), 1.0),
     **dict.fromkeys(("m", "minute", "minutes"), 60.0),

@@ -33,8 +33,7 @@ MAX_MODEL_BYTES = 500
 # Vectors that are checked for NaN at a time, through a copy that fits into a processor's cache.
 ROWS_PER_CHECK = 32
 
-# Page size when all ids are listed.
-IDS_PER_PAGE = 10_000
+IDS_PER_PAGE = 10_000  # when all ids are listed
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -47,11 +46,7 @@ Refusals = dict[RecordId, AsyncEmbedError]
 
 
 def check_name(name: str, what: str = "table") -> str:
-    """Return the SQL identifier unchanged.
-
-    Raises:
-        SinkConfigError: It has other characters than ASCII letters, digits and underscores, or is too long.
-    """
+    """Return the SQL identifier unchanged; raise SinkConfigError unless it is short, of ASCII letters, digits and _."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
         raise SinkConfigError(
             f"{what} name {str(name)[:80]!r} is not valid: use 1 to {MAX_NAME_BYTES} ASCII letters, digits and "
@@ -95,13 +90,9 @@ def check_dimensions(model: str, stored: int, given: int, where: str) -> None:
 
 
 def choose_model(models: Mapping[str, int], model: str | None, dimensions: int | None, where: str) -> str | None:
-    """Return the model that a search or an index is about; None if nothing is stored.
+    """Return the model that a search or an index is about, from the stored ones; None if nothing is stored.
 
-    Args:
-        models: The stored models, and the size of their vectors.
-        model: The model that the caller named, if any.
-        dimensions: The size of the query, if there is one.
-        where: Table and store, for messages.
+    The caller may have named a `model`, and a query has `dimensions`. `where` is table and store, for messages.
 
     Raises:
         SinkConfigError: The model is not stored, none is named and there are several, or its vectors have another
@@ -137,13 +128,7 @@ def is_storable_text(text: str) -> bool:
 
 
 def why_unstorable(key: str, text: str, metadata: str | None) -> str | None:
-    """Return why no store takes a record; None if all do.
-
-    Args:
-        key: `str(id)`.
-        text: The text to embed.
-        metadata: JSON text, or None.
-    """
+    """Return why no store takes a record with `str(id)`, a text, and metadata as JSON; None if all do."""
     if not key or not is_storable_text(key) or len(key.encode()) > MAX_ID_BYTES:
         return f"has no usable id: 1 to {MAX_ID_BYTES:,} bytes of UTF-8 without NUL"
     bad = "with NUL or half a surrogate pair in it, which stores cannot hold; remove it"
@@ -175,14 +160,7 @@ def admit(
     """Split a batch into the rows to store, sorted by key, and the rows that no store takes.
 
     The last of several rows with one key counts, even when it is refused. Sorted keys prevent deadlocks between
-    concurrent writers.
-
-    Args:
-        model: The model that made the vectors, for messages.
-        rows: At least one.
-        dimensions: The size of the model's vectors.
-        where: Table and store, for messages.
-        convert: Makes the key that the store uses from `str(id)`; raises ValueError if it cannot.
+    concurrent writers. `convert` makes the key that the store uses from `str(id)`, or raises ValueError.
 
     Raises:
         SinkConfigError: No row has the given number of dimensions.
@@ -235,12 +213,7 @@ def left_out(
 ) -> Refusals:
     """Return the rows that a trigger dropped without an error: not refused, but not stored either.
 
-    Args:
-        rows: The rows that were written, by key.
-        refused: Those of them that the store refused.
-        stored: The content hash of each key that is stored now.
-        where: Table and store, for messages.
-        has_hashes: Whether the table has a column for content hashes.
+    `stored` has the content hash of each key that is stored now, if the table has a column for hashes.
     """
     return {
         row.id: RowRefusedError(f"row {shown(str(row.id))} was left out by a trigger of {where}")
@@ -258,11 +231,7 @@ def little_endian(vector: Vectors) -> memoryview:
 
 
 def parsed(metadata: str | None) -> Mapping[str, Any] | None:
-    """Return stored metadata as a mapping.
-
-    Raises:
-        SinkError: It is no JSON.
-    """
+    """Return stored metadata as a mapping; raise SinkError if it is no JSON."""
     if metadata is None:
         return None
     # PostgreSQL writes 1e5000 with all its zeros, and Python's int refuses that many digits

@@ -21,11 +21,7 @@ ROUNDING = 1e-3
 
 
 def check_query(vector: Vectors | Sequence[float], k: int) -> Vectors:
-    """Return the query as float32[d].
-
-    Raises:
-        ConfigError: It is not a vector of finite numbers, or all zero, or k is not a positive int.
-    """
+    """Return the query as float32[d]; raise ConfigError unless it is finite and not all zero, and k a positive int."""
     if not isinstance(k, int) or k < 1:
         raise ConfigError(f"k is {k!r}; it must be an int of at least 1")
     try:
@@ -58,12 +54,7 @@ class Ranking:
         return len(self._query)
 
     def offer(self, ids: Sequence[str], rows: Vectors) -> None:
-        """Rank more rows among the best so far.
-
-        Args:
-            ids: The id of each row.
-            rows: float32[n, d], finite.
-        """
+        """Rank n more rows, finite float32[n, d], among the best so far."""
         near = self._near(rows)
         scores = cosines(rows[near], self._query).tolist()
         new = ((-score, ids[row]) for row, score in zip(near.tolist(), scores, strict=True) if score == score)

@@ -24,8 +24,7 @@ from ..types import Record
 # heading "Top" changes no id.
 TOP: Final = "top"
 
-# Longer front matter (in lines) is taken for a rule and text: Jekyll's and Hugo's have 5 to 50.
-_FRONT_MATTER_LINES: Final = 200
+_FRONT_MATTER_LINES: Final = 200  # more are taken for a rule and text: Jekyll's and Hugo's have 5 to 50
 
 # The splitter's time grows with the square of its input (64,000 Chinese characters without a stop: 2.4 s, 256,000:
 # 37 s, measured 2026-11), so it gets windows of some chunks. In characters: the minimum, and for each token.
@@ -40,8 +39,7 @@ _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 # No bracket within its text, one pair within its address: otherwise a long line would take time with its square.
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 
-# Longer slugs are cut, so that ids stay below `sinks.contract.MAX_ID_BYTES`. In characters.
-_MAX_SLUG: Final = 200
+_MAX_SLUG: Final = 200  # characters, so that ids stay below `sinks.contract.MAX_ID_BYTES`
 
 
 class Line(NamedTuple):
@@ -60,10 +58,7 @@ class Heading(NamedTuple):
 
 
 class Splitter:
-    """Cuts texts at the best places into chunks with a limit of tokens.
-
-    Args:
-        chunk_tokens: The most tokens a chunk has, counted with cl100k_base.
+    """Cuts texts at the best places into chunks of at most `chunk_tokens`, counted with cl100k_base.
 
     Raises:
         ConfigError: `chunk_tokens` is under 1, or the extra `cli` is not installed.

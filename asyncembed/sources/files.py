@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -37,8 +38,7 @@ SUFFIXES: Final = _JSON_LINES | _CSV | _MARKDOWN | {".txt", ".text", ".rst"}
 _BLOCK_BYTES: Final = 256 * 1024
 
 _T = TypeVar("_T")
-_Found: TypeAlias = str | InvalidRecordError
-"""The path of a file, or the error of a folder that could not be searched."""
+_Found: TypeAlias = str | InvalidRecordError  # the path of a file, or the error of a folder that cannot be searched
 
 
 class Sources:
@@ -68,10 +68,7 @@ class Sources:
         self.empty_folders: list[str] = []
 
     async def check(self, target: str | None = None) -> None:
-        """Check that all sources exist and can be opened; read nothing.
-
-        Args:
-            target: A file that will be written, and so must not be read.
+        """Check that all sources exist and can be opened, and that none is the file to be written; read nothing.
 
         Raises:
             ConfigError: A source does not exist, cannot be opened, or is the target.
@@ -157,12 +154,11 @@ class Sources:
             yield group
 
     def _records(self) -> Iterator[RecordOrError | None]:
-        for source in self._sources:
-            for path in _files(source):
-                if isinstance(path, InvalidRecordError):
-                    yield path
-                else:
-                    yield from self._file_records(path)
+        for path in chain.from_iterable(map(_files, self._sources)):
+            if isinstance(path, InvalidRecordError):
+                yield path
+            else:
+                yield from self._file_records(path)
 
     def _file_records(self, path: str) -> Iterator[RecordOrError | None]:
         name = "standard input" if path == STDIN else PurePath(path).as_posix()

@@ -132,10 +132,7 @@ def _json_record(raw: bytes | None, where: str, fields: Fields) -> RecordOrError
 def record_from_fields(value: dict[str, Any], where: str, fields: Fields) -> RecordOrError:
     """Return a record with the id and text in `value`; the other fields are metadata, a mapping `metadata` is merged.
 
-    Args:
-        value: The record by field or column name. It is modified.
-        where: The record's place in its source, for messages.
-        fields: The names of the fields for id and text.
+    `value` is modified. `where` is the record's place in its source, for messages.
     """
     id = value.pop(fields.id, None)
     if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
@@ -202,21 +199,15 @@ def _header_problem(header: list[str], fields: Fields) -> str | None:
 
 
 class _RowLines:
-    """The lines that a csv reader reads, and where the current row is among them.
-
-    Attributes:
-        first: The number of the row's first line, 0 before it is read.
-        last: The number of its last line so far.
-        problem: The first problem in one of its lines; None if there is none.
-    """
+    """The lines that a csv reader reads, and where the current row is among them."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self.begin_row()
 
     def begin_row(self) -> None:
-        self.first = self.last = self._size = 0
-        self.problem: str | None = None
+        self.first = self.last = self._size = 0  # first and last are line numbers; 0 before one is read
+        self.problem: str | None = None  # the first problem in one of its lines
 
     def __iter__(self) -> Iterator[str]:
         return self

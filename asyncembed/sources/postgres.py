@@ -15,8 +15,7 @@ from ..databases.postgres_errors import is_our_fault, reason_of, shown_cause, ve
 from ..errors import AsyncEmbedError, ConfigError, SourceError
 from .formats import Fields, RecordOrError, record_from_fields
 
-# Rows fetched at a time: half as many as a slice of the pipeline holds.
-ROWS_AT_ONCE: Final = 500
+ROWS_AT_ONCE: Final = 500  # fetched at a time: half as many as a slice of the pipeline holds
 
 # A cursor needs an open transaction, which is idle here while the provider works: the limits of the role are lifted.
 _BEGIN: Final = "BEGIN READ ONLY; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"

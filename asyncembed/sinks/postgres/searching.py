@@ -23,11 +23,8 @@ from .table import Table
 # and those of an index may have half precision.
 _SPARE = 20
 
-# LIMIT takes a bigint, and no table has this many rows.
-_MOST_ROWS = 2**62
-
-# Ranked in 1 ms.
-WORTH_A_THREAD_BYTES = 512 * 1024
+_MOST_ROWS = 2**62  # LIMIT takes a bigint, and no table has this many rows
+WORTH_A_THREAD_BYTES = 512 * 1024  # ranked in 1 ms
 
 # pgvector README, "Query Options": ef_search is 40 by default, and at most 1,000.
 _EF_SEARCH = (40, 1_000)

@@ -49,10 +49,8 @@ def parameters(table: Table, model: str) -> Callable[[Any, Row], tuple[Any, ...]
 
 
 def _placeholders(table: Table) -> list[str]:
-    return [
-        f"${number}{'::text::jsonb' if role == 'metadata' else ''}"
-        for number, role in enumerate(table.written_roles, start=1)
-    ]
+    casts = ["::text::jsonb" if role == "metadata" else "" for role in table.written_roles]
+    return [f"${number}{cast}" for number, cast in enumerate(casts, start=1)]
 
 
 def _touched(table: Table) -> list[str]:

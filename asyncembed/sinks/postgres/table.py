@@ -19,8 +19,7 @@ from .pgvector import MAX_INDEXED, Extension
 ROLES = ("id", "model", "embedding", "content_hash", "text", "metadata", "created_at", "updated_at")
 CLOCKS = ("created_at", "updated_at")
 
-# SHA-256 in hex.
-HASH_CHARACTERS = 64
+HASH_CHARACTERS = 64  # SHA-256 in hex
 
 _INTEGER_BITS = {"smallint": 16, "integer": 32, "bigint": 64}
 _TEXTS = ("text", "character varying")
@@ -117,11 +116,8 @@ class Table(Target):
     @property
     def clock_roles(self) -> list[str]:
         """The roles that are set to the time of writing; a column of another type keeps its default."""
-        return [
-            role
-            for role in CLOCKS
-            if role in self.columns and self._column(role).type.startswith(("timestamp", "date"))
-        ]
+        roles = [role for role in CLOCKS if role in self.columns]
+        return [role for role in roles if self._column(role).type.startswith(("timestamp", "date"))]
 
     def _column(self, role: str) -> Column:
         return self.catalog[self.columns[role]]
@@ -173,11 +169,7 @@ class Table(Target):
     # ---- ids ----
 
     def convert(self, key: str) -> Any:
-        """Return the key as a value of the id column.
-
-        Raises:
-            ValueError: The column cannot hold it.
-        """
+        """Return the key as a value of the id column; raise ValueError if the column cannot hold it."""
         if self.has_text_ids:
             most = self._column("id").size
             if not contract.is_storable_text(key):

@@ -24,17 +24,10 @@ Work: TypeAlias = Callable[[Any], Coroutine[Any, Any, T]]
 # failed together do not retry together.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
-# Seconds that a cancelled caller waits for the answer to COMMIT.
-COMMIT_S = 0.5
-
-# Seconds to release a connection, which includes the queries of a pool's reset.
-RELEASE_S = 5.0
-
-# PostgreSQL's timeouts are ints.
-MOST_MS = 2**31 - 1
-
-# Seconds for an index: longer than any takes, since a pool that was handed in may have a limit for statements.
-INDEX_S = 7 * 86_400.0
+COMMIT_S = 0.5  # seconds that a cancelled caller waits for the answer to COMMIT
+RELEASE_S = 5.0  # seconds to release a connection, which includes the queries of a pool's reset
+INDEX_S = 7 * 86_400.0  # longer than any index takes, since a pool that was handed in may have a limit for statements
+MOST_MS = 2**31 - 1  # PostgreSQL's timeouts are ints
 
 _POOLER = ": a pooler stands between; make the pool with statement_cache_size=0"
 _CHANGED = ": the table was changed while it was in use, or where= is not right"

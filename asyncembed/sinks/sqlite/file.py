@@ -36,17 +36,11 @@ _MEANINGS: dict[int, tuple[type[SinkError], str]] = {
 class SinkFile:
     """The file of a sink. It has a connection to write and one to read: in WAL mode a reader never waits for a writer.
 
-    Args:
-        path: Absolute; None is in memory, with one connection for both.
-        shown: The path as messages show it.
-        owner: The sink as messages show it.
-        busy_timeout: Seconds to wait for the locks of other processes.
+    The path is absolute; None is in memory, with one connection for both. Messages show `shown` and `owner`, the sink.
     """
 
     def __init__(self, path: Path | None, shown: str, owner: str, busy_timeout: float) -> None:
-        self._path = path
-        self._shown = shown
-        self._owner = owner
+        self._path, self._shown, self._owner = path, shown, owner
         self._busy_timeout = busy_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._identity = _FileIdentity(path, shown)
@@ -61,11 +55,7 @@ class SinkFile:
             warnings.warn(f"{self._owner} was not closed: use `async with`, or aclose()", ResourceWarning, stacklevel=2)
 
     async def read(self, work: Work[T]) -> T:
-        """Run the function on the connection that reads.
-
-        Raises:
-            SinkError: SQLite failed, or the file was moved or replaced.
-        """
+        """Run the function on the connection that reads; raise SinkError if SQLite fails or the file was moved."""
         return await self._run(self._reader, work)
 
     async def write(self, work: Work[T], stop: StopSignal | None = None) -> T:
@@ -123,9 +113,6 @@ class _FileIdentity:
     shown: str
     opened: tuple[int, int] | None = None
 
-    def remember(self) -> None:
-        self.opened = self.opened or self.now()
-
     def check(self) -> None:
         """Raise SinkError if the path leads to another file now, so that the written one will not be found."""
         if self.opened is not None and self.opened != self.now():
@@ -144,7 +131,7 @@ class _FileIdentity:
 def _open(uri: str, identity: _FileIdentity, *, writes: bool) -> sqlite3.Connection:
     connection = connect(uri, uri=True)
     try:
-        identity.remember()
+        identity.opened = identity.opened or identity.now()
         if writes:  # FULL syncs at every commit, so that paid vectors survive a power cut, too: 10 % slower
             set_up_for_writing(connection, page_bytes=PAGE_BYTES, synchronous="FULL")
     except BaseException:

@@ -46,8 +46,7 @@ _DESCRIBE = f"""
         EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{contract.MODELS_TABLE}' COLLATE NOCASE)
 """
 
-# Any number of ids in one parameter: SQLite takes at most 32,766 parameters.
-_ID_IN = "id IN (SELECT value FROM json_each(?))"
+_ID_IN = "id IN (SELECT value FROM json_each(?))"  # all in one parameter: SQLite takes at most 32,766 parameters
 
 # Errors about a row: it violates a constraint that the user added, or has more than a gigabyte.
 _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
@@ -58,28 +57,18 @@ _REFUSED = (sqlite3.IntegrityError, sqlite3.DataError, OverflowError)
 ROWS_PER_STATEMENT = 128
 BYTES_PER_STATEMENT = 256 * 1024
 
-# Blobs that one step of a search reads and ranks: its other costs are small beside reading them.
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 8 << 20  # read and ranked in one step of a search: its other costs are small beside that
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of vectors.
+    """One table of vectors."""
 
-    Attributes:
-        name: Checked, so that it can be part of a statement.
-        where: Table and file, for messages.
-    """
-
-    name: str
-    where: str
+    name: str  # checked, so that it can be part of a statement
+    where: str  # table and file, for messages
 
     def create(self, connection: sqlite3.Connection) -> None:
-        """Create the tables that are missing.
-
-        Raises:
-            SinkConfigError: A table of that name exists with other columns or another key.
-        """
+        """Create the tables that are missing; raise SinkConfigError if one exists with other columns or another key."""
         found, has_models = self._describe(connection)
         if not (found and has_models):
             columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
@@ -126,13 +115,9 @@ class Table:
     def upsert(
         self, connection: sqlite3.Connection, model: str, rows: Mapping[str, Row], check: Callable[[], None]
     ) -> contract.Refusals:
-        """Store the rows; return those that SQLite refuses: too large, or in violation of a constraint of the user.
+        """Store the admitted rows; return those that SQLite refuses: too large, or against a constraint of the user.
 
-        Args:
-            connection: Inside a transaction.
-            model: Part of every row's key.
-            rows: By key, as `contract.admit` returns them.
-            check: Called before each statement; raises to roll back.
+        `check` is called before each statement, and raises to roll back.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         vector_bytes = max((row.vector.nbytes for row in rows.values()), default=1)
