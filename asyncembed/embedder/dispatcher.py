@@ -24,25 +24,12 @@ SMALL_TEXTS = 32
 
 
 class Dispatcher:
-    """An embedder on one event loop: all its calls go through here.
-
-    Args:
-        endpoint: Where batches are sent.
-        cache: The embedder's cache, if it has one.
-        load_counter: Returns the model's token counter.
-        max_inputs: Texts a request may hold.
-        max_waiting: Texts of small calls that may wait for their vectors.
-    """
+    """An embedder on one event loop: all its calls go through here."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: CacheClient | None,
-        load_counter: LoadCounter,
-        *,
-        max_inputs: int,
-        max_waiting: int,
+        self, endpoint: Endpoint, cache: CacheClient | None, load_counter: LoadCounter, *, max_waiting: int
     ) -> None:
+        max_inputs = endpoint.limits.inputs
         self.endpoint = endpoint
         self.coalescer = Coalescer(
             self._send_shared,
@@ -155,15 +142,7 @@ class Dispatcher:
         open_batches: int = OPEN_BATCHES,
         ends_by_itself: bool = True,
     ) -> None:
-        """Embed slices of texts as they are read; see `sending.feeding.embed_slices`.
-
-        Args:
-            slices: The texts.
-            call: Its deadline and usage.
-            receiver: Receives the outcomes.
-            open_batches: See `Packer`.
-            ends_by_itself: Whether closing may wait for the call.
-        """
+        """Embed slices of texts as they are read; see `sending.feeding.embed_slices`, and `ActiveCalls.running`."""
         with self._active.running(call, ends_by_itself=ends_by_itself):
             if self._cache is not None:
                 caching = CachingReceiver(self._cache, call, receiver)

@@ -22,10 +22,8 @@ class StoppedError(Exception):
 class CallContext:
     """One call: its deadline, whether it was stopped, and its usage.
 
-    Args:
-        deadline_s: Seconds the call may take; None for no limit.
-        urgent: Whether its requests go before those of bulk work.
-        callers: The observer's values for the calls that share this one's requests; None if they are not shared.
+    Its requests go before those of bulk work if it is `urgent`. `callers` are the observer's values for the calls that
+    share its requests; None if they are not shared.
 
     Raises:
         ConfigError: The deadline is not a number.
