@@ -64,11 +64,11 @@ class SmallCall:
 
     def bill(self, usage: Usage) -> None:
         """Add what the call has cost; a shared request counts for each caller who shared it."""
-        shared = [request.usage for request in self.requests]
         usage.tokens += self.tokens
-        usage.requests += sum(each.requests for each in shared)
-        usage.retries += sum(each.retries for each in shared)
-        usage.tokens_known &= all(each.tokens_known for each in shared)
+        for request in self.requests:
+            usage.requests += request.usage.requests
+            usage.retries += request.usage.retries
+            usage.tokens_known &= request.usage.tokens_known
 
     def outcome(self, texts: Sequence[Text]) -> Outcome:
         """Return the vectors and errors so far; `texts` are in the order of `contents`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 
 from ..batching.batch import Batch, Receiver
 from ..batching.packing import OPEN_BATCHES
@@ -182,13 +182,10 @@ class Dispatcher:
         """Wait up to `grace_s` seconds for running calls, then stop them."""
         ends_at = asyncio.get_running_loop().time() + grace_s
         self._active.stop_open(TransportError(CLOSED))
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._active.stop_all, TransportError(CLOSED))
+            stack.push_async_callback(self.coalescer.aclose)
             await self._active.ended_by(ends_at)
-        finally:
-            try:
-                await self.coalescer.aclose()
-            finally:
-                await self._active.stop_all(TransportError(CLOSED))
 
 
 async def _once(texts: Sequence[Text]) -> Slices:

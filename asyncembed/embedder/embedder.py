@@ -186,9 +186,7 @@ class Embedder:
     @property
     def dimensions(self) -> int | None:
         """The size of the vectors; None while it is unknown."""
-        if self._asked_dimensions is not None:
-            return self._asked_dimensions
-        return info_of(self._provider).dimensions
+        return self._asked_dimensions or info_of(self._provider).dimensions
 
     async def embed(
         self,

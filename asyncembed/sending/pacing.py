@@ -292,7 +292,7 @@ class ConcurrencyLimiter:
         """Wait until a request of `tokens` tokens may be sent, then hold a slot. No slot is held while waiting."""
         self.waiting += 1
         try:
-            ticket = await self.rate.enter(tokens, self._has_room, urgent=urgent)
+            ticket = await self.rate.enter(tokens, lambda: self.in_flight < self.concurrency, urgent=urgent)
         finally:
             self.waiting -= 1
         self.in_flight += 1
@@ -301,6 +301,3 @@ class ConcurrencyLimiter:
         finally:
             self.in_flight -= 1
             self.rate.leave(ticket)
-
-    def _has_room(self) -> bool:
-        return self.in_flight < self.concurrency
