@@ -18,21 +18,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Usage:
-    """The cost of a call so far.
-
-    Attributes:
-        requests: Requests sent, retries included.
-        retries: Of `requests`, those that repeated an earlier one.
-        tokens: Tokens billed, as reported by the provider.
-        tokens_known: Whether the provider has reported the tokens of every successful request.
-        cache_hits: Texts found in the cache; duplicates count once.
-        cache_misses: Texts looked up in the cache and not found.
-    """
+    """The cost of a call so far; see `EmbeddingResult` for the fields."""
 
     requests: int = 0
     retries: int = 0
     tokens: int = 0
     tokens_known: bool = True
+    """Whether the provider has reported the tokens of every successful request."""
     cache_hits: int = 0
     cache_misses: int = 0
 

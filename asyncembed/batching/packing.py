@@ -8,6 +8,7 @@ not close it for the short ones that follow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from ..models import BYTES_PER_ESTIMATED_TOKEN
@@ -40,10 +41,6 @@ class _Open(Generic[T]):
     weight: int = 0
 
 
-def _weight(batch: _Open[T]) -> int:
-    return batch.weight
-
-
 class Packer(Generic[T]):
     """Takes items one by one and returns batches as they fill. The items of a batch keep their order.
 
@@ -71,7 +68,7 @@ class Packer(Generic[T]):
         done = None
         if best is None:
             if len(self._open) >= self._may_open:
-                done = self._close(max(self._open, key=_weight))
+                done = self._close(max(self._open, key=attrgetter("weight")))
             best = _Open()
             self._open.append(best)
         best.items.append(item)
@@ -81,7 +78,7 @@ class Packer(Generic[T]):
 
     def flush(self) -> list[list[T]]:
         """Return all open batches, fullest first. The packer is empty afterwards and can be used again."""
-        rest = sorted(self._open, key=_weight, reverse=True)
+        rest = sorted(self._open, key=attrgetter("weight"), reverse=True)
         self._open = []
         return [batch.items for batch in rest]
 

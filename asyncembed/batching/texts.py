@@ -101,12 +101,7 @@ def portions(texts: Sequence[Text]) -> Iterable[Sequence[Text]]:
 
 
 def unique(texts: Iterable[tuple[int, str]], found: dict[str, Text] | None = None) -> list[Text]:
-    """Return the different texts, each with all its positions.
-
-    Args:
-        texts: Positions and texts.
-        found: The texts of earlier positions, by content; the new ones are added to it.
-    """
+    """Return the different texts, each with all its positions; add them to `found`, which has earlier ones."""
     found = {} if found is None else found
     for index, content in texts:
         text = found.get(content)
@@ -147,10 +142,11 @@ def prepare_inputs(
     inputs: list[Input] = []
     failed: list[tuple[Text, AsyncEmbedError]] = []
     sizes = [_size(text.content) for text in texts]
-    countable = [text.content for text, size in zip(texts, sizes, strict=True) if not _surely_too_long(size, limits)]
+    most_bytes = limits.tokens_per_text * MAX_BYTES_PER_TOKEN
+    countable = [text.content for text, size in zip(texts, sizes, strict=True) if size <= most_bytes]
     counts = iter(counter.count(countable))
     for text, size in zip(texts, sizes, strict=True):
-        surely = _surely_too_long(size, limits)
+        surely = size > most_bytes
         tokens = -(-size // MAX_BYTES_PER_TOKEN) if surely else next(counts)
         over = tokens > limits.tokens_per_text
         weight = weigh(tokens if counter.exact else min(tokens, limits.tokens_per_text), size)
@@ -172,31 +168,20 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _surely_too_long(size_bytes: int, limits: Limits) -> bool:
-    return size_bytes > limits.tokens_per_text * MAX_BYTES_PER_TOKEN
-
-
 def _too_long(has: str, tokens: int, limit: int) -> TooLongError:
     advice = 'Split it, or choose too_long="truncate" or "mean"'
     return TooLongError(f"has {has} {limit:,}. {advice}", tokens=tokens, limit=limit)
 
 
 def _pieces(text: Text, counter: TokenCounter, limit: int, too_long: TooLong) -> Iterator[Piece]:
-    pieces = list(_cut(text.content, counter, limit, only_first=too_long == "truncate"))
+    pieces, start = list[str](), 0
+    while start < len(text.content) and not (pieces and too_long == "truncate"):
+        pieces.append(_first_piece(text.content, start, counter, limit))
+        start += len(pieces[-1])
     if len(pieces) > 1:
         text.pieces = PooledPieces(missing=len(pieces))
     for piece, tokens in zip(pieces, counter.count(pieces), strict=True):
         yield Piece(text, piece, tokens, weigh(tokens, _size(piece)))
-
-
-def _cut(text: str, counter: TokenCounter, limit: int, *, only_first: bool) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        piece = _first_piece(text, start, counter, limit)
-        yield piece
-        if only_first:
-            return
-        start += len(piece)
 
 
 def _first_piece(text: str, start: int, counter: TokenCounter, limit: int) -> str:

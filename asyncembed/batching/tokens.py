@@ -156,12 +156,8 @@ def _no_vocabulary(encoding: str) -> TokenCounter:
 
 
 async def load_counter(encoding: str | None) -> TokenCounter:
-    """Return the best available counter for the encoding. Never blocks the event loop, never fails.
-
-    Args:
-        encoding: tiktoken's name of the encoding; None if the model's tokenizer is unknown.
-    """
-    if encoding is None:
+    """Return the best available counter for an encoding of tiktoken. Never blocks the event loop, never fails."""
+    if encoding is None:  # the model's tokenizer is unknown
         return ByteBound()
     future, until = _loading(encoding)
     if future.done():

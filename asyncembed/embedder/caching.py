@@ -42,11 +42,8 @@ PUT_FIRST_S = 0.05
 class CacheClient:
     """One embedder's access to its cache. An error of the cache counts as a miss, except a `ConfigError`.
 
-    Args:
-        cache: Never closed here.
-        settings: Everything except the text that determines a vector, in types that JSON has.
-        dimensions: Returns the size of the vectors, None while it is unknown.
-        on_lookup: Called with the hits and misses of every lookup.
+    `settings` are everything except the text that determines a vector, in types that JSON has. `on_lookup` is called
+    with the hits and misses of every lookup.
     """
 
     def __init__(
@@ -77,16 +74,22 @@ class CacheClient:
     async def split(self, texts: Sequence[Text], size: int | None) -> tuple[Outcome, list[Text]]:
         """Return the texts that are in the cache as an outcome, and the others.
 
-        Args:
-            texts: The texts to look up.
-            size: The size that vectors must have; None for the size of the first hit.
+        A hit is a finite float32[size]. If `size` is None, the first hit determines it.
         """
         keys = await self.keys(texts)
         found = await self._get(keys)
-        hits, missing = _split(texts, keys, found, size)
-        if not hits:
-            return Outcome(), missing
-        return Outcome([text for text, _ in hits], np.stack([vector for _, vector in hits])), missing
+        hits: list[Text] = []
+        vectors: list[Vectors] = []
+        missing: list[Text] = []
+        for text, key in zip(texts, keys, strict=True):
+            vector = found.get(key)
+            if _is_vector(vector) and size in (None, vector.size):
+                size = vector.size
+                hits.append(text)
+                vectors.append(vector)
+            else:
+                missing.append(text)
+        return Outcome(hits, np.stack(vectors)) if hits else Outcome(), missing
 
     async def look_up(self, texts: Sequence[Text], usage: Usage) -> tuple[Outcome, list[Text]]:
         """Return hits and misses of a small call, and count them.
@@ -152,11 +155,7 @@ class CacheClient:
 class CachingReceiver:
     """Stores the vectors of a call's requests in the cache, and delivers them to the call's receiver.
 
-    Args:
-        cache: The embedder's cache.
-        call: If it is stopped, the delivery of hits ends, too.
-        receiver: The call's receiver.
-        first_s: The most seconds that an answer waits until it is stored.
+    An answer waits up to `first_s` seconds until it is stored.
     """
 
     def __init__(self, cache: CacheClient, call: CallContext, receiver: Receiver, *, first_s: float = 0.0) -> None:
@@ -171,9 +170,7 @@ class CachingReceiver:
     ) -> AsyncGenerator[Sequence[Text], None]:
         """Deliver the hits of all slices; yield the misses, and an empty slice when the source is idle.
 
-        Args:
-            slices: The texts.
-            held: While no size is known, hits are added here instead, to be looked up again after the first reply.
+        While no size is known, hits are added to `held` instead, to be looked up again after the first reply.
         """
         with suppress(StoppedError):
             async for texts in slices:
@@ -196,7 +193,8 @@ class CachingReceiver:
 
     async def deliver(self, outcome: Outcome) -> None:
         """Store and deliver the vectors concurrently, so that a caller does not wait until they are stored."""
-        outcome = self._of_one_size(outcome)
+        if outcome.texts:
+            outcome = self._of_one_size(outcome)
         if not outcome.texts:
             await self._receiver.deliver(outcome)
             return
@@ -216,8 +214,6 @@ class CachingReceiver:
             raise broken
 
     def _of_one_size(self, outcome: Outcome) -> Outcome:
-        if not outcome.texts:
-            return outcome
         size = outcome.vectors.shape[1]
         self._cache.replied(size)
         if self._size in (None, size):
@@ -228,22 +224,6 @@ class CachingReceiver:
             "the model behind this name has changed; empty the cache"
         )
         return Outcome(failed=[*outcome.failed, *((text, error) for text in outcome.texts)])
-
-
-def _split(
-    texts: Sequence[Text], keys: Sequence[bytes], found: Mapping[bytes, object], size: int | None
-) -> tuple[list[tuple[Text, Vectors]], list[Text]]:
-    """Separate hits from misses. A hit is a finite float32[size]; if `size` is None, the first hit determines it."""
-    hits: list[tuple[Text, Vectors]] = []
-    missing: list[Text] = []
-    for text, key in zip(texts, keys, strict=True):
-        vector = found.get(key)
-        if _is_vector(vector) and size in (None, vector.size):
-            size = vector.size
-            hits.append((text, vector))
-        else:
-            missing.append(text)
-    return hits, missing
 
 
 def _is_vector(value: object) -> TypeGuard[Vectors]:

@@ -64,11 +64,11 @@ class SmallCall:
 
     def bill(self, usage: Usage) -> None:
         """Add what the call has cost; a shared request counts for each caller who shared it."""
-        shared = [request.usage for request in self.requests]
         usage.tokens += self.tokens
-        usage.requests += sum(each.requests for each in shared)
-        usage.retries += sum(each.retries for each in shared)
-        usage.tokens_known &= all(each.tokens_known for each in shared)
+        for request in self.requests:
+            usage.requests += request.usage.requests
+            usage.retries += request.usage.retries
+            usage.tokens_known &= request.usage.tokens_known
 
     def outcome(self, texts: Sequence[Text]) -> Outcome:
         """Return the vectors and errors so far; `texts` are in the order of `contents`."""
@@ -93,10 +93,7 @@ _Waiting: TypeAlias = Iterable[tuple[SmallCall, int]]
 class _SharedRequest:
     """A shared request: it hands each text's vector or error to the calls that wait for it.
 
-    Args:
-        entries: Its texts.
-        call: Its usage.
-        finish: Removes a finished text; returns the calls that wait for it.
+    `finish` removes a finished text, and returns the calls that wait for it.
     """
 
     def __init__(self, entries: Sequence[_Entry], call: CallContext, finish: Callable[[_Entry], _Waiting]) -> None:
@@ -106,11 +103,6 @@ class _SharedRequest:
         self.task: asyncio.Task[None] | None = None
         self._finish = finish
         self._billed = 0
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether any call waits for one of its texts."""
-        return any(entry.calls for entry in self.entries)
 
     async def deliver(self, outcome: Outcome) -> None:
         """Hand vectors and errors to the calls."""
@@ -134,12 +126,8 @@ class _SharedRequest:
 class Coalescer:
     """Merges the small calls of one event loop.
 
-    Args:
-        send: Embeds the texts of a shared request; see `Send`.
-        recorder: Counts how long calls are queued.
-        max_inputs: Texts in a shared request.
-        max_requests: Shared requests in flight, late ones included.
-        max_waiting: Texts that may wait for their vectors, queued or in flight, over all calls.
+    At most `max_requests` shared requests are in flight, late ones included. At most `max_waiting` texts wait for their
+    vectors, queued or in flight, over all calls.
     """
 
     def __init__(
@@ -271,7 +259,7 @@ class Coalescer:
             if entry.request is None:
                 del self._queue[entry.content]
                 self._forget(entry)
-            elif not entry.request.is_wanted:
+            elif not any(other.calls for other in entry.request.entries):
                 unwanted.add(entry.request)
         for request in unwanted:
             for entry in request.entries:  # a later call for this text needs a request that is not ending

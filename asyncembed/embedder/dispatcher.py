@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 
 from ..batching.batch import Batch, Receiver
 from ..batching.packing import OPEN_BATCHES
@@ -24,25 +24,12 @@ SMALL_TEXTS = 32
 
 
 class Dispatcher:
-    """An embedder on one event loop: all its calls go through here.
-
-    Args:
-        endpoint: Where batches are sent.
-        cache: The embedder's cache, if it has one.
-        load_counter: Returns the model's token counter.
-        max_inputs: Texts a request may hold.
-        max_waiting: Texts of small calls that may wait for their vectors.
-    """
+    """An embedder on one event loop: all its calls go through here."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: CacheClient | None,
-        load_counter: LoadCounter,
-        *,
-        max_inputs: int,
-        max_waiting: int,
+        self, endpoint: Endpoint, cache: CacheClient | None, load_counter: LoadCounter, *, max_waiting: int
     ) -> None:
+        max_inputs = endpoint.limits.inputs
         self.endpoint = endpoint
         self.coalescer = Coalescer(
             self._send_shared,
@@ -155,15 +142,7 @@ class Dispatcher:
         open_batches: int = OPEN_BATCHES,
         ends_by_itself: bool = True,
     ) -> None:
-        """Embed slices of texts as they are read; see `sending.feeding.embed_slices`.
-
-        Args:
-            slices: The texts.
-            call: Its deadline and usage.
-            receiver: Receives the outcomes.
-            open_batches: See `Packer`.
-            ends_by_itself: Whether closing may wait for the call.
-        """
+        """Embed slices of texts as they are read; see `sending.feeding.embed_slices`, and `ActiveCalls.running`."""
         with self._active.running(call, ends_by_itself=ends_by_itself):
             if self._cache is not None:
                 caching = CachingReceiver(self._cache, call, receiver)
@@ -203,13 +182,10 @@ class Dispatcher:
         """Wait up to `grace_s` seconds for running calls, then stop them."""
         ends_at = asyncio.get_running_loop().time() + grace_s
         self._active.stop_open(TransportError(CLOSED))
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._active.stop_all, TransportError(CLOSED))
+            stack.push_async_callback(self.coalescer.aclose)
             await self._active.ended_by(ends_at)
-        finally:
-            try:
-                await self.coalescer.aclose()
-            finally:
-                await self._active.stop_all(TransportError(CLOSED))
 
 
 async def _once(texts: Sequence[Text]) -> Slices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -174,24 +174,19 @@ class Embedder:
                 `.result` holds the finished texts. A `stream` is ended at once. A batch that is being stored then has
                 10 s more.
         """
-        async with self._closing.get():  # a concurrent `aclose()` waits for the first one to finish
+        # a concurrent `aclose()` waits for the first one to finish
+        async with self._closing.get(), AsyncExitStack() as stack:
+            if self._own_cache is not None:
+                stack.push_async_callback(self._own_cache.aclose)
+            stack.push_async_callback(self._provider.aclose)
             dispatcher = self._dispatchers.pop()
-            try:
-                if dispatcher is not None:
-                    await dispatcher.aclose(grace)
-            finally:
-                try:
-                    await self._provider.aclose()
-                finally:
-                    if self._own_cache is not None:
-                        await self._own_cache.aclose()
+            if dispatcher is not None:
+                await dispatcher.aclose(grace)
 
     @property
     def dimensions(self) -> int | None:
         """The size of the vectors; None while it is unknown."""
-        if self._asked_dimensions is not None:
-            return self._asked_dimensions
-        return info_of(self._provider).dimensions
+        return self._asked_dimensions or info_of(self._provider).dimensions
 
     async def embed(
         self,
@@ -378,13 +373,7 @@ class Embedder:
             too_long=self._too_long,
             max_retries=self._max_retries,
         )
-        return Dispatcher(
-            endpoint,
-            self._cache,
-            self._counter,
-            max_inputs=self._limits.inputs,
-            max_waiting=self._max_waiting,
-        )
+        return Dispatcher(endpoint, self._cache, self._counter, max_waiting=self._max_waiting)
 
     def _new_cache_client(self, cache: Cache) -> CacheClient:
         limits, kind = self._limits, type(self._provider)

@@ -17,8 +17,7 @@ from ..types import EmbeddedRecord, Record
 class OrderedStream:
     """The receiver of one `stream` call: restores the order of the source, and bounds how far it is read ahead.
 
-    Args:
-        most_ahead: The number of records that may be read and not yet yielded; one chunk may exceed it.
+    At most `most_ahead` records are read and not yet yielded; one chunk may exceed it.
     """
 
     def __init__(self, most_ahead: int) -> None:

@@ -51,16 +51,7 @@ GRACE_S = 10.0
 
 
 class Endpoint:
-    """A provider on one event loop, and the state that all calls to it share.
-
-    Args:
-        provider: Sends one request.
-        limiter: Grants concurrency slots.
-        limits: The user's limits of one request.
-        recorder: Counts requests and texts.
-        too_long: How a text that is too long is treated.
-        max_retries: How often a batch is sent again while nothing succeeds.
-    """
+    """A provider on one event loop, and the state that all calls to it share."""
 
     def __init__(
         self,
@@ -176,13 +167,7 @@ class Admission:
 
 
 class BatchSender:
-    """Sends the batches of one call until they are done.
-
-    Args:
-        endpoint: Where they are sent.
-        call: Its deadline, and its usage, which is counted here.
-        receiver: Receives each text once, with its vector or its error.
-    """
+    """Sends the batches of one call until they are done, and counts the call's usage."""
 
     def __init__(self, endpoint: Endpoint, call: CallContext, receiver: Receiver) -> None:
         self.endpoint = endpoint
@@ -314,8 +299,11 @@ class BatchSender:
         if isinstance(action, Probe):
             record.isolating = not await self._any_probe_succeeds(batch, record)
             action = decide(error, self._isolation.history(batch, record, rate), self.endpoint.max_retries)
-        if isinstance(error, TransportError) and rate.failures_in_a_row >= SILENT_FAILURES:
-            self._report_silence(error)
+        is_silent = isinstance(error, TransportError) and rate.failures_in_a_row >= SILENT_FAILURES
+        if is_silent and not self._is_silence_reported:
+            self._is_silence_reported = True
+            message = "%d requests in a row got no answer and are retried; the last error: %s"
+            logger.warning(message, SILENT_FAILURES, error)
         logger.debug("batch of %d failed: %s, %s", len(batch.inputs), type(error).__name__, type(action).__name__)
         return action
 
@@ -348,13 +336,6 @@ class BatchSender:
             with self.admission.backing_off():
                 async with call.unless_stopped():
                     await asyncio.sleep(retry.after_s)
-
-    def _report_silence(self, error: TransportError) -> None:
-        if not self._is_silence_reported:
-            self._is_silence_reported = True
-            logger.warning(
-                "%d requests in a row got no answer and are retried; the last error: %s", SILENT_FAILURES, error
-            )
 
 
 class _Kept:

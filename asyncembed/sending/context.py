@@ -22,10 +22,8 @@ class StoppedError(Exception):
 class CallContext:
     """One call: its deadline, whether it was stopped, and its usage.
 
-    Args:
-        deadline_s: Seconds the call may take; None for no limit.
-        urgent: Whether its requests go before those of bulk work.
-        callers: The observer's values for the calls that share this one's requests; None if they are not shared.
+    Its requests go before those of bulk work if it is `urgent`. `callers` are the observer's values for the calls that
+    share its requests; None if they are not shared.
 
     Raises:
         ConfigError: The deadline is not a number.
@@ -129,28 +127,26 @@ class ActiveCalls:
     """The calls of one embedder that are running on one event loop."""
 
     def __init__(self) -> None:
-        self._calls: set[CallContext] = set()
-        self._open: set[CallContext] = set()
+        self._calls: dict[CallContext, bool] = {}
+        """Whether each call ends by itself."""
         self._none_left = asyncio.Event()
 
     @contextmanager
     def running(self, call: CallContext, *, ends_by_itself: bool = True) -> Iterator[None]:
         """Register a call while it runs. A stream waits for its reader, so it may never end by itself."""
-        self._calls.add(call)
-        if not ends_by_itself:
-            self._open.add(call)
+        self._calls[call] = ends_by_itself
         try:
             yield
         finally:
-            self._calls.discard(call)
-            self._open.discard(call)
+            del self._calls[call]
             if not self._calls:
                 self._none_left.set()
 
     def stop_open(self, error: AsyncEmbedError) -> None:
         """Stop the calls that may never end by themselves."""
-        for call in self._open:
-            call.stop(copy.copy(error), at_once=True)
+        for call, ends_by_itself in self._calls.items():
+            if not ends_by_itself:
+                call.stop(copy.copy(error), at_once=True)
 
     async def ended_by(self, ends_at: float) -> None:
         """Wait until no call is left, at most until this time on the loop's clock."""

@@ -37,13 +37,8 @@ async def embed_slices(
     """Embed all texts of all slices, and deliver each text once, with its vector or its error.
 
     When the call is stopped, the texts already read are delivered as failed, and no further slice is read.
-    An empty slice means that the source is idle: partly filled batches are flushed.
-
-    Args:
-        slices: The texts, each at most once.
-        load_counter: Not called before the first text is read.
-        sender: Sends the batches.
-        open_batches: See `Packer`.
+    An empty slice means that the source is idle: partly filled batches are flushed. The token counter is not loaded
+    before the first text is read. See `Packer` for `open_batches`.
 
     Raises:
         Exception: An error of `slices`, after the texts before it were delivered; or an error of the receiver, at

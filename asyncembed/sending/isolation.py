@@ -65,11 +65,6 @@ class Isolation:
     rejections: int = 0
     """How many single texts were rejected."""
 
-    @property
-    def known_good(self) -> Input | None:
-        """A short text that the provider has embedded. If that text now fails, the provider is down."""
-        return min(self.good_batch.inputs, key=_length) if self.good_batch is not None else None
-
     def history(self, batch: Batch, record: FailureRecord, rate: RateLimiter) -> History:
         """Return the history of a failed batch, for `retry.decide`."""
         inputs = len(batch.inputs)
@@ -92,10 +87,11 @@ class Isolation:
     def next_probe(self, batch: Batch, record: FailureRecord) -> tuple[Batch, bool]:
         """Return a single text to send in the batch's place, and whether it belongs to the batch.
 
-        Texts of the batch are taken from both ends in turn: the first, the last, the second, and so on.
+        If a short text that the provider has embedded now fails, the provider is down. Without one, texts of the batch
+        are taken from both ends in turn: the first, the last, the second, and so on.
         """
-        good = self.known_good
-        if good is not None:
+        if self.good_batch is not None:
+            good = min(self.good_batch.inputs, key=lambda each: len(each.content))
             return Batch([Text(good.content, [], tokens=good.tokens, weight=good.weight)], sent=True), False
         index = record.probes // 2 if record.probes % 2 == 0 else -1 - record.probes // 2
         record.probes += 1
@@ -111,7 +107,3 @@ def halves(batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureReco
     else:
         parts = [[record.suspect], [each for each in inputs if each is not record.suspect]]
     return [(batch.part(part), record.for_part(part)) for part in parts if part]
-
-
-def _length(each: Input) -> int:
-    return len(each.content)

@@ -65,11 +65,8 @@ class PriorityQueue:
     ) -> None:
         """Wait until it is the caller's turn and enough is available; the caller must then take it at once.
 
-        Args:
-            cost: The amount requested.
-            wait_s: Returns the seconds until enough is available, 0 if it is; infinity to wait for `changed`.
-            is_ready: Returns whether the caller could go at all; if not, others go before it.
-            urgent: The priority.
+        `wait_s` returns the seconds until enough is available, infinity to wait for `changed`. While `is_ready` returns
+        False, others go before the caller.
         """
         waiter = _Waiter(cost, is_ready)
         queue = self._urgent if urgent else self._bulk
@@ -101,14 +98,7 @@ class PriorityQueue:
 
 
 def _first_ready(queue: dict[_Waiter, None]) -> _Waiter | None:
-    for waiter in queue:
-        if waiter.is_ready():
-            return waiter
-    return None
-
-
-def _always() -> bool:
-    return True
+    return next((waiter for waiter in queue if waiter.is_ready()), None)
 
 
 @dataclass(slots=True, eq=False)
@@ -153,7 +143,7 @@ class RateLimiter:
             if per_minute is not None:
                 self.own.setdefault((per_minute, counts_tokens), Bucket(per_minute / 60, per_minute, per_minute, now))
 
-    async def enter(self, tokens: int, is_ready: Callable[[], bool] = _always, *, urgent: bool = False) -> Ticket:
+    async def enter(self, tokens: int, is_ready: Callable[[], bool] = lambda: True, *, urgent: bool = False) -> Ticket:
         """Wait until a request of `tokens` tokens may be sent; see `PriorityQueue.wait`."""
         loop = asyncio.get_running_loop()
         came_at, held_at = loop.time(), math.inf
@@ -251,9 +241,7 @@ class RateLimiter:
 
     def _buckets(self, tokens: int) -> list[tuple[Bucket, float]]:
         """Return all buckets, each with the amount that a request of `tokens` tokens takes."""
-        known: list[tuple[Bucket, float]] = []
-        for (_, counts_tokens), bucket in self.own.items():
-            known.append((bucket, tokens if counts_tokens else 1.0))
+        known = [(bucket, tokens if counts_tokens else 1.0) for (_, counts_tokens), bucket in self.own.items()]
         if self.tokens is not None:
             known.append((self.tokens, tokens))
         if self.requests is not None:
@@ -263,16 +251,11 @@ class RateLimiter:
     def _wait_s(self, tokens: int, now: float) -> float:
         if self.in_flight and self._is_crowded(tokens):
             return math.inf  # until a request ends
-        seconds = self.paused_until - now
-        for bucket, amount in self._buckets(tokens):
-            seconds = max(seconds, bucket.wait_s(amount, now))
-        return seconds
+        return max([self.paused_until - now, *(bucket.wait_s(amount, now) for bucket, amount in self._buckets(tokens))])
 
     def _cost(self, tokens: int, urgent: bool) -> float:
         """Return a request's cost in the scarce resource: seconds of the rate, or slots if no rate is known."""
-        cost = 0.0
-        for bucket, amount in self._buckets(tokens):
-            cost = max(cost, amount / bucket.per_s)
+        cost = max((amount / bucket.per_s for bucket, amount in self._buckets(tokens)), default=0.0)
         return cost or (URGENT_SLOT if urgent else 1.0)
 
     def _is_crowded(self, tokens: int) -> bool:
@@ -292,10 +275,7 @@ _LIMITERS: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[Hash
 def shared_rate_limiter(key: Hashable) -> RateLimiter:
     """Return the running loop's limiter for this endpoint, key and model."""
     limiters = _LIMITERS.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
-    limiter = limiters.get(key)
-    if limiter is None:
-        limiter = limiters[key] = RateLimiter()
-    return limiter
+    return limiters.setdefault(key, RateLimiter())
 
 
 class ConcurrencyLimiter:
@@ -312,7 +292,7 @@ class ConcurrencyLimiter:
         """Wait until a request of `tokens` tokens may be sent, then hold a slot. No slot is held while waiting."""
         self.waiting += 1
         try:
-            ticket = await self.rate.enter(tokens, self._has_room, urgent=urgent)
+            ticket = await self.rate.enter(tokens, lambda: self.in_flight < self.concurrency, urgent=urgent)
         finally:
             self.waiting -= 1
         self.in_flight += 1
@@ -321,6 +301,3 @@ class ConcurrencyLimiter:
         finally:
             self.in_flight -= 1
             self.rate.leave(ticket)
-
-    def _has_room(self) -> bool:
-        return self.in_flight < self.concurrency

@@ -58,14 +58,8 @@ def bucket_from_headers(
     refill and capacity, whatever period `limit` refers to. After a single answer, the bucket is assumed to have been
     full before this request, if the numbers fit; otherwise it is assumed to refill by `limit` per minute.
 
-    Args:
-        old: The bucket known so far.
-        limit: The limit in the headers.
-        remaining: The amount left when the answer was written.
-        reset_s: Seconds until the bucket is full again.
-        taken: The amount that this request took.
-        unseen: The amount that later requests took, which `remaining` does not include yet.
-        now: The time.
+    `old` is the bucket known so far, `taken` the amount that this request took, and `unseen` the amount that later
+    requests took, which `remaining` does not include yet.
     """
     per_s = refill_rate(old.earlier, remaining, reset_s) if old is not None and old.earlier is not None else None
     is_guess = False

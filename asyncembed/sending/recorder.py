@@ -27,20 +27,14 @@ T = TypeVar("T")
 class MetricsRecorder:
     """The counters of all event loops of one embedder, and its observer.
 
-    Args:
-        model: The name of the requested model.
-        provider: Supplies the address and the encoding format.
-        observer: Called for every request, or None.
-
     Raises:
         ConfigError: The observer lacks a method.
     """
 
     def __init__(self, model: str, provider: Provider, observer: Observer | None = None) -> None:
         if observer is not None and (isinstance(observer, type) or not isinstance(observer, Observer)):
-            raise ConfigError(
-                f"observer is {type(observer).__name__}, which is no asyncembed.Observer: it lacks methods"
-            )
+            kind = type(observer).__name__
+            raise ConfigError(f"observer is {kind}, which is no asyncembed.Observer: it lacks methods")
         self.model = model
         self.provider = provider
         self.address = info_of(provider).address

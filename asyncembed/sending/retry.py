@@ -107,34 +107,29 @@ def is_overload(error: ProviderError) -> bool:
 
 
 def decide(error: ProviderError, history: History, max_retries: int) -> Action:
-    """Return what to do after a failed attempt.
-
-    Args:
-        error: The error of the attempt.
-        history: The batch's history.
-        max_retries: How often a batch is sent again while nothing succeeds.
-    """
+    """Return what to do after a failed attempt. While nothing succeeds, a batch is sent again `max_retries` times."""
     if isinstance(error, FatalProviderError):
         return Stop(error)
     if isinstance(error, RateLimitedError):
         return _after_refusal(error, history, max_retries)
     if isinstance(error, (BadRequestError, TooLargeError)):
-        if history.inputs > 1:
-            return Split()
-        return _reject(error, history)
+        return _split_or_reject(error, history)
     return _after_fault(error, history, max_retries)
 
 
-def _reject(error: ProviderError, history: History) -> Action:
+def _split_or_reject(error: ProviderError, history: History) -> Action:
+    if history.inputs > 1:
+        return Split()
     if history.rejections >= REJECTIONS_BEFORE_STOP:
-        return Stop(_refused(error, history.rejections))
+        why = f"{history.rejections} single texts were refused and none was accepted, so the request is at fault: "
+        return _stop(RequestError, why, error)
     return Reject()
 
 
 def _after_refusal(error: RateLimitedError, history: History, max_retries: int) -> Action:
     # While other requests succeed, a refused batch only has to wait for its turn.
     if history.consecutive_failures > max_retries:
-        return Stop(_down(error, history.consecutive_failures))
+        return _stop_as_down(error, history)
     if error.retry_after_s is None:
         return Retry(backoff_s(history.refusals), shared=True)
     # if a server asks for a few milliseconds each time, all attempts would otherwise be used up within a second
@@ -149,13 +144,13 @@ def _after_fault(error: ProviderError, history: History, max_retries: int) -> Ac
     was_sent = not isinstance(error, TransportError) or error.connected  # else it says nothing about the texts
     if was_sent and history.failures >= min(suspect_after, max_retries + 1):
         if history.healthy:
-            return Split() if history.inputs > 1 else _reject(error, history)
+            return _split_or_reject(error, history)
         if not history.probed and (history.has_known_good or (history.inputs > 1 and max_retries > 0)):
             return Probe()
     # A reply that is malformed every time stays malformed; an overloaded server or a lost connection may recover.
     limit = min(max_retries, suspect_after - 1) if isinstance(error, ProtocolError) else max_retries
     if history.consecutive_failures > limit:
-        return Stop(_down(error, history.consecutive_failures))
+        return _stop_as_down(error, history)
     if isinstance(error, TransportError) and not error.timed_out and history.failures == 1:
         return Retry(0.0)  # usually the server had closed an idle connection: a new one works
     stated = error.retry_after_s if isinstance(error, ServerError) else None
@@ -168,23 +163,12 @@ def backoff_s(failures: int) -> float:
     return ceiling * random.uniform(0.5, 1.0)
 
 
-def _down(error: ProviderError, failures: int) -> ProviderDownError:
-    down = ProviderDownError(
-        f"no request succeeded in {failures} attempts; the last one: {type(error).__name__}: {error}",
-        status=error.status,
-        code=error.code,
-        request_id=error.request_id,
-    )
-    down.__cause__ = error
-    return down
+def _stop_as_down(error: ProviderError, history: History) -> Stop:
+    why = f"no request succeeded in {history.consecutive_failures} attempts; the last one: {type(error).__name__}: "
+    return _stop(ProviderDownError, why, error)
 
 
-def _refused(error: ProviderError, rejections: int) -> RequestError:
-    refused = RequestError(
-        f"{rejections} single texts were refused and none was accepted, so the request is at fault: {error}",
-        status=error.status,
-        code=error.code,
-        request_id=error.request_id,
-    )
-    refused.__cause__ = error
-    return refused
+def _stop(kind: type[FatalProviderError], why: str, error: ProviderError) -> Stop:
+    reason = kind(f"{why}{error}", status=error.status, code=error.code, request_id=error.request_id)
+    reason.__cause__ = error
+    return Stop(reason)
