@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..types import Provider, Reply, check_vectors, info_of
 from .context import CallContext, StoppedError
-from .isolation import FailureRecord, Isolation, halves
+from .isolation import FailureRecord, Isolation, split_batch
 from .pacing import ConcurrencyLimiter, Ticket
 from .recorder import LoopRecorder
 from .retry import Action, Probe, Reject, Retry, Split, Stop, decide, is_overload
@@ -228,7 +228,7 @@ class BatchSender:
                     case Split():
                         if isinstance(error, TooLargeError):
                             self.endpoint.learn(error, batch)
-                        return halves(batch, record)
+                        return split_batch(batch, record)
                     case Reject():
                         self._isolation.rejections += 1
                         await self.deliver(outcome_of_error(batch, _rejected(error)))

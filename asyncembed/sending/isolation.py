@@ -98,7 +98,7 @@ class Isolation:
         return Batch([batch.inputs[index % len(batch.inputs)]], sent=True), True
 
 
-def halves(batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureRecord]]:
+def split_batch(batch: Batch, record: FailureRecord) -> list[tuple[Batch, FailureRecord]]:
     """Split a batch in two: its halves or, after one of its texts failed as a probe, that text and the others."""
     inputs = batch.inputs
     if record.suspect is None:

@@ -21,7 +21,7 @@ from asyncembed.errors import (
     ServerError,
     TransportError,
 )
-from asyncembed.sending.isolation import FailureRecord, Isolation, halves
+from asyncembed.sending.isolation import FailureRecord, Isolation, split_batch
 from tests.fakes import assert_vectors, make_embedder, now, texts
 
 # ---- values
@@ -106,7 +106,7 @@ def test_a_batch_is_split_into_halves_or_into_its_suspect_and_the_rest(
     batch.sent = True
     record.suspect = None if suspect is None else batch.inputs[suspect]
 
-    split = halves(batch, record)
+    split = split_batch(batch, record)
 
     assert ["".join(each.content for each in part.inputs) for part, _ in split] == parts
     assert all(part.sent for part, _ in split)
