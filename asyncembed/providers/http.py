@@ -188,8 +188,10 @@ class _Body(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _as_httpx2():
-            async for chunk in self._response.content.iter_any():
-                yield chunk
+            content = self._response.content
+            # not iter_any, which joins chunks, nor iter_chunks, which never ends for aiohttp's shared empty body
+            while not content.at_eof():
+                yield (await content.readchunk())[0]
 
     async def aclose(self) -> None:
         self._reading.discard(self._response)
