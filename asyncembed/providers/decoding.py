@@ -27,7 +27,7 @@ _VECTOR = re.compile(rb'"embedding"\s{0,16}:\s{0,16}(["\[])')
 _LONGEST_KEY = len('"embedding":"') + 2 * 16
 _QUOTE = ord('"')
 
-Text: TypeAlias = bytes | memoryview  # a vector as it is spelled in the reply
+RawVector: TypeAlias = bytes | memoryview  # a vector as it is spelled in the reply
 
 # Up to this many surplus vectors are moved, too, in case some are in unexpected places. Others are left in the JSON.
 _STRAY = 16
@@ -130,7 +130,7 @@ class Decoder:
         for text in texts:
             self._take(_from_base64, text)
 
-    def _take(self, read: Callable[[Text], Vectors], text: Text) -> None:
+    def _take(self, read: Callable[[RawVector], Vectors], text: RawVector) -> None:
         number = self._found
         self._found += 1
         try:
@@ -232,7 +232,7 @@ def _order(data: list[Any]) -> list[int]:
     return indices
 
 
-def _from_numbers(text: Text) -> Vectors:
+def _from_numbers(text: RawVector) -> Vectors:
     array = b"[" + text + b"]"
     if array.translate(None, delete=_NUMBERS):
         raise ProtocolError("expected numbers, got something else among them")
@@ -246,7 +246,7 @@ def _from_numbers(text: Text) -> Vectors:
     return vector
 
 
-def _from_base64(text: Text) -> Vectors:
+def _from_base64(text: RawVector) -> Vectors:
     try:
         raw = pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
